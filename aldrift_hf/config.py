@@ -1,0 +1,209 @@
+"""The settings of an ALDRIFT run, from Python, from the command line or from YAML (`trl.TrlParser`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class ALDRIFTConfig(TrainingArguments):
+    r"""
+    Settings of [`ALDRIFTTrainer`]: those below, and all of [`~transformers.TrainingArguments`].
+
+    One epoch is one rung of the temperature ladder. Some defaults differ from `TrainingArguments`: `num_train_epochs`
+    follows the ladder, `learning_rate` is 1e-4 and constant, a checkpoint is saved after every rung and the last two
+    are kept.
+
+    Parameters:
+        > Parameters that control the target and the ladder
+
+        tau_max (`float`, *optional*, defaults to `1.0`):
+            The target's inverse temperature T in `p_T(s) ∝ L(s)·exp(-T·d(s))`, in nats per unit of cost.
+        objective_range (`float`, *optional*):
+            D, the largest value the (weighted) objective can take; a cost above it is an error. `None` uses the largest
+            cost among the first rung's proposals, which are draws from the prior, and checks no upper bound.
+        ladder (`str`, *optional*, defaults to `"linear"`):
+            How the inverse temperature rises: `"linear"` takes equal steps, the last one clipped to T.
+        tau_step (`float`, *optional*):
+            Step of the linear ladder. `None` is the paper's `1/D`.
+        num_train_epochs (`float`, *optional*, defaults to `-1`):
+            Number of rungs. `-1` is as many as the ladder has; more repeat the last rung at T, fewer stop before T. For
+            `sampler="top"`, which knows no temperature, simply the number of rounds.
+
+        > Parameters that control the correction
+
+        sampler (`str`, *optional*, defaults to `"metropolis_hastings"`):
+            How samples are made of proposals: `"metropolis_hastings"` (ALDRIFT), `"top"` (TOPIFT: the best by cost, no
+            correction) or `"reweight"` (the ablation: resampled by `exp(-Δτ·d)`, no correction).
+        num_chains (`int`, *optional*, defaults to `128`):
+            m, the number of chains a prompt, and so of samples a prompt and rung.
+        chain_length (`int`, *optional*, defaults to `8`):
+            M, proposals a chain. `None` is the paper's `m²`. A rung draws `m·M` proposals a prompt, whatever the
+            sampler.
+        max_objective_calls (`int`, *optional*):
+            Training ends after the rung in which so many distinct completions have been evaluated.
+        objective_weights (`list[float]`, *optional*):
+            A factor for each of several objectives; their weighted sum is the cost. `None` means 1 each.
+
+        > Parameters that control generation
+
+        max_completion_length (`int`, *optional*, defaults to `256`):
+            Tokens after which a completion is cut. Being cut is part of the event space, of the prior's too.
+        generation_batch_size (`int`, *optional*, defaults to `128`):
+            Completions that a process generates, scores or hands to the objective at once. The draws depend on it.
+
+        > Parameters that control learning
+
+        updates_per_rung (`int`, *optional*):
+            Optimizer updates a rung. `None` is one pass over the rung's samples. Few samples and many updates memorise:
+            watch `missing_mass`.
+        model_init_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments for `from_pretrained` when the trainer is given a model id or path. `dtype` defaults to
+            float32.
+        log_completions (`bool`, *optional*, defaults to `False`):
+            Print the best and a random completion of every rung.
+    """
+
+    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+
+    # Defaults that differ from TrainingArguments
+    num_train_epochs: float = field(
+        default=-1.0,
+        metadata={
+            "help": "Number of rungs. -1: as many as the ladder has; more repeat the last rung at tau_max, fewer stop "
+            "before it."
+        },
+    )
+    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of the optimizer."})
+    lr_scheduler_type: str = field(  # type: ignore[assignment]
+        default="constant",
+        metadata={"help": "The scheduler. Constant by default: the last rungs have as much to learn as the first."},
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Log the loss every so many updates, beside the log of every rung."}
+    )
+    save_strategy: str = field(  # type: ignore[assignment]
+        default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
+    )
+    save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints to keep; the oldest go first."})
+    remove_unused_columns: Optional[bool] = field(
+        default=False, metadata={"help": "Kept off: the data set's columns belong to the objective."}
+    )
+
+    # Parameters that control the target and the ladder
+    tau_max: float = field(
+        default=1.0,
+        metadata={"help": "T, the target's inverse temperature in p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost."},
+    )
+    objective_range: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "D, the largest value the objective can take; a cost above it is an error. None: the largest cost "
+            "among the first rung's proposals, and no check."
+        },
+    )
+    ladder: Literal["linear"] = field(
+        default="linear", metadata={"help": "How the inverse temperature rises: linear takes equal steps."}
+    )
+    tau_step: Optional[float] = field(
+        default=None, metadata={"help": "Step of the linear ladder. None: the paper's 1/D."}
+    )
+
+    # Parameters that control the correction
+    sampler: Literal["metropolis_hastings", "top", "reweight"] = field(
+        default="metropolis_hastings",
+        metadata={
+            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), top (TOPIFT: the best by cost, no "
+            "correction), reweight (the ablation: resampled by exp(-step d), no correction)."
+        },
+    )
+    num_chains: int = field(default=128, metadata={"help": "m, chains (and so samples) a prompt and rung."})
+    chain_length: Optional[int] = field(
+        default=8, metadata={"help": "M, proposals a chain. None: the paper's m squared."}
+    )
+    max_objective_calls: Optional[int] = field(
+        default=None,
+        metadata={"help": "Training ends after the rung in which so many distinct completions have been evaluated."},
+    )
+    objective_weights: Optional[list[float]] = field(
+        default=None, metadata={"help": "A factor for each of several objectives. None: 1 each."}
+    )
+
+    # Parameters that control generation
+    max_completion_length: int = field(
+        default=256, metadata={"help": "Tokens after which a completion is cut, under the prior as under the policy."}
+    )
+    generation_batch_size: int = field(
+        default=128,
+        metadata={"help": "Completions that a process generates, scores or hands to the objective at once."},
+    )
+
+    # Parameters that control learning
+    updates_per_rung: Optional[int] = field(
+        default=None, metadata={"help": "Optimizer updates a rung. None: one pass over the rung's samples."}
+    )
+    model_init_kwargs: Optional[Union[dict[str, Any], str]] = field(
+        default=None,
+        metadata={"help": "Keyword arguments for from_pretrained when the trainer is given a model id or path."},
+    )
+    log_completions: bool = field(
+        default=False, metadata={"help": "Print the best and a random completion of every rung."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
+        _positive("objective_range", self.objective_range, "D, the largest cost")
+        _positive("tau_step", self.tau_step, "the step of the ladder; leave it out for 1/objective_range")
+        for name in (
+            "num_chains",
+            "chain_length",
+            "max_objective_calls",
+            "max_completion_length",
+            "generation_batch_size",
+            "updates_per_rung",
+        ):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if self.sampler not in ("metropolis_hastings", "top", "reweight"):
+            raise ValueError(f"sampler must be metropolis_hastings, top or reweight, got {self.sampler!r}")
+        if self.ladder != "linear":
+            raise ValueError(f"ladder must be linear, got {self.ladder!r}")
+        if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):
+            raise ValueError(
+                f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for as many as the ladder "
+                f"has; got {self.num_train_epochs}"
+            )
+        if self.objective_weights is not None and any(
+            not math.isfinite(weight) or weight < 0 for weight in self.objective_weights
+        ):
+            raise ValueError(f"objective_weights must be finite and not negative, got {self.objective_weights}")
+        self._refuse_what_breaks_a_rung()
+
+    @property
+    def proposals_per_prompt(self) -> int:
+        """m·M, the proposals that a rung draws for each prompt."""
+        return self.num_chains * self.steps_per_chain
+
+    @property
+    def steps_per_chain(self) -> int:
+        """M, with `None` resolved to the paper's m²."""
+        return self.num_chains**2 if self.chain_length is None else self.chain_length
+
+    def _refuse_what_breaks_a_rung(self) -> None:
+        if self.auto_find_batch_size:
+            raise ValueError("auto_find_batch_size would change a rung's length half-way; set per_device_train_batch_size.")
+        if self.dataloader_persistent_workers:
+            raise ValueError("dataloader_persistent_workers would keep serving the first rung's samples; leave it off.")
+        if self.label_smoothing_factor != 0:
+            raise ValueError("label_smoothing_factor must be 0: maximum likelihood is what makes the model cover p_T.")
+
+
+def _positive(name: str, value: float | None, what: str) -> None:
+    if value is not None and not (isinstance(value, (int, float)) and 0 < value < math.inf):
+        raise ValueError(f"{name} ({what}) must be positive and finite, got {value!r}")

@@ -1,0 +1,275 @@
+"""The objective `d(s)`: a black box on text, called in batches, checked, cached and counted.
+
+A cost function has the shape
+
+    def cost(prompts, completions, **columns) -> list[float]
+
+where `prompts` are the data set's prompts as they are, `completions` the decoded texts, and `columns` the data set's
+other columns, all of one length. Lower is better and 0 is perfect; values lie in `[0, D]`. It may be `async`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ._trl import get_callable_name, is_async_callable
+from .prompts import Prompts, columns_of
+
+CostFunction = Callable[..., Any]
+
+
+class ObjectiveError(RuntimeError):
+    """A cost function raised; the message names it and the batch, the cause hangs on `__cause__`."""
+
+
+def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
+    """A cost from a reward function of TRL's shape (higher is better): `best - reward`.
+
+    Args:
+        reward: takes `prompts`, `completions` and the data set's columns, and returns a list of floats, as for TRL's
+            `GRPOTrainer(reward_funcs=...)`. Sync or async. With chat prompts it gets each completion as a list of one
+            assistant message, as TRL hands it over.
+        best: the highest reward there is. A reward above it would give a negative cost, which training refuses.
+
+    Returns:
+        A cost function under the reward's name.
+    """
+
+    def arguments(prompts: list[Any], completions: list[str]) -> dict[str, Any]:
+        chat = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        return {"prompts": prompts, "completions": chat}
+
+    def costs(rewards: Sequence[Any]) -> list[Any]:
+        # What is no number goes through as it is: the objective's own check then names the row.
+        return [best - value if isinstance(value, numbers.Real) else value for value in rewards]
+
+    if is_async_callable(reward):
+
+        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:
+            return costs(await reward(**arguments(prompts, completions), **columns))
+    else:
+
+        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
+            return costs(reward(**arguments(prompts, completions), **columns))
+
+    cost.__name__ = get_callable_name(reward)
+    return cost
+
+
+class Objective:
+    """One cost function, or a weighted sum of several, behind a cache.
+
+    Values are cached by (prompt row, completion): the same text for the same row is never paid for twice, whatever
+    rung, evaluation or process asks. Under several processes each evaluates its share of what is new, and all end up
+    with the same cache.
+
+    Args:
+        functions: one or more cost functions.
+        weights: as many non-negative factors; `None` means 1 each.
+        objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
+        batch_size: completions a call.
+        show_progress: a bar over the calls of one evaluation.
+    """
+
+    def __init__(
+        self,
+        functions: CostFunction | Sequence[CostFunction],
+        weights: Sequence[float] | None,
+        objective_range: float | None,
+        batch_size: int,
+        show_progress: bool = False,
+    ) -> None:
+        self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
+        if not self.functions or not all(callable(function) for function in self.functions):
+            raise TypeError("objective must be a cost function, or a list of at least one")
+        self.names = [get_callable_name(function) for function in self.functions]
+        self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
+        if len(self.weights) != len(self.functions):
+            raise ValueError(
+                f"objective_weights has {len(self.weights)} entries for {len(self.functions)} objectives ({self.names})"
+            )
+        self.objective_range = objective_range
+        self.batch_size = batch_size
+        self.show_progress = show_progress
+        self.cache: dict[tuple[str, str], list[float]] = {}
+
+    @property
+    def calls(self) -> int:
+        """Distinct (prompt row, completion) pairs evaluated so far."""
+        return len(self.cache)
+
+    @property
+    def best(self) -> float:
+        """The lowest cost seen so far."""
+        return min(map(self._total, self.cache.values()), default=math.inf)
+
+    def check_signature(self, columns: Sequence[str]) -> None:
+        """Refuse, before anything is computed, a function that could not be called with the data set's columns.
+
+        Raises:
+            TypeError: naming the function and what it lacks.
+        """
+        for name, function in zip(self.names, self.functions, strict=True):
+            try:
+                inspect.signature(function).bind(prompts=[], completions=[], **dict.fromkeys(columns, []))
+            except TypeError as error:
+                raise TypeError(
+                    f"objective {name!r} cannot be called as {name}(prompts=…, completions=…"
+                    f"{''.join(f', {column}=…' for column in columns)}): {error}. Add **columns to its parameters, or "
+                    "drop the column from the data set."
+                ) from None
+
+    def __call__(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
+        """Costs `[n]` (fp64) of `n` completions, `rows[i]` being the prompt of completion `i`.
+
+        Raises:
+            ValueError: for a value that is no cost, naming the objective, the row and the completion.
+            ObjectiveError: when a function raised.
+            All processes raise, whichever of them met the error; what others had evaluated is in the cache.
+        """
+        keys = [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]
+        new: dict[tuple[str, str], int] = {}  # in order of first appearance, the same on every process
+        for index, key in enumerate(keys):
+            if key not in self.cache:
+                new.setdefault(key, index)
+        state = PartialState()
+        mine = list(new.items())[state.process_index :: state.num_processes]
+        found: list[tuple[tuple[str, str], list[float]]] = []
+        error: Exception | None = None
+        try:
+            for start in tqdm(
+                range(0, len(mine), self.batch_size),
+                desc="objective",
+                leave=False,
+                disable=not self.show_progress or len(mine) <= self.batch_size,
+            ):
+                batch = mine[start : start + self.batch_size]
+                indices = [index for _, index in batch]
+                values = self._evaluate(prompts, [rows[i] for i in indices], [completions[i] for i in indices])
+                found += [(key, value) for (key, _), value in zip(batch, values, strict=True)]
+        except (ValueError, ObjectiveError) as raised:
+            error = raised
+        for shared, message in gather_object([(found, None if error is None else str(error))]):
+            self.cache.update(shared)
+            if message is not None and error is None:
+                error = ObjectiveError(f"on another process: {message}")
+        if error is not None:
+            raise error
+        return torch.tensor([self._total(self.cache[key]) for key in keys], dtype=torch.float64)
+
+    def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
+        """Mean unweighted cost of each objective over completions that were evaluated before."""
+        values = torch.tensor([self.cache[prompts.keys[row], text] for row, text in zip(rows, completions, strict=True)])
+        return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+
+    def _total(self, values: Sequence[float]) -> float:
+        return math.fsum(weight * value for weight, value in zip(self.weights, values, strict=True))
+
+    def _evaluate(self, prompts: Prompts, rows: list[int], completions: list[str]) -> list[list[float]]:
+        """Checked values of every function for one batch: `[n][functions]`."""
+        arguments = {
+            "prompts": [prompts.rows[row]["prompt"] for row in rows],
+            "completions": completions,
+            **columns_of(prompts, rows),
+        }
+        results = _call_all(list(zip(self.names, self.functions, strict=True)), arguments)
+        checked = [
+            _check(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)
+        ]
+        values = [list(row) for row in zip(*checked, strict=True)]
+        if self.objective_range is not None:
+            for row, text, value in zip(rows, completions, values, strict=True):
+                total = self._total(value)
+                if total > self.objective_range * (1 + 1e-9):
+                    raise ValueError(
+                        f"objective {' + '.join(self.names)!r} gave {total} for row {row}, above objective_range="
+                        f"{self.objective_range}: completion {text!r}. Raise objective_range, or cap the cost."
+                    )
+        return values
+
+
+def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
+    """The results of all functions on one batch; the async ones run together on one event loop."""
+
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(guard(name, fn) for name, fn in functions if is_async_callable(fn)))
+
+    async def guard(name: str, function: CostFunction) -> Any:
+        with _named(name, arguments["completions"]):
+            return await function(**arguments)
+
+    pending: list[Any] = []
+    if any(is_async_callable(function) for _, function in functions):
+        # In a thread of its own: the caller may sit in a running loop already, as in a notebook.
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            pending = pool.submit(asyncio.run, gather()).result()
+    awaited = iter(pending)
+    results = []
+    for name, function in functions:
+        if is_async_callable(function):
+            results.append(next(awaited))
+        else:
+            with _named(name, arguments["completions"]):
+                results.append(function(**arguments))
+    return results
+
+
+class _named:
+    """Any exception inside becomes an [`ObjectiveError`] that says which objective raised and on what."""
+
+    def __init__(self, name: str, completions: list[str]) -> None:
+        self.name, self.completions = name, completions
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, Exception):
+            raise ObjectiveError(
+                f"objective {self.name!r} raised {type(error).__name__}: {error} on a batch of "
+                f"{len(self.completions)} completions, the first being {self.completions[0]!r}"
+            ) from error
+
+
+def _check(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:
+    """The values as floats, once each of them is a cost."""
+    if isinstance(values, Tensor) or hasattr(values, "tolist"):
+        values = values.tolist()
+    if not isinstance(values, (list, tuple)) or len(values) != len(completions):
+        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
+        raise ValueError(
+            f"objective {name!r} must return a list of one number for each completion: got {got} for "
+            f"{len(completions)} completions (rows {rows[0]} to {rows[-1]}, the first completion {completions[0]!r})"
+        )
+    for value, row, text in zip(values, rows, completions, strict=True):
+        problem = _problem(value)
+        if problem:
+            raise ValueError(f"objective {name!r} gave {value!r} for row {row}, {problem}: completion {text!r}")
+    return [float(value) for value in values]
+
+
+def _problem(value: Any) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return "which is not a number"
+    if math.isnan(value):
+        return "which is NaN"
+    if math.isinf(value):
+        return "which is infinite (give malformed text the worst finite cost, D)"
+    if value < 0:
+        return "which is negative (0 is the best cost; for a reward use from_reward(fn, best=…))"
+    return None

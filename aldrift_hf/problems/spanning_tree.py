@@ -1,0 +1,190 @@
+"""Spanning trees of a graph as text: local constraints in the prior, the global one in the cost.
+
+A string names `n-1` distinct edges of a graph with `n` nodes, in the graph's own order, as in
+`"Acciaiuoli-Medici, Albizzi-Ginori, …"`. The prior is uniform over such strings; that a choice of edges connects the
+graph is what the cost says: `d = components - 1`, so the strings of cost 0 are the spanning trees.
+
+Exact references cost nothing: Kirchhoff's matrix-tree theorem counts the trees and gives every edge's share in them
+(its effective resistance), and where the strings are few, all of them can be enumerated.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import networkx as nx
+import numpy as np
+
+SEPARATOR = ", "
+
+_NAMED = {
+    "florentine": nx.florentine_families_graph,
+    "davis": nx.davis_southern_women_graph,
+    "tutte": nx.tutte_graph,
+    "karate": nx.karate_club_graph,
+}
+
+
+@dataclass(frozen=True)
+class SpanningTreeProblem:
+    """A connected graph with a fixed order of its edges, each with a name that holds no separator.
+
+    Attributes:
+        nodes: the nodes' names.
+        edges: pairs of indices into `nodes`, in the order in which a string names them.
+        names: the edges' names, `"A-B"`.
+    """
+
+    nodes: list[str]
+    edges: list[tuple[int, int]]
+    names: list[str]
+
+    @classmethod
+    def from_graph(cls, graph: nx.Graph) -> SpanningTreeProblem:
+        """From any connected undirected graph; node names are made to fit into text.
+
+        Raises:
+            ValueError: for a graph that is directed, disconnected, or has fewer than two nodes.
+        """
+        if graph.is_directed() or graph.number_of_nodes() < 2 or not nx.is_connected(graph):
+            raise ValueError("the graph must be undirected and connected, with at least two nodes")
+        labels = {node: _label(node) for node in graph}
+        if len(set(labels.values())) < len(labels):
+            raise ValueError("two nodes have the same name once commas, hyphens and spaces are replaced; rename one")
+        nodes = sorted(labels.values(), key=_natural)
+        position = {name: index for index, name in enumerate(nodes)}
+        pairs = {
+            tuple(sorted((position[labels[a]], position[labels[b]]))) for a, b in graph.edges() if a != b
+        }
+        edges = sorted((int(a), int(b)) for a, b in pairs)
+        return cls(nodes, edges, [f"{nodes[a]}-{nodes[b]}" for a, b in edges])
+
+    @property
+    def size(self) -> int:
+        """`n-1`, the number of edges that a string names."""
+        return len(self.nodes) - 1
+
+    @property
+    def worst_cost(self) -> int:
+        """D: a bound on `components - 1` for any `n-1` distinct edges, and the cost of malformed text.
+
+        `n-1` edges touch at least `k` nodes, where `k` is the least number whose largest degrees sum to `2(n-1)`; the
+        other `n-k` nodes are alone. At least 1, so that malformed text never passes for a tree.
+        """
+        degrees = sorted(np.bincount(np.array(self.edges).ravel(), minlength=len(self.nodes)), reverse=True)
+        touched = int(np.searchsorted(np.cumsum(degrees), 2 * self.size)) + 1
+        return max(1, len(self.nodes) - touched)
+
+    def to_text(self, chosen: Sequence[int]) -> str:
+        """The string that names these edges (indices), in the graph's order."""
+        return SEPARATOR.join(self.names[index] for index in sorted(chosen))
+
+    def parse(self, text: str) -> list[int] | None:
+        """The edges that a string names; `None` unless it names `n-1` distinct edges in the graph's order."""
+        index = {name: position for position, name in enumerate(self.names)}
+        chosen = [index.get(name, -1) for name in text.strip().split(SEPARATOR)]
+        ascending = all(a < b for a, b in itertools.pairwise(chosen))
+        return chosen if len(chosen) == self.size and chosen[0] >= 0 and ascending else None
+
+    def components(self, chosen: Sequence[int]) -> int:
+        """Connected components of the graph with these edges alone."""
+        graph = nx.empty_graph(len(self.nodes))
+        graph.add_edges_from(self.edges[index] for index in chosen)
+        return int(nx.number_connected_components(graph))
+
+    def cost_of(self, text: str) -> float:
+        """`components - 1`; the worst cost for malformed text."""
+        chosen = self.parse(text)
+        return float(self.worst_cost if chosen is None else self.components(chosen) - 1)
+
+    def cost(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """The objective, in the trainer's form."""
+        return [self.cost_of(text) for text in completions]
+
+    def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
+        """Strings drawn uniformly: what the prior is made from."""
+        # The n-1 smallest of independent uniforms are a uniform subset.
+        order = rng.random((count, len(self.edges))).argsort(axis=1)[:, : self.size]
+        return [self.to_text(row.tolist()) for row in order]
+
+    def number_of_strings(self) -> int:
+        """How many well-formed strings there are, `C(edges, n-1)`."""
+        return math.comb(len(self.edges), self.size)
+
+    def all_texts(self) -> Iterator[str]:
+        """Every well-formed string."""
+        return map(self.to_text, itertools.combinations(range(len(self.edges)), self.size))
+
+    def number_of_trees(self) -> float:
+        """Kirchhoff's matrix-tree theorem: the determinant of the reduced Laplacian."""
+        sign, log_determinant = np.linalg.slogdet(self._laplacian()[1:, 1:])
+        return float(sign * np.exp(log_determinant))
+
+    def tree_marginals(self) -> np.ndarray:
+        """Share of spanning trees that hold each edge, `[edges]`: its effective resistance."""
+        inverse = np.linalg.pinv(self._laplacian(), hermitian=True)
+        a, b = np.array(self.edges).T
+        resistance: np.ndarray = inverse[a, a] + inverse[b, b] - 2 * inverse[a, b]
+        return resistance
+
+    def marginals(self, texts: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
+        """Share of well-formed strings that name each edge, `[edges]`, weighted if asked; NaN where there are none."""
+        used = np.zeros((len(texts), len(self.edges)))
+        well_formed = np.zeros(len(texts), dtype=bool)
+        for row, text in enumerate(texts):
+            chosen = self.parse(text)
+            if chosen is not None:
+                used[row, chosen], well_formed[row] = 1.0, True
+        weights = well_formed * (1.0 if weights is None else weights)
+        with np.errstate(invalid="ignore"):
+            share: np.ndarray = weights @ used / weights.sum()
+        return share
+
+    def to_networkx(self) -> nx.Graph:
+        """The graph with its text names, for drawing."""
+        graph = nx.Graph()
+        graph.add_nodes_from(self.nodes)
+        graph.add_edges_from((self.nodes[a], self.nodes[b]) for a, b in self.edges)
+        return graph
+
+    def _laplacian(self) -> np.ndarray:
+        laplacian = np.zeros((len(self.nodes), len(self.nodes)))
+        for a, b in self.edges:
+            laplacian[[a, b], [a, b]] += 1
+            laplacian[[a, b], [b, a]] -= 1
+        return laplacian
+
+
+def load_problem(name: str) -> SpanningTreeProblem:
+    """A graph by name: `florentine`, `davis`, `tutte`, `karate`, `random:N,P` (Erdős-Rényi, seed 0), or an edge list.
+
+    Raises:
+        ValueError: for a name that is none of these, saying what there is; or a graph that is not connected.
+    """
+    if name in _NAMED:
+        return SpanningTreeProblem.from_graph(_NAMED[name]())
+    if name.startswith("random:"):
+        try:
+            nodes, probability = name.removeprefix("random:").split(",")
+            graph = nx.gnp_random_graph(int(nodes), float(probability), seed=0)
+        except ValueError as error:
+            raise ValueError(f"graph {name!r} is not random:N,P, as in random:12,0.4 ({error})") from None
+        if graph.number_of_nodes() < 2 or not nx.is_connected(graph):
+            raise ValueError(f"graph {name!r} is not connected; raise N or P")
+        return SpanningTreeProblem.from_graph(graph)
+    if Path(name).is_file():
+        return SpanningTreeProblem.from_graph(nx.read_edgelist(name, data=False))
+    raise ValueError(f"no graph {name!r}: take {', '.join(_NAMED)}, random:N,P, or the path of an edge list")
+
+
+def _label(node: object) -> str:
+    """A node's name without what the text form uses: `"Evelyn Jefferson"` becomes `"EvelynJefferson"`."""
+    return "".join(part for part in str(node).replace("-", "_").replace(",", "_").split())
+
+
+def _natural(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isdigit() else (1, 0, name)

@@ -1,0 +1,120 @@
+"""Prompts as users write them (text or chat messages) and as the model reads them (token ids)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+from trl import apply_chat_template, is_conversational
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run, one row each.
+
+    Attributes:
+        rows: the data set's rows as they are: `"prompt"` and whatever columns the objective wants.
+        token_ids: each prompt's tokens, at least one.
+        keys: a fingerprint of each row's contents, under which its objective values are cached.
+    """
+
+    rows: list[dict[str, Any]]
+    token_ids: list[list[int]]
+    keys: list[str]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the columns beside `"prompt"`, which are handed to the objective."""
+        return [name for name in self.rows[0] if name != "prompt"]
+
+
+def check_dataset(dataset: Any, name: str) -> Dataset:
+    """The data set as a [`~datasets.Dataset`] with a column `"prompt"` and at least one row.
+
+    Raises:
+        TypeError, ValueError: saying what is wrong with it and how to mend it.
+    """
+    if dataset is None:
+        return Dataset.from_dict({"prompt": [""]})
+    if isinstance(dataset, (list, tuple)):
+        dataset = Dataset.from_list([row if isinstance(row, dict) else {"prompt": row} for row in dataset])
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} must be a datasets.Dataset (or a list of prompts), got {type(dataset).__name__}. Streaming data "
+            "sets and dicts of data sets do not fit: every rung visits every prompt."
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty. Pass None for unconditional generation from one empty prompt.")
+    if "prompt" not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column 'prompt' (it has {dataset.column_names}). Rename one: "
+            "dataset.rename_column('text', 'prompt')."
+        )
+    return dataset
+
+
+def encode_prompts(
+    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int, context_length: int | None
+) -> Prompts:
+    """Tokenise every prompt once. Chat messages go through the tokenizer's chat template.
+
+    Raises:
+        ValueError: for a prompt that is neither text nor messages, an empty prompt without a token to start from, or
+            one that leaves no room for a completion in the model's context.
+    """
+    rows = [dict(row) for row in dataset]
+    token_ids = [_encode(row, index, tokenizer) for index, row in enumerate(rows)]
+    for index, ids in enumerate(token_ids):
+        if context_length is not None and len(ids) + max_completion_length > context_length:
+            raise ValueError(
+                f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_completion_length} that exceeds "
+                f"the model's context of {context_length}. Lower max_completion_length to "
+                f"{max(0, context_length - max(map(len, token_ids)))} or less, or shorten the prompt."
+            )
+    return Prompts(rows, token_ids, [_fingerprint(row) for row in rows])
+
+
+def _encode(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    prompt = row["prompt"]
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt)["input_ids"])  # type: ignore[call-overload]
+    elif is_conversational({"prompt": prompt}):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                f"prompt {index} is a list of chat messages, but the tokenizer has no chat template. Set "
+                "tokenizer.chat_template, or pass plain text."
+            )
+        text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
+        # The template writes the special tokens itself.
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[call-overload]
+    else:
+        raise ValueError(
+            f"prompt {index} is neither text nor a list of messages with 'role' and 'content': {str(prompt)[:80]!r}"
+        )
+    if ids:
+        return ids
+    # Nothing to condition on: generation still needs one token to start from.
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise ValueError(
+            f"prompt {index} is empty and the tokenizer has neither a BOS nor an EOS token to start from. Set "
+            "tokenizer.bos_token, or write a prompt."
+        )
+    return [start]
+
+
+def _fingerprint(row: dict[str, Any]) -> str:
+    return hashlib.sha1(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
+
+
+def columns_of(prompts: Prompts, rows: Sequence[int]) -> dict[str, list[Any]]:
+    """The objective's extra columns for a batch that repeats prompts in the order `rows`."""
+    return {name: [prompts.rows[row][name] for row in rows] for name in prompts.columns}

@@ -1,0 +1,136 @@
+"""One rung of the ladder: its proposals, its samples as a data set to learn from, and its record."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from . import diagnostics
+from .sequences import Completions, join
+
+
+@dataclass
+class Proposals:
+    """`n` draws for each of `P` prompts with all that weights are made of; rows are ordered by prompt.
+
+    Attributes:
+        rows: `[P·n]`, the prompt of each draw.
+        completions: the `P·n` token sequences.
+        texts: their decoded texts.
+        objective: `[P, n]`, costs `d`.
+        log_prior: `[P, n]`, `log L`, nats.
+        log_model: `[P, n]`, `log q` of the model that drew them, nats.
+    """
+
+    rows: Tensor
+    completions: Completions
+    texts: list[str]
+    objective: Tensor
+    log_prior: Tensor
+    log_model: Tensor
+
+    def log_weight(self, tau: float) -> Tensor:
+        """`ℓ(s) = log L(s) - τ·d(s) - log q(s)`, `[P, n]`, nats."""
+        return self.log_prior - tau * self.objective - self.log_model
+
+    def flat(self, index: Tensor) -> Tensor:
+        """Positions in the flat columns of draws `index` (`[P, m]`, into each prompt's `n`); `[P·m]`."""
+        prompts, n = self.objective.shape
+        return (index + n * torch.arange(prompts)[:, None]).flatten()
+
+    def distinct_share(self, flat: Tensor | None = None) -> float:
+        """Distinct (prompt, completion) pairs as a share of all, or of those at the `flat` positions."""
+        positions = range(len(self.texts)) if flat is None else flat.tolist()
+        pairs = [(int(self.rows[i]), *self.completions.tokens(i)) for i in positions]
+        return len(set(pairs)) / len(pairs)
+
+    def measures(self, tau: float, best: float) -> dict[str, float]:
+        """Cost, success and the weights' diagnostics at `tau`; means over prompts."""
+        log_weight = self.log_weight(tau)
+        return {
+            "objective_mean": self.objective.mean().item(),
+            "objective_best": self.objective.min().item(),
+            "success": success_share(self.objective, best),
+            "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
+            "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
+        }
+
+
+class RungSamples(Dataset[dict[str, list[int]]]):
+    """The samples of the rung that is being learnt, as a map-style data set of fixed length.
+
+    Its length is that of a rung's updates, so that the `Trainer`, which asks once, sees every epoch alike; its contents
+    are replaced at the beginning of every epoch. The order is the data set's own and part of a checkpoint.
+    """
+
+    def __init__(self, length: int, prompts: list[list[int]]) -> None:
+        self.length = length
+        self.prompts = prompts
+        self.rows = torch.empty(0, dtype=torch.long)
+        self.completions = Completions(torch.empty((0, 1), dtype=torch.long), torch.empty(0, dtype=torch.long))
+        self.order = torch.empty(0, dtype=torch.long)
+
+    def fill(self, rows: Tensor, completions: Completions, generator: torch.Generator) -> None:
+        """Take new samples and lay out one rung of them: whole random passes, the last one cut."""
+        self.rows, self.completions = rows, completions
+        passes = math.ceil(self.length / len(rows))
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
+        self.order = order[: self.length]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps of it."""
+        return {"rows": self.rows, "ids": self.completions.ids, "length": self.completions.length, "order": self.order}
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """The inverse of [`tensors`]."""
+        self.rows, self.order = tensors["rows"], tensors["order"]
+        self.completions = Completions(tensors["ids"], tensors["length"])
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        sample = int(self.order[index])
+        return {"prompt": self.prompts[int(self.rows[sample])], "completion": self.completions.tokens(sample)}
+
+
+@dataclass
+class SampleCollator:
+    """Samples to a batch for maximum likelihood: padded on the right, labels on the completion alone."""
+
+    pad_token_id: int
+
+    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+        lengths = torch.tensor([len(sample["completion"]) for sample in samples])
+        ids = torch.full((len(samples), int(lengths.max())), self.pad_token_id, dtype=torch.long)
+        for row, sample in enumerate(samples):
+            ids[row, : lengths[row]] = torch.tensor(sample["completion"], dtype=torch.long)
+        batch = join([sample["prompt"] for sample in samples], Completions(ids, lengths), self.pad_token_id)
+        labels = batch.input_ids.masked_fill(~batch.completion_mask, -100)
+        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
+
+
+def success_share(objective: Tensor, best: float) -> float:
+    """Share of draws of cost 0 or, where none was ever seen, of the best cost known."""
+    return (objective <= max(best, 0.0) + 1e-9).double().mean().item()
+
+
+def write_records(records: list[dict[str, Any]], output_dir: str) -> None:
+    """`rungs.jsonl`, one line a rung, written whole and renamed: what is on disk is always the run so far."""
+    path = Path(output_dir) / "rungs.jsonl"
+    lines = [json.dumps({key: _finite(value) for key, value in record.items()}) for record in records]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines))
+    os.replace(temporary, path)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,120 @@
+"""Step 2 of ALDRIFT, *correct*, and its neighbours: from proposals to samples.
+
+Pure functions on tensors: nothing here knows of models, text or devices. Leading dimensions (one per prompt) are
+batched; randomness comes from the generator passed in and from nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Chains(NamedTuple):
+    """Where a set of independent Metropolis-Hastings chains ended.
+
+    Attributes:
+        index: `[..., m]`, for each chain the step (0 to M-1) whose proposal is its last state.
+        acceptance_rate: `[..., m]`, the share of the M-1 moves that were accepted; NaN where M = 1 (no move was made).
+    """
+
+    index: Tensor
+    acceptance_rate: Tensor
+
+
+def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chains:
+    """Independence Metropolis-Hastings as a scan over proposals that were all drawn beforehand.
+
+    The proposal distribution `q` does not depend on the chain's state, so the whole chain is a function of the
+    log-weights `ℓ(s) = log L(s) - τ·d(s) - log q(s)` of its M proposals. The first proposal is the first state; each
+    later one, `ŝ`, replaces the state `s` with probability `min(1, exp(ℓ(ŝ) - ℓ(s)))` (the correction step of
+    ALDRIFT, arXiv 2503.06917).
+
+    Args:
+        log_weight: `[..., m, M]`, in nats, up to a constant shared by a chain. `-inf` marks a proposal that the target
+            excludes; a chain leaves such a state at the first proposal that is not excluded.
+        generator: drives the acceptance variates; must live on the device of `log_weight`.
+
+    Returns:
+        [`Chains`] with fields of shape `[..., m]`.
+
+    Raises:
+        ValueError: if `log_weight` has fewer than two dimensions, or holds NaN or `+inf`.
+    """
+    if log_weight.dim() < 2 or log_weight.shape[-1] < 1:
+        raise ValueError(f"log_weight must be [..., chains, steps >= 1], got {tuple(log_weight.shape)}")
+    _refuse_unusable(log_weight)
+    steps = log_weight.shape[-1]
+    # rand() may return exactly 0, whose log is -inf: with the strict comparison below it still rejects a proposal of
+    # weight zero, as it must.
+    log_u = torch.rand(log_weight.shape, generator=generator, dtype=log_weight.dtype, device=log_weight.device).log()
+    state = torch.zeros(log_weight.shape[:-1], dtype=torch.long, device=log_weight.device)
+    state_weight = log_weight[..., 0]
+    accepted = torch.zeros_like(state)
+    for step in range(1, steps):
+        proposal_weight = log_weight[..., step]
+        # -inf - -inf is NaN, and every comparison with NaN is false: the chain stays, which is as good as moving.
+        accept = log_u[..., step] < proposal_weight - state_weight
+        state = torch.where(accept, step, state)
+        state_weight = torch.where(accept, proposal_weight, state_weight)
+        accepted += accept
+    moves = steps - 1
+    rate = accepted / moves if moves else torch.full(state.shape, torch.nan, device=state.device)
+    return Chains(state, rate)
+
+
+def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
+    """The `m` proposals of lowest cost; ties go to the higher prior (TOPIFT, the paper's heuristic).
+
+    Args:
+        objective: `[..., n]`, costs.
+        log_prior: `[..., n]`, `log L` in nats.
+        m: how many to keep, at most `n`.
+
+    Returns:
+        `[..., m]` indices into the last dimension, best first.
+    """
+    if not 1 <= m <= objective.shape[-1]:
+        raise ValueError(f"cannot keep the {m} best of {objective.shape[-1]} proposals")
+    # A lexicographic sort: by the second key first, then stably by the first one.
+    by_prior = log_prior.argsort(dim=-1, descending=True, stable=True)
+    by_cost = objective.gather(-1, by_prior).argsort(dim=-1, stable=True)
+    return by_prior.gather(-1, by_cost)[..., :m]
+
+
+def systematic_resample(log_weight: Tensor, m: int, generator: torch.Generator) -> Tensor:
+    """`m` draws in proportion to the weights, by systematic resampling.
+
+    One uniform variate a row shifts a regular comb of `m` teeth over the cumulative weights, so each proposal is drawn
+    within one of `m` times its normalised weight, with exactly that mean.
+
+    Args:
+        log_weight: `[..., n]` in nats, up to a constant.
+        m: number of draws.
+        generator: source of the one variate a row.
+
+    Returns:
+        `[..., m]` indices into the last dimension, in ascending order.
+
+    Raises:
+        ValueError: if a row holds NaN or `+inf`, or `-inf` alone.
+    """
+    _refuse_unusable(log_weight)
+    if bool((log_weight.amax(dim=-1) == -torch.inf).any()):
+        raise ValueError("every weight of a row is zero: nothing can be resampled")
+    cumulative = log_weight.double().softmax(dim=-1).cumsum(dim=-1)
+    shift = torch.rand((*log_weight.shape[:-1], 1), generator=generator, dtype=torch.float64, device=log_weight.device)
+    teeth = (torch.arange(m, dtype=torch.float64, device=log_weight.device) + shift) / m
+    # Rounding can leave the last cumulative weight a hair below 1, and then one row's last tooth above it.
+    teeth = torch.minimum(teeth, cumulative[..., -1:].nextafter(cumulative.new_zeros(())))
+    return torch.searchsorted(cumulative, teeth, right=True)
+
+
+def _refuse_unusable(log_weight: Tensor) -> None:
+    if bool(torch.isnan(log_weight).any()) or bool((log_weight == torch.inf).any()):
+        raise ValueError(
+            "log_weight holds NaN or +inf: a log-probability or a cost is not a finite number. Check the model's "
+            "numerics (try bf16=False) and the objective."
+        )

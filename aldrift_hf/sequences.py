@@ -1,0 +1,164 @@
+"""Completions as padded token tensors, and their exact log-probabilities under a model.
+
+The event space is fixed once and for all: a completion is a run of tokens that ends with its first end-of-text token,
+or that is cut after `max_completion_length` tokens without one. A cut completion is an event of its own, whose
+probability is the product of its tokens' probabilities; with that rule the probabilities of all completions of a prompt
+sum to 1, under the prior and under the policy alike. Weights live on token sequences: nothing is ever tokenised again
+from decoded text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+LOGITS_BUDGET = 2**26
+"""Most logits (rows × positions × vocabulary) that scoring holds at once; 256 MiB in fp32."""
+
+
+class Completions(NamedTuple):
+    """`n` completions.
+
+    Attributes:
+        ids: `[n, max_completion_length]` token ids; what lies behind a completion's end is padding of no meaning.
+        length: `[n]`, number of tokens, the end-of-text token included.
+    """
+
+    ids: Tensor
+    length: Tensor
+
+    def tokens(self, row: int) -> list[int]:
+        """The token ids of one completion, without padding."""
+        return [int(token) for token in self.ids[row, : int(self.length[row])]]
+
+
+class Padded(NamedTuple):
+    """Prompts and completions joined to rows, padded on the right.
+
+    Attributes:
+        input_ids: `[n, width]`.
+        attention_mask: `[n, width]`, 1 on prompt and completion.
+        completion_mask: `[n, width]`, true on the completion's tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    completion_mask: Tensor
+
+
+def completion_length(ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
+    """Tokens up to and including the first of `eos_token_ids`, or all of them. `[n, width]` to `[n]`.
+
+    Never looks at a padding id: most tokenizers pad with their end-of-text token.
+    """
+    is_eos = torch.isin(ids, torch.tensor(list(eos_token_ids), device=ids.device))
+    first = torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, ids.shape[-1])
+    return first
+
+
+def join(prompts: Sequence[Sequence[int]], completions: Completions, pad_token_id: int) -> Padded:
+    """Prompt and completion of each row, one after the other, padded on the right to the longest row.
+
+    Padding on the right needs no position ids in a causal model: what comes before a token is never moved by it.
+    """
+    ends = [len(prompt) + int(length) for prompt, length in zip(prompts, completions.length, strict=True)]
+    width = max(ends)
+    input_ids = torch.full((len(ends), width), pad_token_id, dtype=torch.long)
+    completion_mask = torch.zeros((len(ends), width), dtype=torch.bool)
+    ids = completions.ids.cpu()
+    for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
+        start = len(prompt)
+        input_ids[row, :start] = torch.tensor(prompt, dtype=torch.long)
+        input_ids[row, start:end] = ids[row, : end - start]
+        completion_mask[row, start:end] = True
+    attention_mask = (torch.arange(width) < torch.tensor(ends)[:, None]).long()
+    return Padded(input_ids, attention_mask, completion_mask)
+
+
+def sequence_logprobs(
+    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Completions, *, pad_token_id: int, batch_size: int
+) -> Tensor:
+    """`log p(completion | prompt)` of every row, in nats: the one scorer, of the prior and of the policy.
+
+    Log-softmax is taken in fp32 whatever the model computes in (in bf16 it costs 0.1 to 0.2 nats a sequence), and the
+    sum over tokens in fp64. Equal rows are scored once. Call it in eval mode, without gradients and under the autocast
+    that the policy generates and trains in.
+
+    Args:
+        model: a causal language model.
+        prompts: `n` lists of token ids, each of at least one token.
+        completions: `n` completions.
+        pad_token_id: fills the rows; its value has no effect.
+        batch_size: most rows a forward pass, further bounded by [`LOGITS_BUDGET`].
+
+    Returns:
+        `[n]`, fp64, on the CPU.
+    """
+    keys: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    where = [
+        keys.setdefault((tuple(prompt), tuple(completions.tokens(row))), len(keys))
+        for row, prompt in enumerate(prompts)
+    ]
+    distinct = sorted(keys.items(), key=lambda item: len(item[0][0]) + len(item[0][1]))
+    scores = torch.empty(len(keys), dtype=torch.float64)
+    rows_left = distinct
+    while rows_left:
+        # Sorted by length, so that a batch's last row is its widest.
+        size = min(batch_size, len(rows_left))
+        widest = len(rows_left[size - 1][0][0]) + len(rows_left[size - 1][0][1])
+        size = max(1, min(size, LOGITS_BUDGET // (widest * _vocabulary_size(model))))
+        batch, rows_left = rows_left[:size], rows_left[size:]
+        slots = [slot for _, slot in batch]
+        scores[slots] = _score([key for key, _ in batch], model, pad_token_id)
+    return scores[where]
+
+
+def _score(batch: list[tuple[tuple[int, ...], tuple[int, ...]]], model: nn.Module, pad_token_id: int) -> Tensor:
+    """`[n]` log-probabilities of (prompt, completion) rows of similar length, in one forward pass."""
+    lengths = torch.tensor([len(completion) for _, completion in batch])
+    ids = torch.full((len(batch), int(lengths.max())), pad_token_id, dtype=torch.long)
+    for row, (_, completion) in enumerate(batch):
+        ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
+    padded = join([prompt for prompt, _ in batch], Completions(ids, lengths), pad_token_id)
+    device = next(model.parameters()).device
+    input_ids, attention_mask, completion_mask = (tensor.to(device) for tensor in padded)
+    # Logits of the shared stretch of prompt are not needed: position t-1 predicts token t.
+    first = min(len(prompt) for prompt, _ in batch)
+    keep = input_ids.shape[1] - first + 1
+    extra = {"logits_to_keep": keep} if _keeps_logits(model) else {}
+    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
+    logits = logits[:, -keep:-1].float()
+    targets = input_ids[:, first:]
+    token_logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
+    return torch.where(completion_mask[:, first:], token_logprobs.double(), 0.0).sum(-1).cpu()
+
+
+@contextlib.contextmanager
+def inference(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients, and every submodule's own mode restored afterwards, also after an exception.
+
+    `Trainer.training_step` leaves the model in train mode, in which dropout (LoRA's too, and Llama's attention dropout,
+    which is no `nn.Dropout`) would make a score a random number.
+    """
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    try:
+        for model in models:
+            model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _vocabulary_size(model: nn.Module) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+
+
+def _keeps_logits(model: nn.Module) -> bool:
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters

@@ -1,0 +1,650 @@
+"""ALDRIFT (arXiv 2503.06917) as a `transformers.Trainer`: one epoch is one rung of the temperature ladder.
+
+The whole algorithm is [`ALDRIFTTrainer.begin_rung`]: propose, correct, and fill the data set from which the `Trainer`
+then learns, as it learns from any other. Epochs, optimizer, schedule, logging, checkpoints, distributed training and
+resume are the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from accelerate.utils import gather_object, reduce
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from . import checkpoint, diagnostics, prior, samplers
+from .config import ALDRIFTConfig
+from .ladder import linear_ladder
+from .objective import CostFunction, Objective
+from .prompts import Prompts, check_dataset, encode_prompts
+from .proposals import assert_neutral, generate, neutral_generation_config, stream_seed
+from .report import print_completions
+from .rungs import Proposals, RungSamples, SampleCollator, success_share, write_records
+from .sequences import Completions, inference, sequence_logprobs
+
+logger = logging.getLogger(__name__)
+
+# The first number of a random stream's address, after the run's seed: no two uses share a stream.
+PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE = range(5)
+
+
+class ALDRIFTTrainer(Trainer):
+    """
+    Turns a causal language model `L` into a sampler of `p_T(s) ∝ L(s)·exp(-T·d(s))`, without a gradient of `d`.
+
+    Args:
+        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            The prior `L` is exactly what you pass in: an id or path to load, a model (with `peft_config`: the prior is
+            the model with the new adapter off; without: a frozen copy of it), or a `PeftModel` (a frozen copy of its
+            active adapter is the prior, the adapter itself is trained on). The id or path of an adapter loads it on its
+            base model.
+        objective (`Callable` or `list[Callable]`):
+            Cost functions `cost(prompts, completions, **columns) -> list[float]`, sync or async, lower is better, in
+            `[0, D]`. Several are summed with `args.objective_weights`. See [`aldrift_hf.objective`].
+        args ([`ALDRIFTConfig`], *optional*):
+            Settings.
+        train_dataset ([`~datasets.Dataset`] or `list`, *optional*):
+            Prompts, in a column `"prompt"` (text or chat messages); further columns are handed to the objective. `None`
+            is one empty prompt.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            The tokenizer. `None` loads the one that belongs to the model.
+        eval_dataset ([`~datasets.Dataset`] or `list`, *optional*):
+            Prompts for [`evaluate`]. `None` uses those of `train_dataset`.
+        callbacks, optimizers:
+            As in [`~transformers.Trainer`].
+        peft_config ([`~peft.PeftConfig`], *optional*):
+            Adapter to train. `None` with a plain model is full fine-tuning beside a frozen copy.
+
+    Raises:
+        ValueError, TypeError, OSError: for settings, data, an objective or an output directory that cannot work, before
+            a model is loaded where the model is not needed to tell.
+    """
+
+    _tag_names = ["aldrift"]
+
+    def __init__(
+        self,
+        model: str | PreTrainedModel | PeftModel,
+        objective: CostFunction | list[CostFunction],
+        args: ALDRIFTConfig | None = None,
+        train_dataset: Dataset | list[Any] | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        eval_dataset: Dataset | list[Any] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        peft_config: PeftConfig | None = None,
+    ) -> None:
+        args = ALDRIFTConfig() if args is None else args
+        if not isinstance(args, ALDRIFTConfig):
+            raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
+        _check_writable(str(args.output_dir))
+        train = check_dataset(train_dataset, "train_dataset")
+        evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
+        self.objective = Objective(
+            objective,
+            args.objective_weights,
+            args.objective_range,
+            args.generation_batch_size,
+            show_progress=not args.disable_tqdm,
+        )
+        for dataset in (train, evaluation):
+            self.objective.check_signature([name for name in dataset.column_names if name != "prompt"])
+        if peft_config is not None:
+            prior.check_peft_config(peft_config)
+
+        tokenizer = _tokenizer_of(model, args) if processing_class is None else processing_class
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            raise TypeError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                "the tokenizer has no end-of-text token, so no completion could end. Set tokenizer.eos_token to the "
+                "token that your model ends with."
+            )
+        loaded = _load(model, args) if isinstance(model, str) else model
+        if not isinstance(model, str) and args.model_init_kwargs is not None:
+            raise ValueError("model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it.")
+        self.eos_token_ids = _eos_token_ids(prior.base_model(loaded), tokenizer)
+        self.pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        self.generation_config = neutral_generation_config(
+            max_completion_length=args.max_completion_length,
+            eos_token_ids=self.eos_token_ids,
+            pad_token_id=self.pad_token_id,
+        )
+        self.context_length = _context_length(prior.base_model(loaded))
+        self.processing_class = tokenizer
+        self.args = args
+        self.prompts = self._encode(train)
+        self.eval_prompts = self._encode(evaluation)
+
+        policy, self.prior = prior.split(loaded, peft_config)
+        super().__init__(
+            model=policy,
+            args=args,
+            data_collator=SampleCollator(self.pad_token_id),
+            train_dataset=RungSamples(1, self.prompts.token_ids),
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+            compute_loss_func=_mean_token_nll,
+            callbacks=[_Rungs(self), *(callbacks or [])],
+            optimizers=optimizers,
+        )
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+        samples_per_rung = len(self.prompts) * args.num_chains
+        rows_per_update = self._train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.updates_per_rung = args.updates_per_rung or math.ceil(samples_per_rung / rows_per_update)
+        self.samples = RungSamples(self.updates_per_rung * rows_per_update, self.prompts.token_ids)
+        self.train_dataset = self.samples
+        self.progress = checkpoint.Progress()
+        self.rungs_wanted = int(args.num_train_epochs)
+        self._first_proposals: Proposals | None = None
+        self._draws = 0
+        self._neutral = False
+
+    # ---- The algorithm ----------------------------------------------------------------------------------------------
+
+    def begin_rung(self, rung: int) -> None:
+        """Propose and correct on rung `rung`, and lay out its samples to learn from (steps 1 and 2 of ALDRIFT)."""
+        progress, args = self.progress, self.args
+        tau_before, tau = progress.tau, self.tau(rung)
+        proposals, seconds = self._first_proposals, {}
+        self._first_proposals = None
+        if proposals is None:
+            proposals, seconds = self._propose(self.prompts, args.proposals_per_prompt, (PROPOSE, rung))
+        index, acceptance_rate = self._correct(proposals, tau_before, tau, rung)
+        chosen = proposals.flat(index)
+
+        log_weight_before, log_weight = proposals.log_weight(tau_before), proposals.log_weight(tau)
+        increment = diagnostics.log_z_increment(log_weight_before, log_weight)
+        log_z = torch.tensor(progress.log_z or [0.0] * len(self.prompts), dtype=torch.float64) + increment
+        self.samples.fill(
+            proposals.rows[chosen],
+            Completions(proposals.completions.ids[chosen], proposals.completions.length[chosen]),
+            self._generator(SHUFFLE, rung),
+        )
+        progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
+        progress.proposals += len(proposals.texts)
+        progress.loss_sum, progress.updates, progress.learn_seconds = 0.0, 0, 0.0
+        progress.records[rung:] = [
+            {
+                "rung": rung,
+                "tau": tau,
+                **proposals.measures(tau, self.objective.best),
+                "sample_objective_mean": proposals.objective.flatten()[chosen].mean().item(),
+                "acceptance_rate": acceptance_rate,
+                "log_z_increment": increment.mean().item(),
+                "log_z": log_z.mean().item(),
+                "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
+                "distinct_proposals": proposals.distinct_share(),
+                "distinct_samples": proposals.distinct_share(chosen),
+                "proposals": progress.proposals,
+                "objective_calls": self.objective.calls,
+                **self._components(proposals),
+                **seconds,
+            }
+        ]
+        if args.log_completions and self.is_world_process_zero():
+            print_completions(proposals, log_weight, self.prompts, rung, tau)
+
+    def end_rung(self) -> None:
+        """Complete the rung's record with what was learnt, log it and write it to `output_dir/rungs.jsonl`."""
+        progress = self.progress
+        record = progress.records[-1]
+        loss = torch.tensor(progress.loss_sum / max(progress.updates, 1), device=self.args.device)
+        record["sft_loss"] = cast(Tensor, reduce(loss, "mean")).item()
+        record["seconds_learn"] = progress.learn_seconds
+        self.log({key: value for key, value in record.items() if math.isfinite(value)})
+        if self.is_world_process_zero():
+            write_records(progress.records, str(self.args.output_dir))
+        if record["missing_mass"] > diagnostics.MISSING_MASS_WARNING:
+            self._warn_of_missing_mass(record["missing_mass"], f"The model that drew rung {record['rung']}")
+
+    def tau(self, rung: int) -> float:
+        """Inverse temperature of a rung; those beyond the ladder's end stay at T."""
+        ladder = self.ladder
+        return ladder[min(rung, len(ladder) - 1)]
+
+    @property
+    def ladder(self) -> list[float]:
+        """The inverse temperatures of all rungs. Known once D is: set, or seen on the prior's draws."""
+        args = self.args
+        step = args.tau_step if args.tau_step is not None else 1 / cast(float, self.progress.objective_range)
+        return linear_ladder(args.tau_max, step)
+
+    def _propose(
+        self, prompts: Prompts, per_prompt: int, stream: tuple[int, ...]
+    ) -> tuple[Proposals, dict[str, float]]:
+        """`per_prompt` draws from the policy for every prompt, scored and priced; and the seconds each part took.
+
+        Batches have random streams of their own and are dealt out to the processes, so that the draws do not depend on
+        how many there are.
+        """
+        args = self.args
+        rows = torch.arange(len(prompts)).repeat_interleave(per_prompt)
+        batches = list(enumerate(rows.split(args.generation_batch_size)))
+        seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
+        mine = []
+        with self._inference():
+            for number, batch in tqdm(
+                batches[args.process_index :: args.world_size],
+                desc="proposals",
+                leave=False,
+                disable=args.disable_tqdm or not self.is_world_process_zero(),
+            ):
+                token_ids = [prompts.token_ids[row] for row in batch.tolist()]
+                with _timed(seconds, "seconds_propose"):
+                    seed = stream_seed(args.seed, *stream, number)
+                    completions = generate(self._policy(token_ids[0]), token_ids, self.generation_config, seed)
+                with _timed(seconds, "seconds_score"):
+                    log_model = self._score(self._policy(token_ids[0]), token_ids, completions)
+                    with self.prior.active(self._unwrapped()) as prior_model:
+                        log_prior = self._score(prior_model, token_ids, completions)
+                mine.append((number, completions, log_model, log_prior))
+        parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
+        completions = Completions(torch.cat([part[1].ids for part in parts]), torch.cat([part[1].length for part in parts]))
+        texts = self._decode(completions)
+        with _timed(seconds, "seconds_objective"):
+            objective = self.objective(prompts, rows.tolist(), texts)
+        shape = (len(prompts), per_prompt)
+        log_model, log_prior = (torch.cat([part[column] for part in parts]).view(shape) for column in (2, 3))
+        return Proposals(rows, completions, texts, objective.view(shape), log_prior, log_model), seconds
+
+    def _correct(self, proposals: Proposals, tau_before: float, tau: float, rung: int) -> tuple[Tensor, float]:
+        """Which of each prompt's proposals become samples, `[P, m]`; and the acceptance rate, NaN without chains."""
+        m, generator = self.args.num_chains, self._generator(CORRECT, rung)
+        if self.args.sampler == "metropolis_hastings":
+            return _run_chains(proposals.log_weight(tau), m, generator)
+        if self.args.sampler == "top":
+            return samplers.top(proposals.objective, proposals.log_prior, m), math.nan
+        return samplers.systematic_resample(-(tau - tau_before) * proposals.objective, m, generator), math.nan
+
+    # ---- Training -------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """Climb the ladder. See [`~transformers.Trainer.train`].
+
+        At the end the final model is checked for missing mass (as in [`evaluate`], on the training prompts), unless
+        `max_objective_calls` is spent.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or `True` for the last one in `output_dir`. The run then goes
+                on as if it had never been interrupted, also from the middle of a rung.
+
+        Raises:
+            ValueError: if there is no such checkpoint, or it belongs to other data or batch settings.
+        """
+        folder = self._checkpoint_folder(resume_from_checkpoint)
+        if folder is None:
+            self.progress = checkpoint.Progress(objective_range=self.args.objective_range)
+        else:
+            self.progress = checkpoint.load(folder, self.samples, self.objective)
+        if self.progress.objective_range is None:
+            self._measure_objective_range()
+        rungs = len(self.ladder) if self.rungs_wanted == -1 else self.rungs_wanted
+        if folder is not None and self._budget_is_spent() and self.progress.updates == self.updates_per_rung:
+            rungs = self.progress.rung + 1  # the budget ended with the checkpoint's rung: there is none to go on with
+        self.args.num_train_epochs = rungs
+        output = super().train(resume_from_checkpoint=folder, **kwargs)
+        if not self.progress.complete:
+            self.end_rung()  # resumed from the very last update: the loop had nothing left to do
+        if not self._budget_is_spent():
+            output.metrics.update(self._measure(self.prompts, "final"))
+        return output
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.progress.loss_sum += loss.item()
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
+        # The rung's samples come in an order of their own, which the checkpoint keeps.
+        return torch.utils.data.SequentialSampler(self.samples)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        # Before the Trainer's own files, so that a push of the folder to the Hub includes ours.
+        loss_sum = torch.tensor(self.progress.loss_sum, dtype=torch.float64)
+        self.progress.loss_sum = cast(Tensor, reduce(loss_sum.to(self.args.device), "mean")).item()
+        if self.args.should_save:
+            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+            checkpoint.save(folder, self.progress, self.samples, self.objective)
+        super()._save_checkpoint(model, trial)
+
+    def _checkpoint_folder(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        if not resume_from_checkpoint:
+            return None
+        if isinstance(resume_from_checkpoint, str):
+            return resume_from_checkpoint
+        folder = get_last_checkpoint(str(self.args.output_dir))
+        if folder is None:
+            raise ValueError(
+                f"there is no checkpoint in {self.args.output_dir} to resume from. Pass its folder, or leave "
+                "resume_from_checkpoint out to start anew."
+            )
+        return str(folder)
+
+    def _measure_objective_range(self) -> None:
+        """D from the first rung's proposals: before the first update the policy is the prior."""
+        self._first_proposals, _ = self._propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
+        worst = self._first_proposals.objective.max().item()
+        if worst == 0:
+            raise ValueError(
+                "every draw from the prior has cost 0, so there is nothing to optimise and no range to take the "
+                "ladder's steps from. Check the objective, or set objective_range."
+            )
+        self.progress.objective_range = worst
+        logger.info(f"objective_range not set: D = {worst:g}, the largest cost among the first rung's proposals")
+
+    def _budget_is_spent(self) -> bool:
+        limit = self.args.max_objective_calls
+        return limit is not None and self.objective.calls >= limit
+
+    # ---- Evaluation and sampling ------------------------------------------------------------------------------------
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """How close the model is to `p_T`, from `num_chains · chain_length` fresh draws a prompt.
+
+        Args:
+            eval_dataset: prompts; `None` takes the trainer's `eval_dataset`, or else its `train_dataset`.
+            ignore_keys: has no meaning here.
+            metric_key_prefix: first part of the metrics' names.
+
+        Returns:
+            Under `eval_…`, means over prompts: `objective` (mean cost), `objective_best`, `success` (share of cost 0 or
+            the best known), `distinct` (share of distinct draws), `ess` (share in [0, 1]), `khat`, `log_z` (of `p_T`,
+            nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where it is known), `kl_forward`
+            (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training began, `missing_mass`
+            (nats; see [`aldrift_hf.diagnostics.missing_mass`]).
+        """
+        prompts = self.eval_prompts if eval_dataset is None else self._encode(check_dataset(eval_dataset, "eval_dataset"))
+        self.objective.check_signature(prompts.columns)
+        metrics = self._measure(prompts, metric_key_prefix)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _measure(self, prompts: Prompts, prefix: str) -> dict[str, float]:
+        """The metrics of [`evaluate`], logged; and a warning where the model lost mass."""
+        start = time.time()
+        stream = (EVALUATE, self.state.global_step)
+        proposals, _ = self._propose(prompts, self.args.proposals_per_prompt, stream)
+        tau = self.args.tau_max
+        log_weight = proposals.log_weight(tau)
+        log_z = diagnostics.log_z(log_weight)
+        measures = proposals.measures(tau, self.objective.best)
+        metrics = {
+            "objective": measures.pop("objective_mean"),
+            **measures,
+            "distinct": proposals.distinct_share(),
+            "log_z": log_z.mean().item(),
+            "kl_forward": diagnostics.forward_kl(log_weight).mean().item(),
+        }
+        if prompts.keys == self.prompts.keys and self.progress.log_z:
+            ladder_log_z = torch.tensor(self.progress.log_z, dtype=torch.float64)
+            at_rung = proposals.log_weight(self.progress.tau)
+            metrics["missing_mass"] = diagnostics.missing_mass(ladder_log_z, at_rung).mean().item()
+            if self.progress.tau == tau:
+                log_z = ladder_log_z
+        metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
+        metrics["runtime"] = time.time() - start
+        if metrics.get("missing_mass", 0.0) > diagnostics.MISSING_MASS_WARNING:
+            self._warn_of_missing_mass(metrics["missing_mass"], "The model")
+        metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
+        self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
+        return metrics
+
+    def sample(
+        self, num_samples: int, prompts: Dataset | list[Any] | None = None, chain_length: int | None = None
+    ) -> Dataset:
+        """Corrected draws from `p_T`: the last states of `num_samples` Metropolis-Hastings chains a prompt.
+
+        Their diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of
+        distinct samples. The chains can only go where the model goes: after a warning of missing mass, they miss it too.
+
+        Args:
+            num_samples: chains, and so samples, a prompt.
+            prompts: a data set with the objective's columns, or a list of prompts; `None` takes the training prompts.
+            chain_length: proposals a chain; `None` takes `args.chain_length`. Longer chains come closer to `p_T`.
+
+        Returns:
+            A data set of `num_samples` rows a prompt, ordered by prompt, with `prompt`, `completion`, `objective`,
+            `log_prior` and `log_model` (nats).
+        """
+        steps = self.args.steps_per_chain if chain_length is None else chain_length
+        if num_samples < 1 or steps < 1:
+            raise ValueError(f"num_samples and chain_length must be at least 1, got {num_samples} and {steps}")
+        asked = self.prompts if prompts is None else self._encode(check_dataset(prompts, "prompts"))
+        self.objective.check_signature(asked.columns)
+        self._draws += 1
+        stream = (SAMPLE, self._draws)
+        proposals, _ = self._propose(asked, num_samples * steps, stream)
+        log_weight = proposals.log_weight(self.args.tau_max)
+        index, acceptance_rate = _run_chains(log_weight, num_samples, self._generator(*stream))
+        chosen = proposals.flat(index)
+        measures = proposals.measures(self.args.tau_max, self.objective.best)
+        picked = proposals.objective.flatten()[chosen]
+        metrics = {
+            "acceptance_rate": acceptance_rate,
+            "ess": measures["ess"],
+            "khat": measures["khat"],
+            "log_z": diagnostics.log_z(log_weight).mean().item(),
+            "objective": picked.mean().item(),
+            "success": success_share(picked, self.objective.best),
+            "distinct": proposals.distinct_share(chosen),
+        }
+        self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
+        return Dataset.from_dict(
+            {
+                "prompt": [asked.rows[int(proposals.rows[i])]["prompt"] for i in chosen.tolist()],
+                "completion": [proposals.texts[i] for i in chosen.tolist()],
+                "objective": picked.tolist(),
+                "log_prior": proposals.log_prior.flatten()[chosen].tolist(),
+                "log_model": proposals.log_model.flatten()[chosen].tolist(),
+            }
+        )
+
+    # ---- Models and text --------------------------------------------------------------------------------------------
+
+    def _unwrapped(self) -> nn.Module:
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model))
+
+    def _policy(self, prompt: list[int]) -> PreTrainedModel:
+        """The module that generates and is scored, once it is known to sample from its own distribution."""
+        model = prior.base_model(self._unwrapped())
+        if not self._neutral:
+            assert_neutral(model, prompt, self.generation_config)
+            self._neutral = True
+        return model
+
+    def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
+        return sequence_logprobs(
+            model,
+            prompts,
+            completions,
+            pad_token_id=self.pad_token_id,
+            batch_size=self.args.generation_batch_size,
+        )
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        """Eval mode, no gradients, and the autocast of training: one precision for generating, scoring and learning."""
+        with inference(self._unwrapped()), self.accelerator.autocast():
+            yield
+
+    def _encode(self, dataset: Dataset) -> Prompts:
+        return encode_prompts(
+            dataset,
+            cast(PreTrainedTokenizerBase, self.processing_class),
+            max_completion_length=self.args.max_completion_length,
+            context_length=self.context_length,
+        )
+
+    def _decode(self, completions: Completions) -> list[str]:
+        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
+        rows = [completions.tokens(row) for row in range(len(completions.length))]
+        return [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+    def _generator(self, *stream: int) -> torch.Generator:
+        return torch.Generator().manual_seed(stream_seed(self.args.seed, *stream))
+
+    def _components(self, proposals: Proposals) -> dict[str, float]:
+        if len(self.objective.functions) == 1:
+            return {}
+        means = self.objective.components(self.prompts, proposals.rows.tolist(), proposals.texts)
+        return {f"objective/{name}": value for name, value in means.items()}
+
+    def _warn_of_missing_mass(self, nats: float, who: str) -> None:
+        logger.warning(
+            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about {math.exp(-nats):.1%} of "
+            "p_T by the ladder's estimate of log Z, so success and effective sample size speak of that part alone. Use "
+            "more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
+            "(tau_step)."
+        )
+
+
+class _Rungs(TrainerCallback):
+    """Calls the trainer's rung at the Trainer's epoch."""
+
+    def __init__(self, trainer: ALDRIFTTrainer) -> None:
+        self.trainer = trainer
+        self.step_began = 0.0
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer
+        rung = state.global_step // trainer.updates_per_rung
+        progress = trainer.progress
+        if progress.rung == rung:  # resumed in the middle of a rung, whose samples came with the checkpoint
+            return
+        if not progress.complete:
+            trainer.end_rung()  # resumed from a checkpoint of the last update, before the rung's record was complete
+        trainer.begin_rung(rung)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.step_began = time.perf_counter()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.trainer.progress.updates += 1
+        self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.trainer.end_rung()
+        if self.trainer._budget_is_spent():
+            logger.warning(
+                f"max_objective_calls={self.trainer.args.max_objective_calls} is reached: "
+                f"{self.trainer.objective.calls} distinct completions evaluated. Training ends after rung "
+                f"{self.trainer.progress.rung} at tau = {self.trainer.progress.tau:g}."
+            )
+            control.should_training_stop = True
+        return control
+
+
+def _run_chains(log_weight: Tensor, m: int, generator: torch.Generator) -> tuple[Tensor, float]:
+    """`m` chains over each prompt's proposals `[P, m·M]`: the last states' indices `[P, m]`, and the acceptance rate."""
+    prompts, n = log_weight.shape
+    chains = samplers.metropolis_hastings(log_weight.view(prompts, m, n // m), generator)
+    index = chains.index + (n // m) * torch.arange(m)
+    return index, chains.acceptance_rate.mean().item()
+
+
+def _mean_token_nll(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
+    """Total negative log-likelihood over the total tokens of the accumulated batch.
+
+    A mean over each sequence's own length would weigh the tokens of short sequences more, and its optimum would not be
+    the distribution that the samples come from.
+    """
+    logits = outputs.logits[:, :-1].float()
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    return loss / num_items_in_batch
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[key] += time.perf_counter() - start
+
+
+def _check_writable(output_dir: str) -> None:
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
+        ) from error
+
+
+def _load(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
+    kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
+    if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
+        return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+
+
+def _tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else prior.base_model(model).config._name_or_path
+    kwargs = {
+        key: value
+        for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items()
+        if key in ("revision", "trust_remote_code", "token", "cache_dir")
+    }
+    if not name:
+        raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})") from error
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Any of the generation config's end-of-text tokens ends a completion, and the tokenizer's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
+    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
+    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    return sorted(token for token in ids if token < vocabulary)
+
+
+def _context_length(model: PreTrainedModel) -> int | None:
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
