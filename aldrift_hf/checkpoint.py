@@ -27,6 +27,7 @@ class Progress:
         tau: the rung's inverse temperature.
         log_z: the ladder's `log Z_τ` of each prompt, nats.
         proposals: draws so far.
+        calls_before: objective calls made before training began.
         records: what was logged of each rung begun.
         loss_sum: the rung's training loss, summed over its micro-batches on this process.
         updates: the rung's optimizer updates so far.
@@ -38,6 +39,7 @@ class Progress:
     tau: float = 0.0
     log_z: list[float] = field(default_factory=list)
     proposals: int = 0
+    calls_before: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     loss_sum: float = 0.0
     updates: int = 0

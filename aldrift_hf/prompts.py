@@ -71,7 +71,7 @@ def encode_prompts(
             one that leaves no room for a completion in the model's context.
     """
     rows = [dict(row) for row in dataset]
-    token_ids = [_encode(row, index, tokenizer) for index, row in enumerate(rows)]
+    token_ids = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(rows)]
     for index, ids in enumerate(token_ids):
         if context_length is not None and len(ids) + max_completion_length > context_length:
             raise ValueError(
@@ -82,8 +82,8 @@ def encode_prompts(
     return Prompts(rows, token_ids, [_fingerprint(row) for row in rows])
 
 
-def _encode(row: dict[str, Any], index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    prompt = row["prompt"]
+def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of one prompt (text or messages), at least one; `index` is for the error message."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])  # type: ignore[call-overload]
     elif is_conversational({"prompt": prompt}):

@@ -202,7 +202,7 @@ class ALDRIFTTrainer(Trainer):
                 "distinct_proposals": proposals.distinct_share(),
                 "distinct_samples": proposals.distinct_share(chosen),
                 "proposals": progress.proposals,
-                "objective_calls": self.objective.calls,
+                "objective_calls": self.objective_calls,
                 **self._components(proposals),
                 **seconds,
             }
@@ -222,6 +222,11 @@ class ALDRIFTTrainer(Trainer):
             write_records(progress.records, str(self.args.output_dir))
         if record["missing_mass"] > diagnostics.MISSING_MASS_WARNING:
             self._warn_of_missing_mass(record["missing_mass"], f"The model that drew rung {record['rung']}")
+
+    @property
+    def objective_calls(self) -> int:
+        """Distinct (prompt, completion) pairs that the objective was asked for since training began."""
+        return self.objective.calls - self.progress.calls_before
 
     def tau(self, rung: int) -> float:
         """Inverse temperature of a rung; those beyond the ladder's end stay at T."""
@@ -299,7 +304,9 @@ class ALDRIFTTrainer(Trainer):
         """
         folder = self._checkpoint_folder(resume_from_checkpoint)
         if folder is None:
-            self.progress = checkpoint.Progress(objective_range=self.args.objective_range)
+            self.progress = checkpoint.Progress(
+                objective_range=self.args.objective_range, calls_before=self.objective.calls
+            )
         else:
             self.progress = checkpoint.load(folder, self.samples, self.objective)
         if self.progress.objective_range is None:
@@ -362,7 +369,7 @@ class ALDRIFTTrainer(Trainer):
 
     def _budget_is_spent(self) -> bool:
         limit = self.args.max_objective_calls
-        return limit is not None and self.objective.calls >= limit
+        return limit is not None and self.objective_calls >= limit
 
     # ---- Evaluation and sampling ------------------------------------------------------------------------------------
 
@@ -426,6 +433,8 @@ class ALDRIFTTrainer(Trainer):
         self, num_samples: int, prompts: Dataset | list[Any] | None = None, chain_length: int | None = None
     ) -> Dataset:
         """Corrected draws from `p_T`: the last states of `num_samples` Metropolis-Hastings chains a prompt.
+
+        With `chain_length=1` no correction is made, and the draws are the model's own.
 
         Their diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of
         distinct samples. The chains can only go where the model goes: after a warning of missing mass, they miss it too.
@@ -568,7 +577,7 @@ class _Rungs(TrainerCallback):
         if self.trainer._budget_is_spent():
             logger.warning(
                 f"max_objective_calls={self.trainer.args.max_objective_calls} is reached: "
-                f"{self.trainer.objective.calls} distinct completions evaluated. Training ends after rung "
+                f"{self.trainer.objective_calls} distinct completions evaluated. Training ends after rung "
                 f"{self.trainer.progress.rung} at tau = {self.trainer.progress.tau:g}."
             )
             control.should_training_stop = True

@@ -1,8 +1,8 @@
-"""A small prior made on the spot: a GPT-2-architecture model trained for some seconds on draws of a local constraint.
+"""Priors for the recipes, fitted on the spot to draws of a local constraint.
 
-The recipes' default, so that they need no download. The model has a tokenizer of its own with one token a word, where
-words are what stands between separators ("Acciaiuoli-Medici" is one); it is cached outside the repository, under a name
-that is a fingerprint of everything it depends on.
+Either a small GPT-2-architecture model with a tokenizer of its own, which needs no download and some seconds
+([`small_prior`]), or a LoRA warm-up of any causal language model ([`warm_up`]). Both are cached outside the repository,
+under a name that is a fingerprint of everything they depend on.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..prompts import encode_prompt
 from ..proposals import stream_seed
+from ..rungs import SampleCollator
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +89,7 @@ def small_prior(
     config: SmallPriorConfig | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A causal language model of the texts that `draw` yields, from the cache or trained now.
+    """A small causal language model of the texts that `draw` yields, from the cache or trained now.
 
     Args:
         words: the vocabulary; every text is words joined by `separator`.
@@ -97,63 +102,126 @@ def small_prior(
         The model (fp32, on the CPU, in eval mode) and its tokenizer.
     """
     config = config or SmallPriorConfig()
-    root = Path(cache_dir or os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
-    texts = draw(8, np.random.default_rng(config.seed))
-    made_of = json.dumps([asdict(config), list(words), separator, texts, torch.__version__], sort_keys=True)
-    folder = root / f"prior-{hashlib.sha256(made_of.encode()).hexdigest()[:16]}"
     tokenizer = word_tokenizer(words, separator)
-    if not (folder / "config.json").is_file():
-        logger.warning(f"making the prior: {config.steps} steps of {config.batch_size} fresh texts, kept in {folder}")
-        _store(_train(tokenizer, draw, config), tokenizer, folder)
-    model = GPT2LMHeadModel.from_pretrained(folder)
-    return model.eval(), tokenizer
+    folder = _folder(cache_dir, [asdict(config), list(words), separator, draw(8, np.random.default_rng(config.seed))])
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            logger.warning(f"making the prior: {config.steps} steps of {config.batch_size} texts, to be kept in {folder}")
+            with torch.random.fork_rng():
+                torch.manual_seed(stream_seed(config.seed))
+                model = GPT2LMHeadModel(_gpt2_config(config, tokenizer, draw))
+                fit(model, tokenizer, draw, config.steps, config.batch_size, config.learning_rate, config.seed)
+            _store(model, tokenizer, folder)
+    return GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer
 
 
-def _train(tokenizer: PreTrainedTokenizerBase, draw: TextSource, config: SmallPriorConfig) -> GPT2LMHeadModel:
-    rng = np.random.default_rng(config.seed)
-    end = int(tokenizer.eos_token_id)  # type: ignore[arg-type]
-    with torch.random.fork_rng():
-        torch.manual_seed(stream_seed(config.seed))
-        length = max(len(tokenizer(text)["input_ids"]) for text in draw(64, rng)) + 2  # type: ignore[arg-type]
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=len(tokenizer),
-                n_positions=2 ** math.ceil(math.log2(length + 1)),
-                n_embd=config.width,
-                n_layer=config.layers,
-                n_head=config.heads,
-                # Nothing to regularise: every batch is fresh.
-                resid_pdrop=0.0,
-                embd_pdrop=0.0,
-                attn_pdrop=0.0,
-                activation_function="gelu_pytorch_tanh",  # gelu_new, fused
-                bos_token_id=end,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-        )
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=0.0, fused=True)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, total_steps=config.steps)
-        for _ in tqdm(range(config.steps), desc="making the prior", leave=False):
-            ids = [[end, *row, end] for row in tokenizer(draw(config.batch_size, rng))["input_ids"]]  # type: ignore[union-attr]
-            width = max(map(len, ids))
-            labels = torch.tensor([row + [-100] * (width - len(row)) for row in ids])
-            loss = model(input_ids=labels.clamp(min=0), labels=labels).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-    return model
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draw: TextSource,
+    peft_config: PeftConfig,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> PeftModel:
+    """`model` with an adapter fitted to the texts that `draw` yields, from the cache or trained now.
+
+    Handed to the trainer as it is, this adapter becomes the frozen prior, and a copy of it the policy.
+
+    Args:
+        model: a causal language model, quantised or not.
+        tokenizer: its tokenizer.
+        draw: `(count, rng) -> count texts`.
+        peft_config: the adapter.
+        steps, batch_size, learning_rate, seed: of the fit.
+        cache_dir: as in [`small_prior`].
+    """
+    settings = [steps, batch_size, learning_rate, seed, model.config._name_or_path, str(model.dtype)]
+    quantization = getattr(model.config, "quantization_config", None)
+    adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
+    folder = _folder(cache_dir, [*settings, str(quantization), adapter, draw(8, np.random.default_rng(seed))])
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            logger.warning(f"warming up the prior: {steps} steps of {batch_size} texts, to be kept in {folder}")
+            with torch.random.fork_rng():
+                torch.manual_seed(stream_seed(seed))
+                fitted = cast(PeftModel, get_peft_model(model, peft_config))
+                fit(fitted, tokenizer, draw, steps, batch_size, learning_rate, seed)
+            _store(fitted, tokenizer, folder)
+            model = cast(PreTrainedModel, fitted.unload())  # the base as it was: the adapter is loaded below
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def _store(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Into the cache under a temporary name, then renamed: several processes may be making the same prior."""
+def fit(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draw: TextSource,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> None:
+    """Maximum likelihood on fresh draws, after the empty prompt: each step sees `batch_size` new texts."""
+    rng = np.random.default_rng(seed)
+    start, device = encode_prompt("", 0, tokenizer), model.device
+    collate = SampleCollator(int(cast(int, tokenizer.eos_token_id)))
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    model.train()
+    for _ in tqdm(range(steps), desc="fitting the prior", leave=False):
+        texts = draw(batch_size, rng)
+        batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+    model.eval()
+
+
+def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Each text's tokens as a finished completion: with the end-of-text token."""
+    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    return [[*ids, int(cast(int, tokenizer.eos_token_id))] for ids in cast(list[list[int]], encoded)]
+
+
+def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, draw: TextSource) -> GPT2Config:
+    longest = max(map(len, completion_ids(draw(64, np.random.default_rng(config.seed)), tokenizer)))
+    return GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=2 ** math.ceil(math.log2(longest + 2)),
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        # Nothing to regularise: every batch is fresh.
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        activation_function="gelu_pytorch_tanh",  # gelu_new, fused
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _folder(cache_dir: str | Path | None, made_of: list[Any]) -> Path:
+    root = Path(cache_dir or os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
+    fingerprint = hashlib.sha256(json.dumps([*made_of, torch.__version__], sort_keys=True).encode()).hexdigest()
+    return root / f"prior-{fingerprint[:16]}"
+
+
+def _store(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Into the cache under a temporary name, then renamed: a run that was killed leaves no half of a prior."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     try:
         os.replace(temporary, folder)
-    except OSError:  # another process was first; its prior has the same fingerprint
+    except OSError:  # another run was first; its prior has the same fingerprint
         shutil.rmtree(temporary)

@@ -1,0 +1,96 @@
+"""Exact references where every string of a problem can be written down."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..prompts import encode_prompt
+from ..sequences import Completions, inference, sequence_logprobs
+from .priors import completion_ids
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """Every well-formed string of a problem with its cost; all other text together is one more event, of cost D.
+
+    A string stands for its canonical token sequence. What a model puts on other token sequences of the same text counts
+    as "all other text"; with one token a word there is next to none.
+
+    Attributes:
+        texts: the strings.
+        cost: `[n]`.
+        worst_cost: D.
+        tokenizer: reads the strings.
+    """
+
+    texts: list[str]
+    cost: np.ndarray
+    worst_cost: float
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def of(
+        cls,
+        texts: Iterable[str],
+        cost: Callable[[str], float],
+        worst_cost: float,
+        tokenizer: PreTrainedTokenizerBase,
+    ) -> Enumeration:
+        """From the strings and their cost function."""
+        texts = list(texts)
+        return cls(texts, np.array([cost(text) for text in texts]), worst_cost, tokenizer)
+
+    def log_probs(self, model: PreTrainedModel, batch_size: int = 2048) -> np.ndarray:
+        """`[n + 1]` log-probabilities after the empty prompt; the last entry is all other text."""
+        rows = completion_ids(self.texts, self.tokenizer)
+        length = torch.tensor([len(row) for row in rows])
+        ids = torch.zeros((len(rows), int(length.max())), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+        start = encode_prompt("", 0, self.tokenizer)
+        with inference(model):
+            known: Tensor = sequence_logprobs(
+                model, [start] * len(rows), Completions(ids, length), pad_token_id=0, batch_size=batch_size
+            )
+        rest = max(1.0 - float(known.exp().sum()), 1e-12)
+        return np.append(known.numpy(), np.log(rest))
+
+    def target(self, log_prior: np.ndarray, tau: float) -> np.ndarray:
+        """`log p_τ` from `log L`, both `[n + 1]`."""
+        tilted = log_prior - tau * np.append(self.cost, self.worst_cost)
+        return tilted - np.logaddexp.reduce(tilted)
+
+    def success(self, log_p: np.ndarray) -> float:
+        """Mass on strings of cost 0."""
+        return float(np.exp(log_p[:-1][self.cost == 0]).sum())
+
+    def mean_cost(self, log_p: np.ndarray) -> float:
+        """Expected cost."""
+        return float(np.exp(log_p) @ np.append(self.cost, self.worst_cost))
+
+    def draw(self, log_p: np.ndarray, count: int, rng: np.random.Generator) -> list[str]:
+        """Exact draws from `log_p`; all other text is drawn as the empty string."""
+        p = np.exp(log_p)
+        events = rng.choice(len(p), count, p=p / p.sum())
+        return [self.texts[event] if event < len(self.texts) else "" for event in events]
+
+    def counts(self, texts: Sequence[str]) -> np.ndarray:
+        """How often each event occurs among drawn texts, `[n + 1]`."""
+        position = {text: index for index, text in enumerate(self.texts)}
+        return np.bincount([position.get(text, len(self.texts)) for text in texts], minlength=len(self.texts) + 1)
+
+
+def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:
+    """`KL(p‖q)` in nats."""
+    return float(np.exp(log_p) @ (log_p - log_q))
+
+
+def total_variation(p: np.ndarray, q: np.ndarray) -> float:
+    """Half the L1 distance of two probability vectors."""
+    return float(np.abs(p - q).sum() / 2)

@@ -1,0 +1,88 @@
+"""The recipes' figures, in one style: colour-blind-safe colours, axes with names and units."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import networkx as nx
+import numpy as np
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Okabe and Ito's palette.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+
+_STYLE = {
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+@contextmanager
+def figure(path: str | Path, mosaic: list[list[str]], size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
+    """The axes of a mosaic in the common style; saved as a PNG on leaving."""
+    with plt.rc_context(_STYLE):
+        drawn: tuple[Figure, dict[str, Axes]] = plt.subplot_mosaic(mosaic, figsize=size)  # type: ignore[assignment]
+        yield drawn[1]
+        drawn[0].savefig(path, dpi=150)
+        plt.close(drawn[0])
+
+
+def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], title: str) -> None:
+    """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order."""
+    tau = [record["tau"] for record in records]
+    for (key, label), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
+        axes.plot(tau, [record.get(key, np.nan) for record in records], color=colour, marker=".", label=label)
+    axes.set(xlabel="inverse temperature τ (nats per unit of cost)", title=title)
+    axes.legend()
+
+
+def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:
+    """The graph, each edge as wide and dark as its learnt share of trees, with `learnt | exact` in per cent on it."""
+    layout = nx.kamada_kawai_layout(graph)
+    values = np.array(list(learnt.values()))
+    nx.draw_networkx_edges(
+        graph,
+        layout,
+        ax=axes,
+        edgelist=list(learnt),
+        width=list(0.5 + 4 * values),
+        edge_color=list(values),
+        edge_cmap=plt.get_cmap("cividis_r"),
+        edge_vmin=0,
+        edge_vmax=1,
+    )
+    nx.draw_networkx_nodes(graph, layout, ax=axes, node_size=25, node_color=GREY)
+    if graph.number_of_edges() <= 40:
+        nx.draw_networkx_labels(graph, layout, ax=axes, font_size=7, verticalalignment="bottom")
+        nx.draw_networkx_edge_labels(
+            graph,
+            layout,
+            ax=axes,
+            edge_labels={
+                edge: f"{100 * a:.0f}|{100 * b:.0f}" for (edge, a), b in zip(learnt.items(), exact, strict=True)
+            },
+            font_size=6,
+        )
+    axes.set_title("share of trees that hold each edge: learnt | exact, in %")
+    axes.axis("off")
+
+
+def plot_marginals(axes: Axes, learnt: dict[str, np.ndarray], exact: np.ndarray) -> None:
+    """Learnt against exact edge marginals, one colour a source, with the diagonal on which they would agree."""
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    for (label, values), colour in zip(learnt.items(), (ORANGE, BLUE, GREEN), strict=False):
+        axes.scatter(exact, values, s=14, color=colour, label=label)
+    axes.set(xlabel="exact edge marginal (Kirchhoff)", ylabel="edge marginal of drawn trees", title="edge marginals")
+    axes.legend()
