@@ -93,6 +93,9 @@ class ALDRIFTConfig(TrainingArguments):
     remove_unused_columns: Optional[bool] = field(
         default=False, metadata={"help": "Kept off: the data set's columns belong to the objective."}
     )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Off by default: a batch is a few token ids, pinning them gains nothing."}
+    )
 
     # Parameters that control the target and the ladder
     tau_max: float = field(

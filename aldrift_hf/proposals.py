@@ -106,7 +106,8 @@ def stream_seed(*key: int) -> int:
 
     Counters instead of a running state: a rung's draws are the same on one process or eight, before a crash or after.
     """
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # With its length, for a SeedSequence takes (1,) and (1, 0) for the same.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:

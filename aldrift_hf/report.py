@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .prompts import Prompts
 from .rungs import Proposals
@@ -28,3 +32,54 @@ def print_completions(proposals: Proposals, log_weight: Tensor, prompts: Prompts
 
 
 
+
+
+_COLUMNS = {
+    "rung": ("rung", "d"),
+    "tau": ("tau", ".3g"),
+    "objective_mean": ("mean cost", ".3f"),
+    "objective_best": ("best", ".3g"),
+    "success": ("success", ".3f"),
+    "acceptance_rate": ("accepted", ".2f"),
+    "ess": ("ESS/n", ".2f"),
+    "khat": ("k-hat", ".2f"),
+    "missing_mass": ("missing mass", ".2f"),
+    "distinct_samples": ("distinct", ".2f"),
+    "sft_loss": ("loss", ".3f"),
+    "objective_calls": ("calls", "d"),
+}
+
+
+class LadderProgress(ProgressCallback):
+    """The Trainer's progress bar over all updates, with a line of figures for every rung above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.header_printed = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs is None or not state.is_world_process_zero:
+            return
+        if "rung" in logs:
+            if not self.header_printed:
+                tqdm.write("  ".join(f"{label:>{_width(label)}}" for label, _ in _COLUMNS.values()))
+                self.header_printed = True
+            cells = [
+                f"{format(logs[key], spec) if key in logs else '-':>{_width(label)}}"
+                for key, (label, spec) in _COLUMNS.items()
+            ]
+            tqdm.write("  ".join(cells))
+        elif "loss" not in logs:  # an evaluation's or the run's last figures; the loss of single updates is for files
+            figures = {key: format(value, ".4g") for key, value in logs.items() if isinstance(value, (int, float))}
+            tqdm.write("  ".join(f"{key} {value}" for key, value in figures.items()))
+
+
+def _width(label: str) -> int:
+    return max(len(label), 6)

@@ -48,9 +48,11 @@ class Proposals:
 
     def distinct_share(self, flat: Tensor | None = None) -> float:
         """Distinct (prompt, completion) pairs as a share of all, or of those at the `flat` positions."""
-        positions = range(len(self.texts)) if flat is None else flat.tolist()
-        pairs = [(int(self.rows[i]), *self.completions.tokens(i)) for i in positions]
-        return len(set(pairs)) / len(pairs)
+        rows, completions = self.rows, self.completions
+        if flat is not None:
+            rows, completions = rows[flat], completions.select(flat)
+        pairs = {(row, *tokens) for row, tokens in zip(rows.tolist(), completions.tokens(), strict=True)}
+        return len(pairs) / len(rows)
 
     def measures(self, tau: float, best: float) -> dict[str, float]:
         """Cost, success and the weights' diagnostics at `tau`; means over prompts."""
@@ -74,16 +76,20 @@ class RungSamples(Dataset[dict[str, list[int]]]):
     def __init__(self, length: int, prompts: list[list[int]]) -> None:
         self.length = length
         self.prompts = prompts
-        self.rows = torch.empty(0, dtype=torch.long)
-        self.completions = Completions(torch.empty((0, 1), dtype=torch.long), torch.empty(0, dtype=torch.long))
-        self.order = torch.empty(0, dtype=torch.long)
+        self.load(
+            {
+                "rows": torch.empty(0, dtype=torch.long),
+                "ids": torch.empty((0, 1), dtype=torch.long),
+                "length": torch.empty(0, dtype=torch.long),
+                "order": torch.empty(0, dtype=torch.long),
+            }
+        )
 
     def fill(self, rows: Tensor, completions: Completions, generator: torch.Generator) -> None:
         """Take new samples and lay out one rung of them: whole random passes, the last one cut."""
-        self.rows, self.completions = rows, completions
         passes = math.ceil(self.length / len(rows))
-        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])
-        self.order = order[: self.length]
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[: self.length]
+        self.load({"rows": rows, "ids": completions.ids, "length": completions.length, "order": order})
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
@@ -93,13 +99,14 @@ class RungSamples(Dataset[dict[str, list[int]]]):
         """The inverse of [`tensors`]."""
         self.rows, self.order = tensors["rows"], tensors["order"]
         self.completions = Completions(tensors["ids"], tensors["length"])
+        self._tokens = self.completions.tokens()
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         sample = int(self.order[index])
-        return {"prompt": self.prompts[int(self.rows[sample])], "completion": self.completions.tokens(sample)}
+        return {"prompt": self.prompts[int(self.rows[sample])], "completion": self._tokens[sample]}
 
 
 @dataclass
@@ -109,11 +116,8 @@ class SampleCollator:
     pad_token_id: int
 
     def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
-        lengths = torch.tensor([len(sample["completion"]) for sample in samples])
-        ids = torch.full((len(samples), int(lengths.max())), self.pad_token_id, dtype=torch.long)
-        for row, sample in enumerate(samples):
-            ids[row, : lengths[row]] = torch.tensor(sample["completion"], dtype=torch.long)
-        batch = join([sample["prompt"] for sample in samples], Completions(ids, lengths), self.pad_token_id)
+        prompts, completions = ([sample[part] for sample in samples] for part in ("prompt", "completion"))
+        batch = join(prompts, completions, self.pad_token_id)
         labels = batch.input_ids.masked_fill(~batch.completion_mask, -100)
         return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
 

@@ -32,9 +32,19 @@ class Completions(NamedTuple):
     ids: Tensor
     length: Tensor
 
-    def tokens(self, row: int) -> list[int]:
-        """The token ids of one completion, without padding."""
-        return [int(token) for token in self.ids[row, : int(self.length[row])]]
+    def tokens(self) -> list[list[int]]:
+        """The token ids of every completion, without padding."""
+        return [row[:length] for row, length in zip(self.ids.tolist(), self.length.tolist(), strict=True)]
+
+    def select(self, rows: Tensor) -> Completions:
+        """The completions at these positions."""
+        return Completions(self.ids[rows], self.length[rows])
+
+    @classmethod
+    def of(cls, tokens: Sequence[Sequence[int]], pad_token_id: int) -> Completions:
+        """From lists of token ids, padded to the longest."""
+        length = torch.tensor([len(row) for row in tokens])
+        return cls(_pad_right(tokens, pad_token_id), length)
 
 
 class Padded(NamedTuple):
@@ -61,23 +71,17 @@ def completion_length(ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
     return first
 
 
-def join(prompts: Sequence[Sequence[int]], completions: Completions, pad_token_id: int) -> Padded:
+def join(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int) -> Padded:
     """Prompt and completion of each row, one after the other, padded on the right to the longest row.
 
     Padding on the right needs no position ids in a causal model: what comes before a token is never moved by it.
     """
-    ends = [len(prompt) + int(length) for prompt, length in zip(prompts, completions.length, strict=True)]
-    width = max(ends)
-    input_ids = torch.full((len(ends), width), pad_token_id, dtype=torch.long)
-    completion_mask = torch.zeros((len(ends), width), dtype=torch.bool)
-    ids = completions.ids.cpu()
-    for row, (prompt, end) in enumerate(zip(prompts, ends, strict=True)):
-        start = len(prompt)
-        input_ids[row, :start] = torch.tensor(prompt, dtype=torch.long)
-        input_ids[row, start:end] = ids[row, : end - start]
-        completion_mask[row, start:end] = True
-    attention_mask = (torch.arange(width) < torch.tensor(ends)[:, None]).long()
-    return Padded(input_ids, attention_mask, completion_mask)
+    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
+    input_ids = _pad_right(rows, pad_token_id)
+    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    end = torch.tensor([len(row) for row in rows])[:, None]
+    position = torch.arange(input_ids.shape[1])
+    return Padded(input_ids, (position < end).long(), (position >= start) & (position < end))
 
 
 def sequence_logprobs(
@@ -101,8 +105,8 @@ def sequence_logprobs(
     """
     keys: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
     where = [
-        keys.setdefault((tuple(prompt), tuple(completions.tokens(row))), len(keys))
-        for row, prompt in enumerate(prompts)
+        keys.setdefault((tuple(prompt), tuple(completion)), len(keys))
+        for prompt, completion in zip(prompts, completions.tokens(), strict=True)
     ]
     distinct = sorted(keys.items(), key=lambda item: len(item[0][0]) + len(item[0][1]))
     scores = torch.empty(len(keys), dtype=torch.float64)
@@ -120,11 +124,7 @@ def sequence_logprobs(
 
 def _score(batch: list[tuple[tuple[int, ...], tuple[int, ...]]], model: nn.Module, pad_token_id: int) -> Tensor:
     """`[n]` log-probabilities of (prompt, completion) rows of similar length, in one forward pass."""
-    lengths = torch.tensor([len(completion) for _, completion in batch])
-    ids = torch.full((len(batch), int(lengths.max())), pad_token_id, dtype=torch.long)
-    for row, (_, completion) in enumerate(batch):
-        ids[row, : len(completion)] = torch.tensor(completion, dtype=torch.long)
-    padded = join([prompt for prompt, _ in batch], Completions(ids, lengths), pad_token_id)
+    padded = join([prompt for prompt, _ in batch], [completion for _, completion in batch], pad_token_id)
     device = next(model.parameters()).device
     input_ids, attention_mask, completion_mask = (tensor.to(device) for tensor in padded)
     # Logits of the shared stretch of prompt are not needed: position t-1 predicts token t.
@@ -154,6 +154,11 @@ def inference(*models: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def _pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
+    width = max(map(len, rows))
+    return torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows])
 
 
 def _vocabulary_size(model: nn.Module) -> int:

@@ -27,6 +27,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -42,7 +43,7 @@ from .ladder import linear_ladder
 from .objective import CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import assert_neutral, generate, neutral_generation_config, stream_seed
-from .report import print_completions
+from .report import LadderProgress, print_completions
 from .rungs import Proposals, RungSamples, SampleCollator, success_share, write_records
 from .sequences import Completions, inference, sequence_logprobs
 
@@ -152,6 +153,8 @@ class ALDRIFTTrainer(Trainer):
             callbacks=[_Rungs(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(LadderProgress)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         samples_per_rung = len(self.prompts) * args.num_chains
@@ -183,7 +186,7 @@ class ALDRIFTTrainer(Trainer):
         log_z = torch.tensor(progress.log_z or [0.0] * len(self.prompts), dtype=torch.float64) + increment
         self.samples.fill(
             proposals.rows[chosen],
-            Completions(proposals.completions.ids[chosen], proposals.completions.length[chosen]),
+            proposals.completions.select(chosen),
             self._generator(SHUFFLE, rung),
         )
         progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
@@ -519,8 +522,10 @@ class ALDRIFTTrainer(Trainer):
 
     def _decode(self, completions: Completions) -> list[str]:
         tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        rows = [completions.tokens(row) for row in range(len(completions.length))]
-        return [str(text) for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+        rows = [tuple(row) for row in completions.tokens()]
+        distinct = list(dict.fromkeys(rows))
+        texts = dict(zip(distinct, tokenizer.batch_decode(distinct, skip_special_tokens=True), strict=True))
+        return [texts[row] for row in rows]
 
     def _generator(self, *stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(stream_seed(self.args.seed, *stream))

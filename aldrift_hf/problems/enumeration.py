@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -49,14 +48,10 @@ class Enumeration:
     def log_probs(self, model: PreTrainedModel, batch_size: int = 2048) -> np.ndarray:
         """`[n + 1]` log-probabilities after the empty prompt; the last entry is all other text."""
         rows = completion_ids(self.texts, self.tokenizer)
-        length = torch.tensor([len(row) for row in rows])
-        ids = torch.zeros((len(rows), int(length.max())), dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
         start = encode_prompt("", 0, self.tokenizer)
         with inference(model):
             known: Tensor = sequence_logprobs(
-                model, [start] * len(rows), Completions(ids, length), pad_token_id=0, batch_size=batch_size
+                model, [start] * len(rows), Completions.of(rows, 0), pad_token_id=0, batch_size=batch_size
             )
         rest = max(1.0 - float(known.exp().sum()), 1e-12)
         return np.append(known.numpy(), np.log(rest))

@@ -39,13 +39,14 @@ def figure(path: str | Path, mosaic: list[list[str]], size: tuple[float, float])
         plt.close(drawn[0])
 
 
-def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], title: str) -> None:
-    """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order."""
+def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], what: str) -> None:
+    """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order; `what` names the y-axis."""
     tau = [record["tau"] for record in records]
     for (key, label), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
         axes.plot(tau, [record.get(key, np.nan) for record in records], color=colour, marker=".", label=label)
-    axes.set(xlabel="inverse temperature τ (nats per unit of cost)", title=title)
-    axes.legend()
+    axes.set(xlabel="inverse temperature τ (nats per unit of cost)", ylabel=what)
+    if len(curves) > 1:
+        axes.legend()
 
 
 def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:

@@ -60,7 +60,7 @@ class SmallPriorConfig:
 
 
 def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerBase:
-    """One token a word; the separator is no token, decoding puts it back. `END` opens, closes and pads a text."""
+    """One token a word; the separator is no token, decoding puts it back. `END` opens and closes a text."""
     mark = "▁"  # stands before every word, so that decoding can tell where the separator belongs
     tokens = [END, UNKNOWN, *(mark + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
@@ -77,9 +77,7 @@ def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerB
             decoders.Fuse(),
         ]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, unk_token=UNKNOWN
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=UNKNOWN)
 
 
 def small_prior(
@@ -205,7 +203,6 @@ def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, d
         activation_function="gelu_pytorch_tanh",  # gelu_new, fused
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
     )
 
 

@@ -1,0 +1,166 @@
+"""Tiny models and tokenizers on which everything can be enumerated."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from scipy import stats
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import logging as transformers_logging
+
+from aldrift_hf import ALDRIFTConfig
+from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.sequences import Completions, inference, sequence_logprobs
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+WORDS = ["a", "b", "c"]
+VOCABULARY = 5  # end of text, unknown, and the three words
+EOS = 0
+MAX_LENGTH = 3
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread_is_reproducible() -> None:
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS, " ")
+
+
+def tiny_gpt2(seed: int = 0, dropout: float = 0.0, **overrides) -> GPT2LMHeadModel:
+    """Sharp enough that its distribution is far from uniform."""
+    torch.manual_seed(seed)
+    config = {
+        "vocab_size": VOCABULARY,
+        "n_positions": 16,
+        "n_embd": 16,
+        "n_layer": 2,
+        "n_head": 2,
+        "resid_pdrop": dropout,
+        "embd_pdrop": dropout,
+        "attn_pdrop": dropout,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+    }
+    return GPT2LMHeadModel(GPT2Config(**{**config, **overrides})).eval()
+
+
+def tiny_llama(seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=16,
+            attention_dropout=dropout,
+            initializer_range=0.3,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
+            pad_token_id=None,
+        )
+    ).eval()
+
+
+def lora(model: PreTrainedModel, dropout: float = 0.0, seed: int | None = None, scale: float = 0.3):
+    """`model` with LoRA; with a seed, weights that move its distribution away from the base model's."""
+    peft_model = get_peft_model(model, lora_config(model, dropout))
+    if seed is not None:
+        perturb(peft_model, seed, scale)
+    return peft_model.eval()
+
+
+def lora_config(model: PreTrainedModel, dropout: float = 0.0) -> LoraConfig:
+    gpt2 = model.config.model_type == "gpt2"
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        lora_alpha=8,
+        lora_dropout=dropout,
+        target_modules=["c_attn", "c_fc"] if gpt2 else ["q_proj", "v_proj", "up_proj"],
+        fan_in_fan_out=gpt2,
+    )
+
+
+def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
+    """Move the trainable parameters: a policy that is not the prior."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() > 1 else 0)
+
+
+def every_completion(length: int = MAX_LENGTH, vocabulary: int = VOCABULARY, eos: tuple[int, ...] = (EOS,)) -> Completions:
+    """All events of the completion space: those that end with an EOS token and those that are cut."""
+    others = [token for token in range(vocabulary) if token not in eos]
+    rows = [
+        [*body, end] for size in range(length) for body in itertools.product(others, repeat=size) for end in eos
+    ] + [list(body) for body in itertools.product(others, repeat=length)]
+    return Completions.of(rows, EOS)
+
+
+def log_probs(model: torch.nn.Module, prompt: list[int], completions: Completions) -> torch.Tensor:
+    """Log-probabilities of `completions` after one prompt."""
+    with inference(model):
+        return sequence_logprobs(
+            model, [prompt] * len(completions.length), completions, pad_token_id=EOS, batch_size=64
+        )
+
+
+def count_a(prompts: list, completions: list[str], **columns) -> list[float]:
+    """The tests' cost: words that are not `a`, in [0, 3]."""
+    return [float(sum(word != "a" for word in text.split())) for text in completions]
+
+
+def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
+    """p-value of observed counts under exact probabilities; rare events are pooled."""
+    expected = probabilities.double() / probabilities.double().sum() * counts.sum()
+    order = expected.argsort()
+    expected, counts = expected[order], counts[order].double()
+    pooled = int((expected.cumsum(0) < 10).sum()) + 1
+    expected = torch.cat([expected[:pooled].sum()[None], expected[pooled:]])
+    counts = torch.cat([counts[:pooled].sum()[None], counts[pooled:]])
+    return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
+
+
+@pytest.fixture
+def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
+    """Settings for a quick run; keyword arguments change them."""
+
+    def make(**changes) -> ALDRIFTConfig:
+        settings = {
+            "output_dir": str(tmp_path / "out"),
+            "tau_max": 1.5,
+            "objective_range": 3.0,
+            "tau_step": 0.5,
+            "num_chains": 16,
+            "chain_length": 4,
+            "max_completion_length": MAX_LENGTH,
+            "generation_batch_size": 32,
+            "per_device_train_batch_size": 4,
+            "updates_per_rung": 4,
+            "learning_rate": 1e-2,
+            "disable_tqdm": True,
+            "use_cpu": True,
+            "save_strategy": "no",
+        }
+        return ALDRIFTConfig(**{**settings, **changes})
+
+    return make

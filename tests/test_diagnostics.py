@@ -1,0 +1,90 @@
+"""Diagnostics against sums over a small state space, and against weights whose tail is known."""
+
+import math
+
+import pytest
+import torch
+
+from aldrift_hf import diagnostics
+
+GENERATOR = torch.Generator().manual_seed(0)
+LOG_L = torch.randn(8, generator=GENERATOR, dtype=torch.float64).log_softmax(0)
+LOG_Q = torch.randn(8, generator=GENERATOR, dtype=torch.float64).log_softmax(0)
+COST = torch.arange(8, dtype=torch.float64) / 4
+
+
+def exact_log_z(tau: float) -> float:
+    return (LOG_L - tau * COST).logsumexp(0).item()
+
+
+def weights(tau: float, draws: torch.Tensor, log_q: torch.Tensor = LOG_Q) -> torch.Tensor:
+    return (LOG_L - tau * COST - log_q)[draws]
+
+
+@pytest.fixture(scope="module")
+def draws():
+    return torch.multinomial(LOG_Q.exp(), 200_000, True, generator=torch.Generator().manual_seed(1))
+
+
+def standard_error(log_weight):
+    """Of log Z: the weights' relative standard deviation over sqrt(n)."""
+    w = log_weight.exp()
+    return (w.std() / w.mean() / math.sqrt(len(w))).item()
+
+
+@pytest.mark.parametrize("tau", [0.0, 1.0, 3.0])
+def test_log_z_meets_the_exact_sum(tau, draws):
+    log_weight = weights(tau, draws)
+    assert abs(diagnostics.log_z(log_weight).item() - exact_log_z(tau)) < 4 * standard_error(log_weight)
+
+
+def test_increments_add_up_to_log_z(draws):
+    increment = diagnostics.log_z_increment(weights(1.0, draws), weights(2.0, draws)).item()
+    error = standard_error(weights(1.0, draws)) + standard_error(weights(2.0, draws))
+    assert abs(increment - (exact_log_z(2.0) - exact_log_z(1.0))) < 4 * error
+
+
+def test_missing_mass_is_the_log_of_what_q_lost():
+    """A `q` that never draws half of the states is perfect to its own weights; the ladder's log Z sees the loss."""
+    kept = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0], dtype=torch.bool)
+    log_p = (LOG_L - COST).log_softmax(0)
+    collapsed = torch.where(kept, log_p, -math.inf).log_softmax(0)
+    draws = torch.multinomial(collapsed.exp(), 5_000, True, generator=torch.Generator().manual_seed(2))
+    log_weight = weights(1.0, draws, collapsed)
+    assert diagnostics.effective_sample_size(log_weight).item() == pytest.approx(1.0)
+    lost = diagnostics.missing_mass(torch.tensor(exact_log_z(1.0), dtype=torch.float64), log_weight).item()
+    assert lost == pytest.approx(-log_p[kept].logsumexp(0).item(), abs=1e-9)
+
+
+def test_effective_sample_size():
+    assert diagnostics.effective_sample_size(torch.zeros(10)).item() == pytest.approx(1.0)
+    assert diagnostics.effective_sample_size(torch.tensor([0.0, -math.inf, -math.inf, -math.inf])).item() == 0.25
+    log_weight = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
+    w = log_weight.exp()
+    assert diagnostics.effective_sample_size(log_weight).item() == pytest.approx((w.sum() ** 2 / (w**2).sum() / 3).item())
+
+
+@pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])
+def test_khat_finds_the_shape_of_a_pareto_tail(shape):
+    """Weights u^-k have a generalised Pareto tail of shape k; the sign convention would show here at once."""
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    assert diagnostics.pareto_khat(-shape * u.log()).item() == pytest.approx(shape, abs=0.12)
+
+
+def test_khat_is_nan_where_there_is_no_tail():
+    assert diagnostics.pareto_khat(torch.zeros(2, 100)).isnan().tolist() == [True, True]
+    assert diagnostics.pareto_khat(torch.randn(1, 8)).isnan().all()
+
+
+def test_divergences_meet_the_exact_sums(draws):
+    log_p = (LOG_L - COST).log_softmax(0)
+    log_weight = weights(1.0, draws)
+    reverse = (LOG_Q.exp() * (LOG_Q - log_p)).sum().item()
+    forward = (log_p.exp() * (log_p - LOG_Q)).sum().item()
+    log_z = torch.tensor(exact_log_z(1.0))
+    assert diagnostics.reverse_kl(log_weight, log_z).item() == pytest.approx(reverse, abs=0.02)
+    assert diagnostics.forward_kl(log_weight).item() == pytest.approx(forward, abs=0.02)
+
+
+def test_forward_kl_with_weights_of_zero_is_finite():
+    assert math.isfinite(diagnostics.forward_kl(torch.tensor([0.0, -math.inf])).item())

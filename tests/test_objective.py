@@ -1,0 +1,212 @@
+"""What may come back from a cost function, and what happens when it is not a cost."""
+
+import asyncio
+import math
+
+import pytest
+import torch
+from datasets import Dataset
+
+from aldrift_hf import from_reward
+from aldrift_hf.objective import Objective, ObjectiveError
+from aldrift_hf.prompts import Prompts
+
+
+def prompts(*texts, **columns):
+    rows = [{"prompt": text, **{name: values[i] for name, values in columns.items()}} for i, text in enumerate(texts)]
+    return Prompts(rows, [[0]] * len(rows), [str(row) for row in rows])
+
+
+def objective(*functions, weights=None, limit=10.0, batch_size=4):
+    return Objective(list(functions), weights, limit, batch_size)
+
+
+def returning(value, name="broken"):
+    def cost(prompts, completions):
+        return [value if text == "bad" else 1.0 for text in completions]
+
+    cost.__name__ = name
+    return cost
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        (math.nan, "NaN"),
+        (math.inf, "infinite"),
+        (-0.5, "negative"),
+        (None, "not a number"),
+        ("1", "not a number"),
+        (True, "not a number"),
+        (10.5, "above objective_range=10.0"),
+    ],
+)
+def test_a_value_that_is_no_cost_names_objective_row_and_completion(value, problem):
+    with pytest.raises(ValueError, match="broken") as error:
+        objective(returning(value))(prompts("x", "y"), [0, 1, 1], ["good", "fine", "bad"])
+    assert problem in str(error.value)
+    assert "row 1" in str(error.value)
+    assert "'bad'" in str(error.value)
+
+
+@pytest.mark.parametrize("result", [[1.0], [1.0] * 3, 1.0, None, {"a": 1}])
+def test_a_wrong_length_names_objective_rows_and_completion(result):
+    def wrong(prompts, completions):
+        return result
+
+    with pytest.raises(ValueError, match=r"'wrong'.*2 completions \(rows 0 to 1, the first completion 'a'\)"):
+        objective(wrong)(prompts("x", "y"), [0, 1], ["a", "b"])
+
+
+def test_an_exception_names_objective_and_completion_and_keeps_its_cause():
+    def fragile(prompts, completions):
+        raise KeyError("no such thing")
+
+    with pytest.raises(ObjectiveError, match=r"'fragile' raised KeyError.*the first being 'a'") as error:
+        objective(fragile)(prompts("x"), [0], ["a"])
+    assert isinstance(error.value.__cause__, KeyError)
+
+
+def test_what_was_evaluated_before_an_exception_is_kept():
+    def cost(prompts, completions):
+        if "c" in completions:
+            raise RuntimeError("service down")
+        return [1.0] * len(completions)
+
+    price = objective(cost, batch_size=2)
+    with pytest.raises(ObjectiveError):
+        price(prompts("x"), [0] * 4, ["a", "b", "c", "d"])
+    assert price.calls == 2
+
+
+def test_values_are_cached_by_prompt_row_and_completion():
+    seen = []
+
+    def cost(prompts, completions):
+        seen.append(list(zip(prompts, completions)))
+        return [float(len(text)) for text in completions]
+
+    price = objective(cost)
+    rows = prompts("x", "y")
+    assert price(rows, [0, 0, 1, 0], ["a", "bb", "a", "a"]).tolist() == [1, 2, 1, 1]
+    assert price(rows, [1, 1], ["a", "ccc"]).tolist() == [1, 3]
+    assert seen == [[("x", "a"), ("x", "bb"), ("y", "a")], [("y", "ccc")]]
+    assert price.calls == 4
+    assert price.best == 1
+
+
+def test_rows_of_equal_contents_share_their_values_across_data_sets():
+    price = objective(lambda prompts, completions: [1.0] * len(completions))
+    price(prompts("x", "y"), [1], ["a"])
+    price(prompts("y"), [0], ["a"])
+    assert price.calls == 1
+
+
+def test_columns_reach_the_objective_row_by_row():
+    def cost(prompts, completions, target, **rest):
+        assert set(rest) == {"extra"}
+        return [abs(len(text) - wanted) for text, wanted in zip(completions, target)]
+
+    values = objective(cost)(prompts("x", "y", target=[1, 3], extra=["p", "q"]), [1, 0, 1], ["a", "aa", "aaa"])
+    assert values.tolist() == [2, 1, 0]
+
+
+def test_a_weighted_sum_of_sync_and_async_functions():
+    async def slow(prompts, completions):
+        await asyncio.sleep(0.01)
+        return [1.0] * len(completions)
+
+    class AsyncCallable:
+        async def __call__(self, prompts, completions):
+            return [2.0] * len(completions)
+
+    def length(prompts, completions):
+        return [len(text) for text in completions]
+
+    price = objective(slow, length, AsyncCallable(), weights=[0.5, 1.0, 0.25], limit=None)
+    assert price.names == ["slow", "length", "AsyncCallable"]
+    assert price(prompts("x"), [0, 0], ["a", "aaa"]).tolist() == [2.0, 4.0]
+    assert price.components(prompts("x"), [0, 0], ["a", "aaa"]) == {"slow": 1.0, "length": 2.0, "AsyncCallable": 2.0}
+
+
+def test_async_functions_run_together_and_inside_a_running_loop():
+    running, most = 0, 0
+
+    async def cost(prompts, completions):
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return [0.0] * len(completions)
+
+    async def notebook():
+        return objective(cost, cost)(prompts("x"), [0], ["a"])
+
+    assert asyncio.run(notebook()).tolist() == [0.0]
+    assert most == 2
+
+
+@pytest.mark.parametrize("kind", ["tensor", "array", "numpy scalars", "integers", "tuple"])
+def test_any_sequence_of_numbers_will_do(kind):
+    import numpy as np
+
+    values = {
+        "tensor": torch.tensor([1.0, 2.0]),
+        "array": np.array([1.0, 2.0]),
+        "numpy scalars": [np.float32(1), np.int64(2)],
+        "integers": [1, 2],
+        "tuple": (1.0, 2.0),
+    }[kind]
+    assert objective(lambda prompts, completions: values)(prompts("x"), [0, 0], ["a", "b"]).tolist() == [1.0, 2.0]
+
+
+def test_weights_must_match():
+    with pytest.raises(ValueError, match="2 entries for 1 objectives"):
+        objective(returning(1.0), weights=[1.0, 2.0])
+
+
+def test_nothing_to_call_is_refused():
+    with pytest.raises(TypeError, match="cost function"):
+        Objective([], None, None, 4)
+    with pytest.raises(TypeError, match="cost function"):
+        Objective("not callable", None, None, 4)
+
+
+def test_a_function_that_cannot_take_the_columns_is_refused():
+    with pytest.raises(TypeError, match=r"'broken' cannot be called .* Add \*\*columns"):
+        objective(returning(1.0)).check_signature(["target"])
+    objective(lambda prompts, completions, **columns: None).check_signature(["target"])
+
+
+def test_a_reward_becomes_a_cost():
+    def reward(completions, **kwargs):
+        return [len(text) / 10 for text in completions]
+
+    cost = from_reward(reward)
+    assert cost.__name__ == "reward"
+    assert cost(["x"], ["aaa"]) == [0.7]
+    assert from_reward(reward, best=2.0)(["x"], ["aaaaa"]) == [1.5]
+    price = objective(from_reward(lambda completions, **kwargs: [1.5]))
+    with pytest.raises(ValueError, match="negative"):
+        price(prompts("x"), [0], ["a"])
+    price = objective(from_reward(lambda completions, **kwargs: [None]))
+    with pytest.raises(ValueError, match="not a number"):
+        price(prompts("x"), [0], ["a"])
+
+
+def test_an_async_reward_stays_async():
+    async def reward(prompts, completions, **kwargs):
+        return [1.0] * len(completions)
+
+    assert objective(from_reward(reward))(prompts("x"), [0], ["a"]).tolist() == [0.0]
+
+
+def test_trls_own_rewards_work_on_text_and_on_chat():
+    from trl.rewards import think_format_reward
+
+    good = "<think>\nhm\n</think>\nyes"
+    cost = from_reward(think_format_reward)
+    chat = [{"role": "user", "content": "?"}]
+    data = Dataset.from_dict({"prompt": [chat, chat]})
+    assert cost(list(data["prompt"]), [good, "no"]) == [0.0, 1.0]

@@ -1,0 +1,140 @@
+"""The prior is exactly the model that was passed in, before training and after."""
+
+import copy
+
+import pytest
+import torch
+from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2, tiny_llama
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+
+from aldrift_hf import ALDRIFTTrainer, prior
+from aldrift_hf.prior import base_model
+
+MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+def prior_scores(trainer):
+    with trainer._inference(), trainer.prior.active(trainer.model) as model:
+        return log_probs(model, [EOS], every_completion())
+
+
+@pytest.mark.parametrize("family", MAKERS)
+@pytest.mark.parametrize("kind", ["adapter-off", "peft-model", "full"])
+def test_training_leaves_the_prior_alone(family, kind, config, tokenizer):
+    """An edited in-memory model whose config names another one: what counts is what was passed in."""
+    model = MAKERS[family]()
+    model.config._name_or_path = "some/other-model"
+    if kind == "peft-model":
+        model = lora(model, seed=3)
+    else:
+        perturb(model, seed=4)
+    before = log_probs(model, [EOS], every_completion())
+    peft_config = lora_config(model) if kind == "adapter-off" else None
+    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=peft_config)
+    assert torch.equal(prior_scores(trainer), before)
+    assert torch.allclose(log_probs(base_model(trainer.model), [EOS], every_completion()), before, atol=1e-6)
+    trainer.train()
+    assert torch.equal(prior_scores(trainer), before)
+    after = log_probs(base_model(trainer.model), [EOS], every_completion())
+    assert (after - before).abs().max() > 0.1, "nothing was learnt: the test shows nothing"
+
+
+@pytest.mark.parametrize("kind", ["adapter-off", "peft-model"])
+def test_only_the_policys_adapter_is_trained(kind, config, tokenizer):
+    model = tiny_gpt2()
+    base = copy.deepcopy(model.state_dict())
+    peft_config = lora_config(model) if kind == "adapter-off" else None
+    if kind == "peft-model":
+        model = lora(model, seed=3)
+    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=peft_config)
+    trainable = [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad]
+    assert trainable
+    assert all("lora_" in name and ".default." in name for name in trainable)
+    trainer.train()
+    assert [name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad] == trainable
+    for name, tensor in base_model(trainer.model).state_dict().items():
+        if "lora_" not in name:
+            assert torch.equal(tensor, base[name.replace(".base_layer", "")]), name
+
+
+def test_switching_comes_back_after_an_exception():
+    model, frozen = prior.split(lora(tiny_gpt2(), seed=3), None)
+    perturb(model, seed=9)
+    before = log_probs(base_model(model), [EOS], every_completion())
+    with pytest.raises(KeyError), frozen.active(model):
+        raise KeyError
+    assert model.active_adapters == ["default"]
+    assert torch.equal(log_probs(base_model(model), [EOS], every_completion()), before)
+
+
+def test_an_adapter_loaded_for_inference_is_trained_on(config, tokenizer, tmp_path):
+    """`PeftModel.from_pretrained` freezes what it loads; passed to the trainer, a copy is frozen and it is trained."""
+    lora(tiny_gpt2(), seed=3).save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "adapter")
+    before = log_probs(model, [EOS], every_completion())
+    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer)
+    assert torch.equal(prior_scores(trainer), before)
+    trainer.train()
+    assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - before).abs().max() > 0.1
+
+
+def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
+    trainer = ALDRIFTTrainer(lora(tiny_gpt2(), seed=3), count_a, config(), processing_class=tokenizer)
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    policy = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "saved")
+    assert torch.equal(
+        log_probs(policy, [EOS], every_completion()), log_probs(base_model(trainer.model), [EOS], every_completion())
+    )
+    kept = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "saved" / prior.PRIOR_ADAPTER)
+    assert torch.equal(log_probs(kept, [EOS], every_completion()), prior_scores(trainer))
+
+
+@pytest.mark.parametrize(
+    ("peft_config", "message"),
+    [
+        (LoraConfig(task_type="CAUSAL_LM", bias="all", target_modules=["c_attn"]), "bias='none'"),
+        (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", target_modules=["c_attn"]), "rewrites the base"),
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
+    ],
+)
+def test_adapters_that_cannot_be_switched_off_are_refused(peft_config, message, config, tokenizer):
+    with pytest.raises(ValueError, match=message):
+        ALDRIFTTrainer(tiny_gpt2(), count_a, config(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def test_ambiguous_adapters_are_refused():
+    model = lora(tiny_gpt2())
+    with pytest.raises(ValueError, match="peft_config is ambiguous"):
+        prior.split(model, lora_config(tiny_gpt2()))
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="merged"):
+        prior.split(model, None)
+    taken = get_peft_model(tiny_gpt2(), lora_config(tiny_gpt2()), adapter_name=prior.PRIOR_ADAPTER)
+    with pytest.raises(ValueError, match="already has an adapter called 'prior'"):
+        prior.split(taken, None)
+
+
+def test_four_bit_prior_is_the_quantised_model_bit_for_bit(config, tokenizer, tmp_path):
+    """NF4 on the CPU: the 4-bit base is never merged into, so its scores are the same before and after training."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tiny = LlamaConfig(
+        vocab_size=5, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(tiny).save_pretrained(tmp_path / "model")
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", quantization_config=quantization, dtype=torch.float32
+    )
+    before = log_probs(model, [EOS], every_completion())
+    assert before.exp().sum().item() == pytest.approx(1, abs=1e-5)
+    trainer = ALDRIFTTrainer(
+        model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    trainer.train()
+    assert torch.equal(prior_scores(trainer), before)
+    assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - before).abs().max() > 0.05

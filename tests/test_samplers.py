@@ -1,0 +1,130 @@
+"""The correction step against exact answers on a handful of states."""
+
+import math
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from conftest import chi_square_p
+from hypothesis import given
+
+from aldrift_hf.samplers import metropolis_hastings, systematic_resample, top
+
+STATES = 6
+
+
+def problem(seed: int):
+    """A prior, a proposal that is another distribution, costs, and the target at τ = 2."""
+    generator = torch.Generator().manual_seed(seed)
+    log_prior = torch.randn(STATES, generator=generator, dtype=torch.float64).log_softmax(0)
+    log_q = torch.randn(STATES, generator=generator, dtype=torch.float64).log_softmax(0)
+    cost = torch.rand(STATES, generator=generator, dtype=torch.float64)
+    return log_prior, log_q, cost, (log_prior - 2 * cost).log_softmax(0), generator
+
+
+def last_states(log_weight_of_state, log_q, generator, chains=20_000, steps=40):
+    proposals = torch.multinomial(log_q.exp(), chains * steps, True, generator=generator).view(chains, steps)
+    end = metropolis_hastings(log_weight_of_state[proposals], generator).index
+    return proposals.gather(1, end[:, None])[:, 0].bincount(minlength=STATES)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_chains_end_in_the_target(seed):
+    log_prior, log_q, cost, log_p, generator = problem(seed)
+    counts = last_states(log_prior - 2 * cost - log_q, log_q, generator)
+    assert chi_square_p(counts, log_p.exp()) > 1e-3
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_without_the_proposals_probability_they_do_not(seed):
+    """The test above can fail: it sees the classic mistake of leaving `q` out of the weight."""
+    log_prior, log_q, cost, log_p, generator = problem(seed)
+    counts = last_states(log_prior - 2 * cost, log_q, generator)
+    assert chi_square_p(counts, log_p.exp()) < 1e-6
+
+
+def test_detailed_balance():
+    """p(s) K(s, s') = p(s') K(s', s), with the kernel's acceptance measured for every pair of states."""
+    log_prior, log_q, cost, log_p, generator = problem(0)
+    log_weight = log_prior - 2 * cost - log_q
+    trials = 40_000
+    pairs = torch.cartesian_prod(torch.arange(STATES), torch.arange(STATES))
+    two_steps = log_weight[pairs][:, None, :].expand(-1, trials, -1)
+    accepted = metropolis_hastings(two_steps, generator).index.double().mean(-1).view(STATES, STATES)
+    exact = (log_weight[None, :] - log_weight[:, None]).exp().clamp(max=1)
+    error = (exact * (1 - exact) / trials).sqrt()
+    assert ((accepted - exact).abs() <= 5 * error).all()
+    flow = (log_p[:, None] + log_q[None, :]).exp() * accepted
+    flow_error = (log_p[:, None] + log_q[None, :]).exp() * error
+    assert ((flow - flow.T).abs() <= 5 * (flow_error**2 + flow_error.T**2).sqrt()).all()
+
+
+def test_acceptance_rate_counts_moves():
+    """Between equal weights every move is accepted; to a weight of zero none."""
+    generator = torch.Generator().manual_seed(0)
+    assert metropolis_hastings(torch.zeros(3, 5), generator).acceptance_rate.tolist() == [1, 1, 1]
+    weights = torch.tensor([[0.0, -math.inf, -math.inf]])
+    chains = metropolis_hastings(weights, generator)
+    assert chains.index.tolist() == [0]
+    assert chains.acceptance_rate.tolist() == [0]
+
+
+def test_an_excluded_start_is_left_at_the_first_chance():
+    weights = torch.tensor([[-math.inf, -math.inf, -3.0, -math.inf]])
+    assert metropolis_hastings(weights, torch.Generator()).index.tolist() == [2]
+
+
+def test_one_step_makes_no_move():
+    chains = metropolis_hastings(torch.zeros(2, 4, 1), torch.Generator())
+    assert chains.index.tolist() == [[0] * 4] * 2
+    assert chains.acceptance_rate.isnan().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_unusable_weights_are_refused(value):
+    weights = torch.tensor([[0.0, value]])
+    with pytest.raises(ValueError, match=r"NaN or \+inf"):
+        metropolis_hastings(weights, torch.Generator())
+    with pytest.raises(ValueError, match=r"NaN or \+inf"):
+        systematic_resample(weights, 2, torch.Generator())
+
+
+def test_chains_need_a_dimension_of_steps():
+    with pytest.raises(ValueError, match="chains, steps"):
+        metropolis_hastings(torch.zeros(3), torch.Generator())
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 0)), min_size=1, max_size=20), st.data())
+def test_top_takes_the_lowest_costs_and_then_the_likeliest(rows, data):
+    m = data.draw(st.integers(1, len(rows)))
+    cost, log_prior = torch.tensor(rows, dtype=torch.float64).T
+    chosen = top(cost, log_prior, m)
+    by_hand = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][1], i))[:m]
+    assert chosen.tolist() == by_hand
+
+
+def test_top_cannot_keep_more_than_there_are():
+    with pytest.raises(ValueError, match="cannot keep the 3 best of 2"):
+        top(torch.zeros(2), torch.zeros(2), 3)
+
+
+@given(st.lists(st.floats(-20, 5), min_size=1, max_size=30), st.integers(1, 50), st.integers(0, 1000))
+def test_systematic_counts_are_within_one_of_their_mean(log_weights, m, seed):
+    weights = torch.tensor(log_weights, dtype=torch.float64)
+    index = systematic_resample(weights, m, torch.Generator().manual_seed(seed))
+    counts = index.bincount(minlength=len(log_weights))
+    assert counts.sum() == m
+    assert ((counts - m * weights.softmax(0)).abs() < 1 + 1e-9).all()
+
+
+def test_systematic_is_unbiased_and_batched():
+    weights = torch.tensor([[0.0, -1.0, -2.0], [3.0, 3.0, 0.0]], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack([systematic_resample(weights, 5, generator) for _ in range(4000)])
+    share = torch.nn.functional.one_hot(draws, 3).double().mean((0, 2))
+    assert torch.allclose(share, weights.softmax(-1), atol=0.01)
+
+
+def test_nothing_can_be_resampled_from_weights_of_zero():
+    with pytest.raises(ValueError, match="every weight of a row is zero"):
+        systematic_resample(torch.full((2, 3), -math.inf), 2, torch.Generator())
