@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 
@@ -158,6 +159,8 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # A launch configuration for the CPU says so here; without this, its processes would not find each other.
+        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         super().__post_init__()
         _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
         _positive("objective_range", self.objective_range, "D, the largest cost")

@@ -181,13 +181,13 @@ def main() -> None:
         strings = Enumeration.of(problem.all_texts(), problem.cost_of, problem.worst_cost, tokenizer)
         log_probs["prior"] = strings.log_probs(base_model(trainer.model))
     # Chains of one step are plain draws of the model, which before training is the prior.
-    draws = {"prior": trainer.sample(options.draws, chain_length=1)["completion"]}
+    draws = {"prior": list(trainer.sample(options.draws, chain_length=1)["completion"])}
 
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
 
-    draws["model"] = trainer.sample(options.draws, chain_length=1)["completion"]
-    draws["corrected"] = trainer.sample(options.draws)["completion"]
+    draws["model"] = list(trainer.sample(options.draws, chain_length=1)["completion"])
+    draws["corrected"] = list(trainer.sample(options.draws)["completion"])
     if strings is not None:
         log_probs["model"] = strings.log_probs(base_model(trainer.model))
         log_probs["exact p_T"] = strings.target(log_probs["prior"], config.tau_max)

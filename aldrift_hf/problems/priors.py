@@ -137,10 +137,9 @@ def warm_up(
         steps, batch_size, learning_rate, seed: of the fit.
         cache_dir: as in [`small_prior`].
     """
-    settings = [steps, batch_size, learning_rate, seed, model.config._name_or_path, str(model.dtype)]
-    quantization = getattr(model.config, "quantization_config", None)
     adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
-    folder = _folder(cache_dir, [*settings, str(quantization), adapter, draw(8, np.random.default_rng(seed))])
+    texts = completion_ids(draw(8, np.random.default_rng(seed)), tokenizer)
+    folder = _folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():
             logger.warning(f"warming up the prior: {steps} steps of {batch_size} texts, to be kept in {folder}")
@@ -204,6 +203,15 @@ def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, d
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """A fingerprint of a model: a few values of every tensor, which no other revision or quantisation shares."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {ends.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def _folder(cache_dir: str | Path | None, made_of: list[Any]) -> Path:

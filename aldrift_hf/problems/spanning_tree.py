@@ -72,12 +72,22 @@ class SpanningTreeProblem:
     def worst_cost(self) -> int:
         """D: a bound on `components - 1` for any `n-1` distinct edges, and the cost of malformed text.
 
-        `n-1` edges touch at least `k` nodes, where `k` is the least number whose largest degrees sum to `2(n-1)`; the
-        other `n-k` nodes are alone. At least 1, so that malformed text never passes for a tree.
+        Edges of rank `r` (the graph they make has `n - r` components) that fall into `c` components touch `r + c` nodes.
+        So they are no more than half of the `r + c` largest degrees, and no more than one clique and `c - 1` single
+        edges have. D is `n - 1 - r` for the least rank that has room for `n-1` edges; at least 1, so that malformed text
+        never passes for a tree.
         """
-        degrees = sorted(np.bincount(np.array(self.edges).ravel(), minlength=len(self.nodes)), reverse=True)
-        touched = int(np.searchsorted(np.cumsum(degrees), 2 * self.size)) + 1
-        return max(1, len(self.nodes) - touched)
+        degrees = np.bincount(np.array(self.edges).ravel(), minlength=len(self.nodes))
+        half = np.concatenate([[0], np.sort(degrees)[::-1].cumsum()]) // 2
+
+        def room(rank: int) -> int:
+            return max(
+                min(int(half[min(rank + c, len(self.nodes))]), math.comb(rank - c + 2, 2) + c - 1)
+                for c in range(1, rank + 1)
+            )
+
+        least = next(rank for rank in range(1, self.size + 1) if rank == self.size or room(rank) >= self.size)
+        return max(1, self.size - least)
 
     def to_text(self, chosen: Sequence[int]) -> str:
         """The string that names these edges (indices), in the graph's order."""
@@ -171,7 +181,7 @@ def load_problem(name: str) -> SpanningTreeProblem:
         try:
             nodes, probability = name.removeprefix("random:").split(",")
             graph = nx.gnp_random_graph(int(nodes), float(probability), seed=0)
-        except ValueError as error:
+        except (ValueError, nx.NetworkXError) as error:
             raise ValueError(f"graph {name!r} is not random:N,P, as in random:12,0.4 ({error})") from None
         if graph.number_of_nodes() < 2 or not nx.is_connected(graph):
             raise ValueError(f"graph {name!r} is not connected; raise N or P")
@@ -187,4 +197,4 @@ def _label(node: object) -> str:
 
 
 def _natural(name: str) -> tuple[int, int, str]:
-    return (0, int(name), "") if name.isdigit() else (1, 0, name)
+    return (0, int(name), "") if name.isdecimal() else (1, 0, name)

@@ -1,0 +1,168 @@
+"""Two processes on the CPU (gloo) against one: the same proposals, the same target, one model."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import chi_square_p, count_a, every_completion, log_probs, tiny_gpt2
+from safetensors.torch import load_file
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from conftest import count_a, lora_config, perturb, tiny_gpt2
+from safetensors.torch import save_file
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.problems.priors import word_tokenizer
+
+torch.set_num_threads(1)
+output, world = sys.argv[1], int(sys.argv[2])
+asked = []
+
+def cost(prompts, completions):
+    if "--fail" in sys.argv and int(os.environ.get("RANK", 0)) == 1:
+        raise RuntimeError("no service on this rank")
+    asked.extend(zip(prompts, completions))
+    return count_a(prompts, completions)
+
+model = tiny_gpt2()
+config = ALDRIFTConfig(
+    output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_chains=32, chain_length=4,
+    max_completion_length=3, generation_batch_size=16, per_device_train_batch_size=8 // world, updates_per_rung=4,
+    learning_rate=1e-2, disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=6,
+)
+trainer = ALDRIFTTrainer(
+    model, cost, config, train_dataset=["", "a b"], processing_class=word_tokenizer(["a", "b", "c"], " "),
+    peft_config=lora_config(model),
+)
+assert trainer.args.world_size == world
+resume = os.path.join(output, "checkpoint-6") if "--resume" in sys.argv else None
+batches = []
+step = trainer.training_step
+def watched(model, inputs, items=None):
+    batches.append(inputs["input_ids"].tolist())
+    return step(model, inputs, items)
+trainer.training_step = watched
+trainer.train(resume_from_checkpoint=resume)
+trainer.args.generation_batch_size = 4096
+corrected = trainer.sample(1500, chain_length=24)
+rank = trainer.args.process_index
+save_file({{name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items() if "lora_" in name}},
+          os.path.join(output, f"rank-{{rank}}.safetensors"))
+with open(os.path.join(output, f"rank-{{rank}}.json"), "w") as file:
+    json.dump({{"asked": asked, "batches": batches, "corrected": list(corrected["completion"]),
+                "cache": [[*key, value] for key, value in trainer.objective.cache.items()]}}, file)
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(folder: Path, processes: int, *extra: str) -> subprocess.CompletedProcess:
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    configs = Path(__file__).parents[1] / "accelerate_configs"
+    how = ["--config_file", str(configs / ("single_cpu.yaml" if processes == 1 else "multi_cpu.yaml"))]
+    how += ["--main_process_port", str(free_port())] if processes > 1 else []
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, str(script), str(folder), str(processes), *extra]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run on one process and on two."""
+    root = tmp_path_factory.mktemp("distributed")
+    folders = {processes: root / f"world-{processes}" for processes in (1, 2)}
+    for processes, folder in folders.items():
+        done = launch(folder, processes)
+        assert done.returncode == 0, done.stderr[-3000:]
+    return folders
+
+
+def result(folder: Path, rank: int) -> dict:
+    return json.loads((folder / f"rank-{rank}.json").read_text())
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
+
+
+def test_the_first_rungs_proposals_do_not_depend_on_how_many_draw_them(runs):
+    """Before anything is learnt all figures are equal; later only rounding in the averaged gradients differs."""
+    one, two = records(runs[1])[0], records(runs[2])[0]
+    for key in ("objective_mean", "acceptance_rate", "distinct_proposals", "distinct_samples", "objective_calls", "proposals"):
+        assert one[key] == two[key], key
+    for key in ("log_z", "ess", "sft_loss"):
+        assert one[key] == pytest.approx(two[key], rel=1e-4), key
+
+
+def test_both_processes_learn_one_model_from_their_own_part(runs):
+    first, second = (load_file(runs[2] / f"rank-{rank}.safetensors") for rank in (0, 1))
+    alone = load_file(runs[1] / "rank-0.safetensors")
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+        assert torch.allclose(first[name], alone[name], atol=1e-3), name
+    batches = [result(runs[2], rank)["batches"] for rank in (0, 1)]
+    assert len(batches[0]) == len(batches[1]) == 12
+    assert batches[0] != batches[1]
+    # Their first batches, put together, are what one process learns from.
+    whole = result(runs[1], 0)["batches"][0]
+    unpadded = [sorted(tuple(row) for row in rows) for rows in (batches[0][0] + batches[1][0], whole)]
+    width = max(len(row) for rows in unpadded for row in rows)
+    pad = [sorted((*row, *[0] * (width - len(row))) for row in rows) for rows in unpadded]
+    assert pad[0] == pad[1]
+
+
+def test_the_objective_is_asked_once_for_each_completion(runs):
+    first, second = (result(runs[2], rank) for rank in (0, 1))
+    asked = [tuple(pair) for pair in first["asked"] + second["asked"]]
+    assert len(asked) == len(set(asked)) == len(first["cache"])
+    assert first["asked"]
+    assert second["asked"]
+    assert first["cache"] == second["cache"]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_target_is_the_same(runs, processes, tokenizer):
+    """Corrected draws of the model that was learnt, against the enumerated p_T."""
+    drawn = result(runs[processes], 0)["corrected"]
+    assert drawn == result(runs[processes], processes - 1)["corrected"]
+    completions = every_completion()
+    texts = tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)
+    cost = torch.tensor(count_a([], texts), dtype=torch.float64)
+    names = sorted(set(texts))
+    for number, prompt in enumerate(([0], tokenizer("a b")["input_ids"])):
+        target = torch.zeros(len(names), dtype=torch.float64)
+        log_p = (log_probs(tiny_gpt2(), prompt, completions) - 1.5 * cost).log_softmax(0)
+        for text, value in zip(texts, log_p.exp()):
+            target[names.index(text)] += value
+        rows = drawn[1500 * number : 1500 * (number + 1)]
+        counts = torch.tensor([names.index(text) for text in rows]).bincount(minlength=len(names))
+        assert chi_square_p(counts, target) > 1e-4
+
+
+def test_two_processes_resume_exactly(runs):
+    before = [load_file(runs[2] / f"rank-{rank}.safetensors") for rank in (0, 1)]
+    done = launch(runs[2], 2, "--resume")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in (0, 1):
+        after = load_file(runs[2] / f"rank-{rank}.safetensors")
+        for name in after:
+            assert torch.equal(after[name], before[rank][name]), name
+
+
+def test_an_objective_that_fails_on_one_rank_ends_all_with_its_message(tmp_path):
+    done = launch(tmp_path / "out", 2, "--fail")
+    assert done.returncode != 0
+    assert "'cost' raised RuntimeError: no service on this rank" in done.stderr
+    assert "on another process" in done.stderr
+
+

@@ -1,0 +1,499 @@
+"""The trainer as its users meet it: what it refuses, what it logs, what it leaves behind."""
+
+import json
+import math
+import os
+
+import pytest
+import torch
+from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from datasets import Dataset
+from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
+from trl import TrlParser
+
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.prior import base_model
+from aldrift_hf.rungs import SampleCollator
+from aldrift_hf.trainer import _mean_token_nll
+
+RECORD = {
+    "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",
+    "log_z", "missing_mass", "distinct_proposals", "distinct_samples", "sft_loss", "proposals", "objective_calls",
+    "seconds_propose", "seconds_score", "seconds_objective", "seconds_learn",
+}  # fmt: skip
+
+
+@pytest.fixture
+def make(config, tokenizer):
+    """A trainer of a tiny LoRA model; `settings` go to the config, the rest to the trainer."""
+
+    def build(objective=count_a, settings=None, **kwargs):
+        model = kwargs.pop("model", None) or tiny_gpt2()
+        kwargs.setdefault("processing_class", tokenizer)
+        kwargs.setdefault("peft_config", lora_config(model) if not isinstance(model, str) else None)
+        return ALDRIFTTrainer(model, objective, config(**(settings or {})), **kwargs)
+
+    return build
+
+
+def rungs(trainer):
+    with open(os.path.join(trainer.args.output_dir, "rungs.jsonl")) as file:
+        return [json.loads(line) for line in file]
+
+
+# ---- Learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [tiny_gpt2, tiny_llama])
+def test_training_brings_the_model_closer_to_the_target(make, family):
+    model = family()
+    log_prior = log_probs(model, [EOS], every_completion())
+    trainer = make(model=model, settings={"num_chains": 128, "chain_length": 8, "updates_per_rung": 16})
+    cost = torch.tensor(count_a([], trainer._decode(every_completion())), dtype=torch.float64)
+    log_p = (log_prior - 1.5 * cost).log_softmax(0)
+
+    def kl():
+        return (log_p.exp() * (log_p - log_probs(base_model(trainer.model), [EOS], every_completion()))).sum().item()
+
+    before = kl()
+    trainer.train()
+    assert kl() < 0.35 * before
+
+
+def test_the_ladder_and_its_records(make):
+    trainer = make(settings={"tau_step": 0.4})
+    result = trainer.train()
+    records = rungs(trainer)
+    assert [record["tau"] for record in records] == pytest.approx([0.4, 0.8, 1.2, 1.5])
+    assert records[-1]["tau"] == 1.5
+    logged = [log for log in trainer.state.log_history if "rung" in log]
+    assert len(logged) == len(records) == trainer.state.epoch
+    for record, log in zip(records, logged):
+        assert set(record) >= RECORD
+        assert {key: log[key] for key in record if record[key] is not None} == {
+            key: value for key, value in record.items() if value is not None
+        }
+    assert [record["proposals"] for record in records] == [64, 128, 192, 256]
+    calls = [record["objective_calls"] for record in records]
+    assert calls == sorted(calls)
+    assert calls[-1] < 85 + 1, "there are only 85 token sequences, and fewer texts"
+    assert records[0]["missing_mass"] == pytest.approx(0, abs=1e-6), "the first rung draws from the prior itself"
+    assert {"final_objective", "final_success", "final_ess", "final_missing_mass"} <= set(result.metrics)
+
+
+def test_the_papers_settings_are_the_ladder_of_one_over_d_and_m_squared_steps(make):
+    trainer = make(settings={"tau_step": None, "objective_range": 3.0, "num_chains": 4, "chain_length": None})
+    trainer.train()
+    assert [record["tau"] for record in rungs(trainer)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 1.5])
+    assert rungs(trainer)[0]["proposals"] == 4 * 16
+
+
+def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
+    trainer = make(settings={"objective_range": None, "tau_step": None})
+    trainer.train()
+    assert trainer.progress.objective_range == 3.0
+    assert rungs(trainer)[0]["proposals"] == 64, "the draws that measured the range are the first rung's"
+    known = make(settings={"objective_range": 3.0, "tau_step": None})
+    known.train()
+    for ours, theirs in zip(trainer.model.parameters(), known.model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_more_rungs_than_the_ladder_stay_at_t(make):
+    trainer = make(settings={"num_train_epochs": 5})
+    trainer.train()
+    assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0, 1.5, 1.5, 1.5]
+
+
+def test_fewer_rungs_stop_before_t(make):
+    trainer = make(settings={"num_train_epochs": 2})
+    trainer.train()
+    assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0]
+
+
+@pytest.mark.parametrize("sampler", ["top", "reweight"])
+def test_the_neighbours_run_through_the_same_loop(make, sampler):
+    trainer = make(settings={"sampler": sampler})
+    trainer.train()
+    records = rungs(trainer)
+    assert len(records) == 3
+    assert all(record["acceptance_rate"] is None for record in records)
+    if sampler == "top":
+        assert records[0]["sample_objective_mean"] < records[0]["objective_mean"]
+
+
+def test_the_default_is_one_pass_over_the_samples(make):
+    trainer = make(settings={"updates_per_rung": None, "num_chains": 10})
+    assert trainer.updates_per_rung == 3
+    trainer.train()
+    assert trainer.state.global_step == 9
+
+
+def test_prompts_have_their_own_chains_and_columns(make):
+    def nearest(prompts, completions, wanted):
+        assert {(p, w) for p, w in zip(prompts, wanted)} <= {("a b", 1), ("c", 3), ("", 2)}
+        return [abs(len(text.split()) - w) for text, w in zip(completions, wanted)]
+
+    data = Dataset.from_dict({"prompt": ["a b", "c", ""], "wanted": [1, 3, 2]})
+    trainer = make(nearest, settings={"num_chains": 8}, train_dataset=data)
+    trainer.begin_rung(0)
+    assert trainer.samples.rows.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert len(trainer.progress.log_z) == 3
+    drawn = trainer.sample(5)
+    assert drawn["prompt"] == ["a b"] * 5 + ["c"] * 5 + [""] * 5
+    other = trainer.sample(2, Dataset.from_dict({"prompt": ["c"], "wanted": [3]}))
+    assert other["prompt"] == ["c", "c"]
+    with pytest.raises(TypeError, match="wanted"):
+        trainer.sample(2, ["no column"])
+
+
+def test_chat_prompts_go_through_the_template(make, tokenizer):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    seen = []
+
+    def cost(prompts, completions):
+        seen.extend(prompts)
+        return count_a(prompts, completions)
+
+    chat = [{"role": "user", "content": "a c"}]
+    trainer = make(cost, train_dataset=Dataset.from_dict({"prompt": [chat]}))
+    assert trainer.prompts.token_ids == [tokenizer("a c b")["input_ids"]]
+    trainer.train()
+    assert seen[0] == chat
+    assert all(isinstance(text, str) for text in trainer.sample(3)["completion"])
+
+
+def test_no_data_set_is_one_empty_prompt(make):
+    trainer = make(train_dataset=None)
+    assert trainer.prompts.token_ids == [[EOS]]
+    assert trainer.sample(2)["prompt"] == ["", ""]
+
+
+def test_plain_draws_are_the_models_own(make):
+    drawn = make().sample(50, chain_length=1)
+    assert drawn["log_prior"] == pytest.approx(drawn["log_model"], abs=1e-5)
+    assert drawn.column_names == ["prompt", "completion", "objective", "log_prior", "log_model"]
+
+
+def test_samples_report_their_own_diagnostics(make):
+    trainer = make()
+    first, second = trainer.sample(20), trainer.sample(20)
+    assert first["completion"] != second["completion"], "each call draws anew"
+    logs = [log for log in trainer.state.log_history if "sample_ess" in log]
+    assert len(logs) == 2
+    assert {"sample_acceptance_rate", "sample_ess", "sample_log_z", "sample_objective", "sample_distinct"} <= set(logs[0])
+
+
+def test_several_objectives_are_weighted_and_logged_apart(make):
+    async def words(prompts, completions):
+        return [len(text.split()) for text in completions]
+
+    trainer = make([count_a, words], settings={"objective_weights": [1.0, 0.5], "objective_range": 4.5})
+    trainer.train()
+    record = rungs(trainer)[0]
+    mean = record["objective/count_a"] + 0.5 * record["objective/words"]
+    assert record["objective_mean"] == pytest.approx(mean)
+
+
+def test_a_budget_of_objective_calls_ends_training_after_its_rung(make, caplog):
+    trainer = make(settings={"max_objective_calls": 15, "num_train_epochs": 50, "num_chains": 4})
+    result = trainer.train()
+    records = rungs(trainer)
+    assert records[-1]["objective_calls"] >= 15
+    assert all(record["objective_calls"] < 15 for record in records[:-1])
+    assert trainer.state.global_step == len(records) * 4, "the rung in which the budget ends is learnt to its end"
+    assert "max_objective_calls=15 is reached" in caplog.text
+    assert "final_objective" not in result.metrics
+
+
+def test_evaluation_leaves_training_as_it_is(make):
+    plain = make(settings={"num_train_epochs": 2})
+    plain.train()
+    watched = make(settings={"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 3})
+    watched.train()
+    assert any("eval_kl" in log for log in watched.state.log_history)
+    for ours, theirs in zip(plain.model.parameters(), watched.model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_evaluation_on_other_prompts(make):
+    trainer = make(train_dataset=["a"], eval_dataset=["b", "c"])
+    trainer.train()
+    assert "eval_missing_mass" not in trainer.evaluate()
+    assert "eval_missing_mass" in trainer.evaluate(["a"])
+
+
+def test_log_completions_prints_a_table(make, capsys):
+    make(settings={"log_completions": True, "num_train_epochs": 1}).train()
+    out = capsys.readouterr().out
+    assert "best" in out
+    assert "random" in out
+    assert "log-weight" in out
+
+
+def test_progress_lines_are_readable(make, capsys):
+    make(settings={"disable_tqdm": False, "num_train_epochs": 2}).train()
+    lines = capsys.readouterr().out.splitlines()
+    assert any("mean cost" in line and "missing mass" in line for line in lines)
+    assert sum(line.strip().startswith(("0 ", "1 ")) for line in lines) == 2
+
+
+def test_callbacks_see_rungs_as_epochs(make):
+    class Watch(TrainerCallback):
+        seen: list = []  # noqa: RUF012
+
+        def on_epoch_end(self, args, state, control, **kwargs):
+            self.seen.append(state.epoch)
+
+    make(callbacks=[Watch()]).train()
+    assert Watch.seen == [1, 2, 3]
+
+
+def test_what_is_saved_can_be_loaded_and_trained_on(make, config, tokenizer, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    trainer = make(model=model, processing_class=None, peft_config=lora_config(tiny_gpt2()))
+    trainer.train()
+    trainer.save_model()
+    assert AutoTokenizer.from_pretrained(trainer.args.output_dir).eos_token_id == EOS
+    again = make(model=trainer.args.output_dir, processing_class=None, peft_config=None)
+    assert torch.allclose(
+        log_probs(base_model(again.model), [EOS], every_completion()),
+        log_probs(base_model(trainer.model), [EOS], every_completion()),
+        atol=1e-6,
+    )
+    assert "prior" in again.model.peft_config
+
+
+def test_full_fine_tuning_saves_a_whole_model(make):
+    trainer = make(peft_config=None)
+    trainer.train()
+    trainer.save_model()
+    loaded = GPT2LMHeadModel.from_pretrained(trainer.args.output_dir)
+    assert torch.allclose(
+        log_probs(loaded, [EOS], every_completion()), log_probs(trainer.model, [EOS], every_completion()), atol=1e-6
+    )
+
+
+# ---- The loss -------------------------------------------------------------------------------------------------------
+
+
+def batch(*completions):
+    return SampleCollator(EOS)([{"prompt": [2, 3], "completion": list(row)} for row in completions])
+
+
+def test_the_loss_is_total_nll_over_total_tokens(make):
+    """With gradient accumulation over batches of unequal length, as in one batch; a mean over rows is something else."""
+    model, short, long = tiny_gpt2(), [2, 0], [4, 3, 4, 4, 2, 3]
+    both = batch(short, long)
+
+    def gradient(losses):
+        model.zero_grad()
+        for loss in losses:
+            loss.backward()
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+    def loss(inputs, items):
+        return _mean_token_nll(model(inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs["labels"], items)
+
+    together = gradient([loss(both, 8)])
+    apart = gradient([loss(batch(short), 8), loss(batch(long), 8)])
+    by_row = gradient([loss(batch(short), 2) / 2, loss(batch(long), 6) / 2])
+    assert torch.allclose(together, apart, atol=1e-6)
+    assert (together - by_row).abs().max() > 1e-3
+    with torch.no_grad():
+        exact = log_probs(model, [2, 3], every_completion()).new_tensor(0)
+        for row in (short, long):
+            logits = model(torch.tensor([[2, 3, *row]])).logits[0, 1:-1].log_softmax(-1)
+            exact -= logits.gather(-1, torch.tensor(row)[:, None]).sum()
+        assert loss(both, 8).item() == pytest.approx(exact.item() / 8, abs=1e-5)
+
+
+def test_accumulated_batches_learn_as_one(make):
+    """The Trainer hands the loss the tokens of the whole accumulated batch."""
+    one = make(settings={"per_device_train_batch_size": 8, "num_train_epochs": 1, "optim": "sgd"})
+    two = make(
+        settings={
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1, "optim": "sgd",
+        }  # fmt: skip
+    )
+    one.train()
+    two.train()
+    for ours, theirs in zip(one.model.parameters(), two.model.parameters()):
+        assert torch.allclose(ours, theirs, atol=1e-6)
+    assert rungs(one)[0]["sft_loss"] == pytest.approx(rungs(two)[0]["sft_loss"], rel=1e-4)
+
+
+def test_labels_are_the_completion_alone():
+    collated = batch([4, 0], [3, 3, 3])
+    assert collated["labels"].tolist() == [[-100, -100, 4, 0, -100], [-100, -100, 3, 3, 3]]
+
+
+# ---- Precision ------------------------------------------------------------------------------------------------------
+
+
+def test_generation_scoring_and_learning_share_one_autocast(make):
+    """Under bf16 and PEFT, every forward pass of the base model runs in the same precision."""
+    trainer = make(settings={"bf16": True, "num_train_epochs": 1})
+    seen = set()
+
+    def watch(module, args, output):
+        seen.add((trainer.model.training, torch.is_autocast_enabled("cpu"), output.dtype))
+
+    base_model(trainer.model).transformer.h[0].mlp.c_fc.register_forward_hook(watch)
+    trainer.train()
+    assert seen == {(False, True, torch.bfloat16), (True, True, torch.bfloat16)}
+
+
+def test_dropout_does_not_reach_scores_or_draws(make):
+    """Scores in the middle of training, with the model in train mode and LoRA dropout on."""
+    trainer = make(model=tiny_gpt2(dropout=0.5), peft_config=lora_config(tiny_gpt2(), dropout=0.5))
+    trainer.model.train()
+    first, _ = trainer._propose(trainer.prompts, 50, (1,))
+    second, _ = trainer._propose(trainer.prompts, 50, (1,))
+    assert trainer.model.training
+    assert torch.equal(first.log_model, second.log_model)
+    assert torch.equal(first.log_prior, second.log_prior)
+    assert torch.allclose(first.log_prior, first.log_model, atol=1e-5)
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tau_max": 0}, "tau_max .* must be positive"),
+        ({"tau_max": -1.0}, "tau_max .* must be positive"),
+        ({"tau_max": math.nan}, "tau_max .* must be positive"),
+        ({"objective_range": 0.0}, "objective_range .* must be positive"),
+        ({"objective_range": -2.0}, "objective_range .* must be positive"),
+        ({"tau_step": 0.0}, "tau_step .* must be positive"),
+        ({"chain_length": 0}, "chain_length must be a whole number of at least 1"),
+        ({"num_chains": 0}, "num_chains must be a whole number of at least 1"),
+        ({"num_chains": 2.5}, "num_chains must be a whole number"),
+        ({"updates_per_rung": 0}, "updates_per_rung must be"),
+        ({"max_completion_length": 0}, "max_completion_length must be"),
+        ({"generation_batch_size": 0}, "generation_batch_size must be"),
+        ({"max_objective_calls": 0}, "max_objective_calls must be"),
+        ({"objective_weights": [-1.0]}, "objective_weights must be"),
+        ({"num_train_epochs": 0.5}, "number of rungs"),
+        ({"sampler": "gibbs"}, "sampler must be"),
+        ({"ladder": "snake"}, "ladder must be"),
+        ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
+        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "leave it off"),
+    ],
+)
+def test_bad_settings_are_refused(config, settings, message):
+    with pytest.raises(ValueError, match=message):
+        config(**settings)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        (Dataset.from_dict({"text": ["a"]}), ValueError, "no column 'prompt'.*rename_column"),
+        (Dataset.from_dict({"prompt": []}), ValueError, "train_dataset is empty"),
+        ([], ValueError, "train_dataset is empty"),
+        ({"train": []}, TypeError, "must be a datasets.Dataset"),
+        (Dataset.from_dict({"prompt": [3]}), ValueError, "prompt 0 is neither text nor a list of messages"),
+        (Dataset.from_dict({"prompt": ["a " * 14]}), ValueError, "exceeds the model's context of 16"),
+        (Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]}), ValueError, "no chat template"),
+        (Dataset.from_dict({"prompt": ["a"], "other": [1]}), TypeError, r"Add \*\*columns"),
+    ],
+)
+def test_bad_data_is_refused(make, data, error, message):
+    def strict(prompts, completions):
+        return [0.0] * len(completions)
+
+    with pytest.raises(error, match=message):
+        make(strict, train_dataset=data)
+
+
+def test_a_completion_longer_than_the_context_is_refused(make):
+    with pytest.raises(ValueError, match=r"Lower max_completion_length to 15 or less"):
+        make(settings={"max_completion_length": 16})
+
+
+def test_a_tokenizer_without_an_end_is_refused(make, tokenizer):
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match=r"no end-of-text token.*Set tokenizer\.eos_token"):
+        make()
+
+
+def test_an_objective_that_raises_stops_with_its_name(make):
+    def fragile(prompts, completions):
+        raise ZeroDivisionError("by zero")
+
+    with pytest.raises(RuntimeError, match="'fragile' raised ZeroDivisionError: by zero"):
+        make(fragile).train()
+
+
+def test_an_objective_above_its_range_stops_with_its_row(make):
+    with pytest.raises(ValueError, match=r"'count_a' gave 3\.0 for row 0, above objective_range=2\.0"):
+        make(settings={"objective_range": 2.0}).train()
+
+
+def test_an_objective_that_is_always_zero_has_no_range(make):
+    with pytest.raises(ValueError, match="every draw from the prior has cost 0"):
+        make(lambda prompts, completions: [0.0] * len(completions), settings={"objective_range": None}).train()
+
+
+def test_an_output_directory_that_cannot_be_written_is_refused_before_the_model_loads(make, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"output_dir .* cannot be written.*Choose another"):
+        make(model="no/such-model", settings={"output_dir": str(tmp_path / "file" / "out")})
+
+
+def test_a_model_without_a_known_tokenizer_asks_for_one(make):
+    with pytest.raises(ValueError, match="pass it as processing_class"):
+        make(processing_class=None)
+
+
+def test_model_init_kwargs_need_a_model_to_load(make):
+    with pytest.raises(ValueError, match="Drop it"):
+        make(settings={"model_init_kwargs": {"dtype": "float32"}})
+
+
+def test_other_arguments_are_refused(tokenizer):
+    with pytest.raises(TypeError, match="must be an ALDRIFTConfig"):
+        ALDRIFTTrainer(tiny_gpt2(), count_a, {"tau_max": 1}, processing_class=tokenizer)
+    with pytest.raises(TypeError, match="must be a tokenizer"):
+        ALDRIFTTrainer(tiny_gpt2(), count_a, ALDRIFTConfig(use_cpu=True), processing_class=str)
+
+
+def test_there_must_be_a_checkpoint_to_resume_from(make):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        make().train(resume_from_checkpoint=True)
+
+
+# ---- Settings from elsewhere ----------------------------------------------------------------------------------------
+
+
+def test_every_setting_works_from_the_command_line_and_from_yaml(tmp_path):
+    arguments = {
+        "tau_max": 5.0, "objective_range": 7.0, "ladder": "linear", "tau_step": 0.5, "sampler": "top", "num_chains": 4,
+        "chain_length": 12, "updates_per_rung": 3, "max_completion_length": 9, "generation_batch_size": 17,
+        "max_objective_calls": 99, "objective_weights": [1.0, 0.5], "model_init_kwargs": {"revision": "x"},
+        "log_completions": True, "num_train_epochs": 8.0,
+    }  # fmt: skip
+    line = []
+    for name, value in arguments.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        line += [f"--{name}", *map(str, values)]
+    (parsed,) = TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--output_dir", str(tmp_path), *line])
+    (tmp_path / "run.yaml").write_text(json.dumps({"output_dir": str(tmp_path), **arguments}))
+    (from_yaml,) = TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
+    for name, value in arguments.items():
+        assert getattr(parsed, name) == value, name
+        assert getattr(from_yaml, name) == value, name
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "T, the target's inverse temperature" in text
+    assert "M, proposals a chain" in text
