@@ -69,7 +69,7 @@ class ALDRIFTConfig(TrainingArguments):
             Print the best and a random completion of every rung.
     """
 
-    _VALID_DICT_FIELDS = TrainingArguments._VALID_DICT_FIELDS + ["model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults that differ from TrainingArguments
     num_train_epochs: float = field(
@@ -80,14 +80,14 @@ class ALDRIFTConfig(TrainingArguments):
         },
     )
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of the optimizer."})
-    lr_scheduler_type: str = field(  # type: ignore[assignment]
+    lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "The scheduler. Constant by default: the last rungs have as much to learn as the first."},
     )
     logging_steps: float = field(
         default=50, metadata={"help": "Log the loss every so many updates, beside the log of every rung."}
     )
-    save_strategy: str = field(  # type: ignore[assignment]
+    save_strategy: str = field(
         default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
     )
     save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints to keep; the oldest go first."})
@@ -101,7 +101,9 @@ class ALDRIFTConfig(TrainingArguments):
     # Parameters that control the target and the ladder
     tau_max: float = field(
         default=1.0,
-        metadata={"help": "T, the target's inverse temperature in p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost."},
+        metadata={
+            "help": "T, the target's inverse temperature in p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost."
+        },
     )
     objective_range: Optional[float] = field(
         default=None,
@@ -121,7 +123,7 @@ class ALDRIFTConfig(TrainingArguments):
     sampler: Literal["metropolis_hastings", "top", "reweight"] = field(
         default="metropolis_hastings",
         metadata={
-            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), top (TOPIFT: the best by cost, no "
+            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), top (TOPIFT: the best, no "
             "correction), reweight (the ablation: resampled by exp(-step d), no correction)."
         },
     )
@@ -160,7 +162,7 @@ class ALDRIFTConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         # A launch configuration for the CPU says so here; without this, its processes would not find each other.
-        self.use_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        self.use_cpu: bool = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
         super().__post_init__()
         _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
         _positive("objective_range", self.objective_range, "D, the largest cost")
@@ -182,7 +184,7 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(f"ladder must be linear, got {self.ladder!r}")
         if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):
             raise ValueError(
-                f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for as many as the ladder "
+                f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for all that the ladder "
                 f"has; got {self.num_train_epochs}"
             )
         if self.objective_weights is not None and any(
@@ -203,7 +205,9 @@ class ALDRIFTConfig(TrainingArguments):
 
     def _refuse_what_breaks_a_rung(self) -> None:
         if self.auto_find_batch_size:
-            raise ValueError("auto_find_batch_size would change a rung's length half-way; set per_device_train_batch_size.")
+            raise ValueError(
+                "auto_find_batch_size would change a rung's length half-way; set per_device_train_batch_size."
+            )
         if self.dataloader_persistent_workers:
             raise ValueError("dataloader_persistent_workers would keep serving the first rung's samples; leave it off.")
         if self.label_smoothing_factor != 0:

@@ -126,7 +126,7 @@ class Objective:
         """
         for name, function in zip(self.names, self.functions, strict=True):
             try:
-                inspect.signature(function).bind(prompts=[], completions=[], **dict.fromkeys(columns, []))
+                inspect.signature(function).bind(prompts=[], completions=[], **{column: [] for column in columns})
             except TypeError as error:
                 raise TypeError(
                     f"objective {name!r} cannot be called as {name}(prompts=…, completions=…"
@@ -174,7 +174,9 @@ class Objective:
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
         """Mean unweighted cost of each objective over completions that were evaluated before."""
-        values = torch.tensor([self.cache[prompts.keys[row], text] for row, text in zip(rows, completions, strict=True)])
+        values = torch.tensor(
+            [self.cache[prompts.keys[row], text] for row, text in zip(rows, completions, strict=True)]
+        )
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
 
     def _total(self, values: Sequence[float]) -> float:
@@ -188,9 +190,7 @@ class Objective:
             **columns_of(prompts, rows),
         }
         results = _call_all(list(zip(self.names, self.functions, strict=True)), arguments)
-        checked = [
-            _check(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)
-        ]
+        checked = [_check(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)]
         values = [list(row) for row in zip(*checked, strict=True)]
         if self.objective_range is not None:
             for row, text, value in zip(rows, completions, values, strict=True):
@@ -210,7 +210,7 @@ def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, An
         return await asyncio.gather(*(guard(name, fn) for name, fn in functions if is_async_callable(fn)))
 
     async def guard(name: str, function: CostFunction) -> Any:
-        with _named(name, arguments["completions"]):
+        with _Named(name, arguments["completions"]):
             return await function(**arguments)
 
     pending: list[Any] = []
@@ -224,12 +224,12 @@ def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, An
         if is_async_callable(function):
             results.append(next(awaited))
         else:
-            with _named(name, arguments["completions"]):
+            with _Named(name, arguments["completions"]):
                 results.append(function(**arguments))
     return results
 
 
-class _named:
+class _Named:
     """Any exception inside becomes an [`ObjectiveError`] that says which objective raised and on what."""
 
     def __init__(self, name: str, completions: list[str]) -> None:

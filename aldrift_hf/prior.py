@@ -1,4 +1,4 @@
-"""What the prior `L` is, for each kind of model that a user can pass in. It is exactly that model, never a reload of it.
+"""What the prior `L` is, for each kind of model that can be passed in: exactly that model, never a reload of it.
 
 | passed in | prior `L` | policy `q` |
 |---|---|---|
@@ -69,11 +69,13 @@ class FrozenCopy:
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
-        self.model.to(base_model(policy).device)  # type: ignore[arg-type]
+        self.model.to(base_model(policy).device)
         yield self.model
 
 
-def split(model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None) -> tuple[PreTrainedModel | PeftModel, Prior]:
+def split(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> tuple[PreTrainedModel | PeftModel, Prior]:
     """The policy to train and the prior to keep, from the model passed in.
 
     Raises:

@@ -75,8 +75,8 @@ def encode_prompts(
     for index, ids in enumerate(token_ids):
         if context_length is not None and len(ids) + max_completion_length > context_length:
             raise ValueError(
-                f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_completion_length} that exceeds "
-                f"the model's context of {context_length}. Lower max_completion_length to "
+                f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_completion_length} that "
+                f"exceeds the model's context of {context_length}. Lower max_completion_length to "
                 f"{max(0, context_length - max(map(len, token_ids)))} or less, or shorten the prompt."
             )
     return Prompts(rows, token_ids, [_fingerprint(row) for row in rows])
@@ -85,7 +85,7 @@ def encode_prompts(
 def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Token ids of one prompt (text or messages), at least one; `index` is for the error message."""
     if isinstance(prompt, str):
-        ids = list(tokenizer(prompt)["input_ids"])  # type: ignore[call-overload]
+        ids = list(tokenizer(prompt)["input_ids"])
     elif is_conversational({"prompt": prompt}):
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -94,7 +94,7 @@ def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -
             )
         text = apply_chat_template({"prompt": prompt}, tokenizer)["prompt"]
         # The template writes the special tokens itself.
-        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])  # type: ignore[call-overload]
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
     else:
         raise ValueError(
             f"prompt {index} is neither text nor a list of messages with 'role' and 'content': {str(prompt)[:80]!r}"

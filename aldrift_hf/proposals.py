@@ -37,7 +37,9 @@ def neutral_generation_config(
     )
 
 
-def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int) -> Completions:
+def generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int
+) -> Completions:
     """One completion of every prompt, by ancestral sampling. The global random state is left as it was.
 
     Args:

@@ -31,9 +31,6 @@ def print_completions(proposals: Proposals, log_weight: Tensor, prompts: Prompts
     Console().print(table)
 
 
-
-
-
 _COLUMNS = {
     "rung": ("rung", "d"),
     "tau": ("tau", ".3g"),

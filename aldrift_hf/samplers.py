@@ -16,11 +16,11 @@ class Chains(NamedTuple):
     """Where a set of independent Metropolis-Hastings chains ended.
 
     Attributes:
-        index: `[..., m]`, for each chain the step (0 to M-1) whose proposal is its last state.
+        last: `[..., m]`, for each chain the step (0 to M-1) whose proposal is its last state.
         acceptance_rate: `[..., m]`, the share of the M-1 moves that were accepted; NaN where M = 1 (no move was made).
     """
 
-    index: Tensor
+    last: Tensor
     acceptance_rate: Tensor
 
 

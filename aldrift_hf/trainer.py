@@ -86,6 +86,8 @@ class ALDRIFTTrainer(Trainer):
     """
 
     _tag_names = ["aldrift"]
+    args: ALDRIFTConfig
+    control: TrainerControl
 
     def __init__(
         self,
@@ -127,7 +129,9 @@ class ALDRIFTTrainer(Trainer):
             )
         loaded = _load(model, args) if isinstance(model, str) else model
         if not isinstance(model, str) and args.model_init_kwargs is not None:
-            raise ValueError("model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it.")
+            raise ValueError(
+                "model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it."
+            )
         self.eos_token_ids = _eos_token_ids(prior.base_model(loaded), tokenizer)
         self.pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self.generation_config = neutral_generation_config(
@@ -164,7 +168,7 @@ class ALDRIFTTrainer(Trainer):
         self.train_dataset = self.samples
         self.progress = checkpoint.Progress()
         self.rungs_wanted = int(args.num_train_epochs)
-        self._first_proposals: Proposals | None = None
+        self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
         self._neutral = False
 
@@ -174,10 +178,11 @@ class ALDRIFTTrainer(Trainer):
         """Propose and correct on rung `rung`, and lay out its samples to learn from (steps 1 and 2 of ALDRIFT)."""
         progress, args = self.progress, self.args
         tau_before, tau = progress.tau, self.tau(rung)
-        proposals, seconds = self._first_proposals, {}
+        # The first rung's may have been drawn already, to see the range of the objective.
+        proposals, seconds = self._first_proposals or self._propose(
+            self.prompts, args.proposals_per_prompt, (PROPOSE, rung)
+        )
         self._first_proposals = None
-        if proposals is None:
-            proposals, seconds = self._propose(self.prompts, args.proposals_per_prompt, (PROPOSE, rung))
         index, acceptance_rate = self._correct(proposals, tau_before, tau, rung)
         chosen = proposals.flat(index)
 
@@ -253,7 +258,7 @@ class ALDRIFTTrainer(Trainer):
         """
         args = self.args
         rows = torch.arange(len(prompts)).repeat_interleave(per_prompt)
-        batches = list(enumerate(rows.split(args.generation_batch_size)))
+        batches = list(enumerate(torch.split(rows, args.generation_batch_size)))
         seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         mine = []
         with self._inference():
@@ -273,7 +278,9 @@ class ALDRIFTTrainer(Trainer):
                         log_prior = self._score(prior_model, token_ids, completions)
                 mine.append((number, completions, log_model, log_prior))
         parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
-        completions = Completions(torch.cat([part[1].ids for part in parts]), torch.cat([part[1].length for part in parts]))
+        completions = Completions(
+            torch.cat([part[1].ids for part in parts]), torch.cat([part[1].length for part in parts])
+        )
         texts = self._decode(completions)
         with _timed(seconds, "seconds_objective"):
             objective = self.objective(prompts, rows.tolist(), texts)
@@ -328,7 +335,7 @@ class ALDRIFTTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         self.progress.loss_sum += loss.item()
         return loss
 
@@ -360,8 +367,8 @@ class ALDRIFTTrainer(Trainer):
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals: before the first update the policy is the prior."""
-        self._first_proposals, _ = self._propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
-        worst = self._first_proposals.objective.max().item()
+        self._first_proposals = self._propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
+        worst = self._first_proposals[0].objective.max().item()
         if worst == 0:
             raise ValueError(
                 "every draw from the prior has cost 0, so there is nothing to optimise and no range to take the "
@@ -396,7 +403,9 @@ class ALDRIFTTrainer(Trainer):
             (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training began, `missing_mass`
             (nats; see [`aldrift_hf.diagnostics.missing_mass`]).
         """
-        prompts = self.eval_prompts if eval_dataset is None else self._encode(check_dataset(eval_dataset, "eval_dataset"))
+        prompts = (
+            self.eval_prompts if eval_dataset is None else self._encode(check_dataset(eval_dataset, "eval_dataset"))
+        )
         self.objective.check_signature(prompts.columns)
         metrics = self._measure(prompts, metric_key_prefix)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -440,7 +449,7 @@ class ALDRIFTTrainer(Trainer):
         With `chain_length=1` no correction is made, and the draws are the model's own.
 
         Their diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of
-        distinct samples. The chains can only go where the model goes: after a warning of missing mass, they miss it too.
+        distinct samples. The chains can only go where the model goes: what it lost (missing mass), they miss.
 
         Args:
             num_samples: chains, and so samples, a prompt.
@@ -538,8 +547,8 @@ class ALDRIFTTrainer(Trainer):
 
     def _warn_of_missing_mass(self, nats: float, who: str) -> None:
         logger.warning(
-            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about {math.exp(-nats):.1%} of "
-            "p_T by the ladder's estimate of log Z, so success and effective sample size speak of that part alone. Use "
+            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about {math.exp(-nats):.1%} "
+            "of p_T by the ladder's estimate of log Z, so success and effective sample size speak of that part alone. Use "
             "more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
             "(tau_step)."
         )
@@ -569,9 +578,7 @@ class _Rungs(TrainerCallback):
     ) -> None:
         self.step_began = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.progress.updates += 1
         self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
 
@@ -590,10 +597,10 @@ class _Rungs(TrainerCallback):
 
 
 def _run_chains(log_weight: Tensor, m: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """`m` chains over each prompt's proposals `[P, m·M]`: the last states' indices `[P, m]`, and the acceptance rate."""
+    """`m` chains over each prompt's proposals `[P, m·M]`: their last states `[P, m]`, and the acceptance rate."""
     prompts, n = log_weight.shape
     chains = samplers.metropolis_hastings(log_weight.view(prompts, m, n // m), generator)
-    index = chains.index + (n // m) * torch.arange(m)
+    index = chains.last + (n // m) * torch.arange(m)
     return index, chains.acceptance_rate.mean().item()
 
 
@@ -604,7 +611,9 @@ def _mean_token_nll(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | i
     the distribution that the samples come from.
     """
     logits = outputs.logits[:, :-1].float()
-    loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    loss = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     return loss / num_items_in_batch
 
 
@@ -647,7 +656,9 @@ def _tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig)
     try:
         return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
     except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})") from error
+        raise ValueError(
+            f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
+        ) from error
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -655,7 +666,7 @@ def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
     # A configuration class can carry its family's default id into a model with a smaller vocabulary.
-    vocabulary = model.get_output_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     return sorted(token for token in ids if token < vocabulary)
 
 

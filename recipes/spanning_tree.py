@@ -43,7 +43,8 @@ class SpanningTreeArguments:
     draws: int = field(default=4096, metadata={"help": "Draws of the prior, the model and the chains to compare."})
     prior_steps: int = field(default=800, metadata={"help": "Updates that make the prior (small model or warm-up)."})
     enumerate_up_to: int = field(
-        default=50_000, metadata={"help": "Compare with every string where there are at most so many, and a small model."}
+        default=50_000,
+        metadata={"help": "Compare with every string where there are at most so many, and a small model."},
     )
 
 
@@ -53,7 +54,9 @@ class SpanningTreeConfig(ALDRIFTConfig):
 
     output_dir: Optional[str] = field(default="out/spanning_tree", metadata={"help": "Where everything is written."})
     tau_max: float = field(default=6.0, metadata={"help": "T: with 6, p_T is 98 % trees on the default graph."})
-    tau_step: Optional[float] = field(default=0.3, metadata={"help": "Step of the ladder; finer than the paper's 1/D pays."})
+    tau_step: Optional[float] = field(
+        default=0.3, metadata={"help": "Step of the ladder; finer than the paper's 1/D pays."}
+    )
     num_chains: int = field(default=256, metadata={"help": "m, chains (and so samples) a rung."})
     updates_per_rung: Optional[int] = field(default=40, metadata={"help": "Optimizer updates a rung."})
     per_device_train_batch_size: int = field(default=64, metadata={"help": "Samples an update, a process."})
@@ -131,8 +134,14 @@ def compare(
         log_p = log_probs["exact p_T"]
         p = np.exp(log_p)
         known = log_probs.get
-        row("KL(p_T || ·) in nats, over all strings", lambda n: "" if n not in log_probs else f"{kl_divergence(log_p, known(n)):.2f}")
-        row("TV to p_T, over all strings", lambda n: "" if n not in log_probs else f"{total_variation(p, np.exp(known(n))):.2f}")
+        row(
+            "KL(p_T || ·) in nats, over all strings",
+            lambda n: "" if n not in log_probs else f"{kl_divergence(log_p, known(n)):.2f}",
+        )
+        row(
+            "TV to p_T, over all strings",
+            lambda n: "" if n not in log_probs else f"{total_variation(p, np.exp(known(n))):.2f}",
+        )
         row(
             "TV to p_T of the draws, noise of counting included",
             lambda name: f"{total_variation(p, strings.counts(draws[name]) / len(draws[name])):.2f}",
@@ -153,7 +162,12 @@ def draw_figure(problem: SpanningTreeProblem, draws: dict[str, list[str]], recor
         plot_along_ladder(
             axes["cost"], records, {"objective_mean": "proposals", "sample_objective_mean": "samples"}, "mean cost d"
         )
-        shares = {"success": "success", "acceptance_rate": "acceptance rate", "ess": "ESS / n", "distinct_proposals": "distinct"}
+        shares = {
+            "success": "success",
+            "acceptance_rate": "acceptance rate",
+            "ess": "ESS / n",
+            "distinct_proposals": "distinct",
+        }
         plot_along_ladder(axes["share"], records, shares, "shares of a rung's proposals")
         plot_along_ladder(axes["mass"], records, {"missing_mass": "missing mass"}, "missing mass (nats)")
 

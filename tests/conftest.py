@@ -105,10 +105,14 @@ def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
-                parameter += scale * torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() > 1 else 0)
+                parameter += (
+                    scale * torch.randn(parameter.shape, generator=generator) * (0.5 if parameter.dim() > 1 else 0)
+                )
 
 
-def every_completion(length: int = MAX_LENGTH, vocabulary: int = VOCABULARY, eos: tuple[int, ...] = (EOS,)) -> Completions:
+def every_completion(
+    length: int = MAX_LENGTH, vocabulary: int = VOCABULARY, eos: tuple[int, ...] = (EOS,)
+) -> Completions:
     """All events of the completion space: those that end with an EOS token and those that are cut."""
     others = [token for token in range(vocabulary) if token not in eos]
     rows = [

@@ -61,7 +61,9 @@ def test_effective_sample_size():
     assert diagnostics.effective_sample_size(torch.tensor([0.0, -math.inf, -math.inf, -math.inf])).item() == 0.25
     log_weight = torch.tensor([[0.3, -1.0, 2.0]], dtype=torch.float64)
     w = log_weight.exp()
-    assert diagnostics.effective_sample_size(log_weight).item() == pytest.approx((w.sum() ** 2 / (w**2).sum() / 3).item())
+    assert diagnostics.effective_sample_size(log_weight).item() == pytest.approx(
+        (w.sum() ** 2 / (w**2).sum() / 3).item()
+    )
 
 
 @pytest.mark.parametrize("shape", [0.2, 0.5, 0.9])

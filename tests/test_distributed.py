@@ -72,7 +72,16 @@ def launch(folder: Path, processes: int, *extra: str) -> subprocess.CompletedPro
     configs = Path(__file__).parents[1] / "accelerate_configs"
     how = ["--config_file", str(configs / ("single_cpu.yaml" if processes == 1 else "multi_cpu.yaml"))]
     how += ["--main_process_port", str(free_port())] if processes > 1 else []
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, str(script), str(folder), str(processes), *extra]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *how,
+        str(script),
+        str(folder),
+        str(processes),
+        *extra,
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
@@ -98,7 +107,14 @@ def records(folder: Path) -> list[dict]:
 def test_the_first_rungs_proposals_do_not_depend_on_how_many_draw_them(runs):
     """Before anything is learnt all figures are equal; later only rounding in the averaged gradients differs."""
     one, two = records(runs[1])[0], records(runs[2])[0]
-    for key in ("objective_mean", "acceptance_rate", "distinct_proposals", "distinct_samples", "objective_calls", "proposals"):
+    for key in (
+        "objective_mean",
+        "acceptance_rate",
+        "distinct_proposals",
+        "distinct_samples",
+        "objective_calls",
+        "proposals",
+    ):
         assert one[key] == two[key], key
     for key in ("log_z", "ess", "sft_loss"):
         assert one[key] == pytest.approx(two[key], rel=1e-4), key
@@ -164,5 +180,3 @@ def test_an_objective_that_fails_on_one_rank_ends_all_with_its_message(tmp_path)
     assert done.returncode != 0
     assert "'cost' raised RuntimeError: no service on this rank" in done.stderr
     assert "on another process" in done.stderr
-
-

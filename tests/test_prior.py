@@ -126,15 +126,15 @@ def test_four_bit_prior_is_the_quantised_model_bit_for_bit(config, tokenizer, tm
         num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(tiny).save_pretrained(tmp_path / "model")
-    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     model = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", quantization_config=quantization, dtype=torch.float32
     )
     before = log_probs(model, [EOS], every_completion())
     assert before.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    trainer = ALDRIFTTrainer(
-        model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model)
-    )
+    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model))
     trainer.train()
     assert torch.equal(prior_scores(trainer), before)
     assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - before).abs().max() > 0.05

@@ -55,7 +55,7 @@ def assert_same(resumed, alone):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_from_any_checkpoint_the_run_is_the_same(kind, config, tokenizer, tmp_path):
-    """Checkpoints in mid-rung (steps 3, 6, 9), at a rung's last update (8, 12 are both), in the first rung and later."""
+    """Checkpoints in mid-rung (1, 3, 6, 11) and of a rung's last update (4, 8, 12), in the first rung and later."""
     save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
     whole = trainer_of(kind, config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
     whole.train()

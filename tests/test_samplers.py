@@ -24,7 +24,7 @@ def problem(seed: int):
 
 def last_states(log_weight_of_state, log_q, generator, chains=20_000, steps=40):
     proposals = torch.multinomial(log_q.exp(), chains * steps, True, generator=generator).view(chains, steps)
-    end = metropolis_hastings(log_weight_of_state[proposals], generator).index
+    end = metropolis_hastings(log_weight_of_state[proposals], generator).last
     return proposals.gather(1, end[:, None])[:, 0].bincount(minlength=STATES)
 
 
@@ -50,7 +50,7 @@ def test_detailed_balance():
     trials = 40_000
     pairs = torch.cartesian_prod(torch.arange(STATES), torch.arange(STATES))
     two_steps = log_weight[pairs][:, None, :].expand(-1, trials, -1)
-    accepted = metropolis_hastings(two_steps, generator).index.double().mean(-1).view(STATES, STATES)
+    accepted = metropolis_hastings(two_steps, generator).last.double().mean(-1).view(STATES, STATES)
     exact = (log_weight[None, :] - log_weight[:, None]).exp().clamp(max=1)
     error = (exact * (1 - exact) / trials).sqrt()
     assert ((accepted - exact).abs() <= 5 * error).all()
@@ -65,18 +65,18 @@ def test_acceptance_rate_counts_moves():
     assert metropolis_hastings(torch.zeros(3, 5), generator).acceptance_rate.tolist() == [1, 1, 1]
     weights = torch.tensor([[0.0, -math.inf, -math.inf]])
     chains = metropolis_hastings(weights, generator)
-    assert chains.index.tolist() == [0]
+    assert chains.last.tolist() == [0]
     assert chains.acceptance_rate.tolist() == [0]
 
 
 def test_an_excluded_start_is_left_at_the_first_chance():
     weights = torch.tensor([[-math.inf, -math.inf, -3.0, -math.inf]])
-    assert metropolis_hastings(weights, torch.Generator()).index.tolist() == [2]
+    assert metropolis_hastings(weights, torch.Generator()).last.tolist() == [2]
 
 
 def test_one_step_makes_no_move():
     chains = metropolis_hastings(torch.zeros(2, 4, 1), torch.Generator())
-    assert chains.index.tolist() == [[0] * 4] * 2
+    assert chains.last.tolist() == [[0] * 4] * 2
     assert chains.acceptance_rate.isnan().all()
 
 

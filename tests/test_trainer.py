@@ -148,7 +148,9 @@ def test_prompts_have_their_own_chains_and_columns(make):
 
 
 def test_chat_prompts_go_through_the_template(make, tokenizer):
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
+    )
     seen = []
 
     def cost(prompts, completions):
@@ -181,7 +183,9 @@ def test_samples_report_their_own_diagnostics(make):
     assert first["completion"] != second["completion"], "each call draws anew"
     logs = [log for log in trainer.state.log_history if "sample_ess" in log]
     assert len(logs) == 2
-    assert {"sample_acceptance_rate", "sample_ess", "sample_log_z", "sample_objective", "sample_distinct"} <= set(logs[0])
+    assert {"sample_acceptance_rate", "sample_ess", "sample_log_z", "sample_objective", "sample_distinct"} <= set(
+        logs[0]
+    )
 
 
 def test_several_objectives_are_weighted_and_logged_apart(make):
@@ -240,7 +244,7 @@ def test_progress_lines_are_readable(make, capsys):
 
 def test_callbacks_see_rungs_as_epochs(make):
     class Watch(TrainerCallback):
-        seen: list = []  # noqa: RUF012
+        seen: list = []
 
         def on_epoch_end(self, args, state, control, **kwargs):
             self.seen.append(state.epoch)
@@ -284,7 +288,7 @@ def batch(*completions):
 
 
 def test_the_loss_is_total_nll_over_total_tokens(make):
-    """With gradient accumulation over batches of unequal length, as in one batch; a mean over rows is something else."""
+    """Over accumulated batches of unequal length as over one batch; a mean over rows is something else."""
     model, short, long = tiny_gpt2(), [2, 0], [4, 3, 4, 4, 2, 3]
     both = batch(short, long)
 
@@ -295,7 +299,9 @@ def test_the_loss_is_total_nll_over_total_tokens(make):
         return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
 
     def loss(inputs, items):
-        return _mean_token_nll(model(inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs["labels"], items)
+        return _mean_token_nll(
+            model(inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs["labels"], items
+        )
 
     together = gradient([loss(both, 8)])
     apart = gradient([loss(batch(short), 8), loss(batch(long), 8)])
@@ -315,8 +321,11 @@ def test_accumulated_batches_learn_as_one(make):
     one = make(settings={"per_device_train_batch_size": 8, "num_train_epochs": 1, "optim": "sgd"})
     two = make(
         settings={
-            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "num_train_epochs": 1, "optim": "sgd",
-        }  # fmt: skip
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "num_train_epochs": 1,
+            "optim": "sgd",
+        }
     )
     one.train()
     two.train()

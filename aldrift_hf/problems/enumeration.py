@@ -58,8 +58,9 @@ class Enumeration:
 
     def target(self, log_prior: np.ndarray, tau: float) -> np.ndarray:
         """`log p_τ` from `log L`, both `[n + 1]`."""
-        tilted = log_prior - tau * np.append(self.cost, self.worst_cost)
-        return tilted - np.logaddexp.reduce(tilted)
+        tilted: np.ndarray = log_prior - tau * np.append(self.cost, self.worst_cost)
+        normaliser = float(np.logaddexp.reduce(tilted))
+        return tilted - normaliser
 
     def success(self, log_p: np.ndarray) -> float:
         """Mass on strings of cost 0."""

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -30,10 +30,10 @@ _STYLE = {
 
 
 @contextmanager
-def figure(path: str | Path, mosaic: list[list[str]], size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
+def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
     """The axes of a mosaic in the common style; saved as a PNG on leaving."""
     with plt.rc_context(_STYLE):
-        drawn: tuple[Figure, dict[str, Axes]] = plt.subplot_mosaic(mosaic, figsize=size)  # type: ignore[assignment]
+        drawn: tuple[Figure, dict[str, Axes]] = plt.subplot_mosaic(mosaic, figsize=size)
         yield drawn[1]
         drawn[0].savefig(path, dpi=150)
         plt.close(drawn[0])

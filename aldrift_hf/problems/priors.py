@@ -104,7 +104,9 @@ def small_prior(
     folder = _folder(cache_dir, [asdict(config), list(words), separator, draw(8, np.random.default_rng(config.seed))])
     with PartialState().main_process_first():
         if not folder.is_dir():
-            logger.warning(f"making the prior: {config.steps} steps of {config.batch_size} texts, to be kept in {folder}")
+            logger.warning(
+                f"making the prior: {config.steps} steps of {config.batch_size} texts, to be kept in {folder}"
+            )
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(config.seed))
                 model = GPT2LMHeadModel(_gpt2_config(config, tokenizer, draw))

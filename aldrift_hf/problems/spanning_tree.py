@@ -57,9 +57,7 @@ class SpanningTreeProblem:
             raise ValueError("two nodes have the same name once commas, hyphens and spaces are replaced; rename one")
         nodes = sorted(labels.values(), key=_natural)
         position = {name: index for index, name in enumerate(nodes)}
-        pairs = {
-            tuple(sorted((position[labels[a]], position[labels[b]]))) for a, b in graph.edges() if a != b
-        }
+        pairs = {tuple(sorted((position[labels[a]], position[labels[b]]))) for a, b in graph.edges() if a != b}
         edges = sorted((int(a), int(b)) for a, b in pairs)
         return cls(nodes, edges, [f"{nodes[a]}-{nodes[b]}" for a, b in edges])
 
@@ -72,10 +70,10 @@ class SpanningTreeProblem:
     def worst_cost(self) -> int:
         """D: a bound on `components - 1` for any `n-1` distinct edges, and the cost of malformed text.
 
-        Edges of rank `r` (the graph they make has `n - r` components) that fall into `c` components touch `r + c` nodes.
+        Edges of rank `r` (their graph has `n - r` components) that fall into `c` components touch `r + c` nodes.
         So they are no more than half of the `r + c` largest degrees, and no more than one clique and `c - 1` single
-        edges have. D is `n - 1 - r` for the least rank that has room for `n-1` edges; at least 1, so that malformed text
-        never passes for a tree.
+        edges have. D is `n - 1 - r` for the least rank that has room for `n-1` edges; at least 1, so that malformed
+        text never passes for a tree.
         """
         degrees = np.bincount(np.array(self.edges).ravel(), minlength=len(self.nodes))
         half = np.concatenate([[0], np.sort(degrees)[::-1].cumsum()]) // 2
