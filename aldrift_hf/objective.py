@@ -11,6 +11,7 @@ other columns, all of one length. Lower is better and 0 is perfect; values lie i
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import math
 import numbers
@@ -24,7 +25,6 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ._trl import get_callable_name, is_async_callable
 from .prompts import Prompts, columns_of
 
 CostFunction = Callable[..., Any]
@@ -58,7 +58,7 @@ def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
         # What is no number goes through as it is: the objective's own check then names the row.
         return [best - value if isinstance(value, numbers.Real) else value for value in rewards]
 
-    if is_async_callable(reward):
+    if _is_async(reward):
 
         async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:
             return costs(await reward(**arguments(prompts, completions), **columns))
@@ -67,7 +67,7 @@ def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
         def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
             return costs(reward(**arguments(prompts, completions), **columns))
 
-    cost.__name__ = get_callable_name(reward)
+    cost.__name__ = _name(reward)
     return cost
 
 
@@ -97,7 +97,7 @@ class Objective:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
         if not self.functions or not all(callable(function) for function in self.functions):
             raise TypeError("objective must be a cost function, or a list of at least one")
-        self.names = [get_callable_name(function) for function in self.functions]
+        self.names = [_name(function) for function in self.functions]
         self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -207,21 +207,21 @@ def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, An
     """The results of all functions on one batch; the async ones run together on one event loop."""
 
     async def gather() -> list[Any]:
-        return await asyncio.gather(*(guard(name, fn) for name, fn in functions if is_async_callable(fn)))
+        return await asyncio.gather(*(guard(name, fn) for name, fn in functions if _is_async(fn)))
 
     async def guard(name: str, function: CostFunction) -> Any:
         with _Named(name, arguments["completions"]):
             return await function(**arguments)
 
     pending: list[Any] = []
-    if any(is_async_callable(function) for _, function in functions):
+    if any(_is_async(function) for _, function in functions):
         # In a thread of its own: the caller may sit in a running loop already, as in a notebook.
         with ThreadPoolExecutor(max_workers=1) as pool:
             pending = pool.submit(asyncio.run, gather()).result()
     awaited = iter(pending)
     results = []
     for name, function in functions:
-        if is_async_callable(function):
+        if _is_async(function):
             results.append(next(awaited))
         else:
             with _Named(name, arguments["completions"]):
@@ -244,6 +244,24 @@ class _Named:
                 f"objective {self.name!r} raised {type(error).__name__}: {error} on a batch of "
                 f"{len(self.completions)} completions, the first being {self.completions[0]!r}"
             ) from error
+
+
+def _unwrapped(function: CostFunction) -> CostFunction:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def _name(function: CostFunction) -> str:
+    """A function's name; the class's for a callable object."""
+    inner = _unwrapped(function)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def _is_async(function: CostFunction) -> bool:
+    """Whether a call returns a coroutine; an object can be async in its `__call__` alone."""
+    inner = _unwrapped(function)
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))
 
 
 def _check(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:

@@ -33,6 +33,7 @@ from transformers import (
     TrainerControl,
     TrainerState,
     TrainingArguments,
+    set_seed,
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from transformers.utils.peft_utils import find_adapter_config_file
@@ -145,6 +146,7 @@ class ALDRIFTTrainer(Trainer):
         self.prompts = self._encode(train)
         self.eval_prompts = self._encode(evaluation)
 
+        set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
         policy, self.prior = prior.split(loaded, peft_config)
         super().__init__(
             model=policy,
@@ -345,8 +347,9 @@ class ALDRIFTTrainer(Trainer):
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         # Before the Trainer's own files, so that a push of the folder to the Hub includes ours.
-        loss_sum = torch.tensor(self.progress.loss_sum, dtype=torch.float64)
-        self.progress.loss_sum = cast(Tensor, reduce(loss_sum.to(self.args.device), "mean")).item()
+        if self.args.world_size > 1:
+            loss_sum = torch.tensor(self.progress.loss_sum, device=self.args.device)
+            self.progress.loss_sum = cast(Tensor, reduce(loss_sum, "mean")).item()
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             checkpoint.save(folder, self.progress, self.samples, self.objective)
@@ -547,10 +550,10 @@ class ALDRIFTTrainer(Trainer):
 
     def _warn_of_missing_mass(self, nats: float, who: str) -> None:
         logger.warning(
-            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about {math.exp(-nats):.1%} "
-            "of p_T by the ladder's estimate of log Z, so success and effective sample size speak of that part alone. Use "
-            "more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
-            "(tau_step)."
+            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about "
+            f"{math.exp(-nats):.1%} of p_T by the ladder's log Z, and success and effective sample size speak of that "
+            "part alone. Use more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or "
+            "smaller steps (tau_step)."
         )
 
 

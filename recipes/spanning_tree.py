@@ -57,9 +57,10 @@ class SpanningTreeConfig(ALDRIFTConfig):
     tau_step: Optional[float] = field(
         default=0.3, metadata={"help": "Step of the ladder; finer than the paper's 1/D pays."}
     )
-    num_chains: int = field(default=256, metadata={"help": "m, chains (and so samples) a rung."})
+    num_chains: int = field(default=512, metadata={"help": "m, chains (and so samples) a rung."})
+    chain_length: Optional[int] = field(default=6, metadata={"help": "M, proposals a chain. None: m squared."})
     updates_per_rung: Optional[int] = field(default=40, metadata={"help": "Optimizer updates a rung."})
-    per_device_train_batch_size: int = field(default=64, metadata={"help": "Samples an update, a process."})
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples an update, a process."})
     learning_rate: float = field(default=1e-3, metadata={"help": "High, for a small model with a small adapter."})
     max_completion_length: Optional[int] = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Tokens; None: the longest of 1,000 strings, and a tenth more."}

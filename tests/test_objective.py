@@ -1,6 +1,7 @@
 """What may come back from a cost function, and what happens when it is not a cost."""
 
 import asyncio
+import functools
 import math
 
 import pytest
@@ -123,7 +124,7 @@ def test_a_weighted_sum_of_sync_and_async_functions():
     def length(prompts, completions):
         return [len(text) for text in completions]
 
-    price = objective(slow, length, AsyncCallable(), weights=[0.5, 1.0, 0.25], limit=None)
+    price = objective(slow, functools.partial(length), AsyncCallable(), weights=[0.5, 1.0, 0.25], limit=None)
     assert price.names == ["slow", "length", "AsyncCallable"]
     assert price(prompts("x"), [0, 0], ["a", "aaa"]).tolist() == [2.0, 4.0]
     assert price.components(prompts("x"), [0, 0], ["a", "aaa"]) == {"slow": 1.0, "length": 2.0, "AsyncCallable": 2.0}

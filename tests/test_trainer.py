@@ -165,6 +165,17 @@ def test_chat_prompts_go_through_the_template(make, tokenizer):
     assert all(isinstance(text, str) for text in trainer.sample(3)["completion"])
 
 
+def test_the_seed_decides_a_new_adapters_weights(make):
+    def weights(seed, noise):
+        model = tiny_gpt2()
+        torch.manual_seed(noise)
+        trainer = make(model=model, settings={"seed": seed})
+        return torch.cat([p.flatten() for name, p in trainer.model.named_parameters() if "lora_A" in name])
+
+    assert torch.equal(weights(1, noise=5), weights(1, noise=6))
+    assert not torch.equal(weights(1, noise=5), weights(2, noise=5))
+
+
 def test_no_data_set_is_one_empty_prompt(make):
     trainer = make(train_dataset=None)
     assert trainer.prompts.token_ids == [[EOS]]

@@ -1,0 +1,164 @@
+"""The main job end to end, on small graphs and with every kind of model."""
+
+import json
+import re
+import subprocess
+import sys
+from importlib import util
+from pathlib import Path
+
+import pytest
+from conftest import tiny_gpt2
+from test_distributed import free_port
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.problems.spanning_tree import SEPARATOR, load_problem
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "recipes" / "spanning_tree.py"
+SMALL = {
+    "graph": "random:6,0.5",
+    "prior_steps": 60,
+    "num_chains": 32,
+    "tau_step": 2,
+    "updates_per_rung": 4,
+    "per_device_train_batch_size": 16,
+    "draws": 300,
+    "generation_batch_size": 128,
+}
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """Runs the recipe in this process with the settings given; returns its output directory."""
+    spec = util.spec_from_file_location("spanning_tree_recipe", RECIPE)
+    module = util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
+
+    def run(*flags, **settings):
+        settings = {**SMALL, "output_dir": tmp_path / "out", **settings}
+        line = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+        monkeypatch.setattr(sys, "argv", [str(RECIPE), "--use_cpu", "--disable_tqdm", "True", *line, *flags])
+        module.main()
+        return Path(settings["output_dir"])
+
+    return run
+
+
+def rungs(folder):
+    return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
+
+
+def check_output(out):
+    assert re.search(r"prior.*model.*corrected", out)
+    for row in ("success", "distinct trees, of", "mean cost", "edge marginals of trees", "missing mass:", "a tree: "):
+        assert row in out, row
+
+
+def test_small_prior_with_lora(recipe, capsys):
+    folder = recipe()
+    out = capsys.readouterr().out
+    check_output(out)
+    assert "KL(p_T || ·)" in out
+    assert "exact p_T" in out
+    assert (folder / "spanning_tree.png").stat().st_size > 10_000
+    assert (folder / "adapter_model.safetensors").is_file()
+    assert [record["tau"] for record in rungs(folder)] == [2, 4, 6]
+    assert rungs(folder)[-1]["success"] > rungs(folder)[0]["success"]
+
+
+def test_settings_from_yaml_and_full_fine_tuning(recipe, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("tau_max: 4.0\nsampler: reweight\nuse_peft: false\nlearning_rate: 1.0e-4\n")
+    folder = recipe("--config", str(tmp_path / "run.yaml"))
+    check_output(capsys.readouterr().out)
+    assert (folder / "model.safetensors").is_file()
+    assert [record["tau"] for record in rungs(folder)] == [2, 4]
+    assert rungs(folder)[0]["acceptance_rate"] is None
+
+
+def test_a_graph_from_a_file(recipe, capsys, tmp_path):
+    (tmp_path / "house.edgelist").write_text("a b\nb c\nc d\nd a\na e\nb e\n")
+    recipe(graph=tmp_path / "house.edgelist", enumerate_up_to=0)
+    out = capsys.readouterr().out
+    check_output(out)
+    assert "distinct trees, of 11" in out
+    assert "KL(p_T" not in out, "nothing was to be enumerated"
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    """A GPT-2 and a Llama with a tokenizer that knows the small graph's words, saved as a Hub model would be."""
+
+    def save(family):
+        words = load_problem(SMALL["graph"]).names
+        tokenizer = word_tokenizer(words, SEPARATOR)
+        if family == "gpt2":
+            model = tiny_gpt2(vocab_size=len(tokenizer), initializer_range=0.1)
+        else:
+            model = LlamaForCausalLM(
+                LlamaConfig(
+                    vocab_size=len(tokenizer),
+                    hidden_size=64,
+                    intermediate_size=64,
+                    num_hidden_layers=1,
+                    num_attention_heads=2,
+                    num_key_value_heads=2,
+                    max_position_embeddings=32,
+                    bos_token_id=0,
+                    eos_token_id=0,
+                )
+            )
+        model.save_pretrained(tmp_path / family)
+        tokenizer.save_pretrained(tmp_path / family)
+        return tmp_path / family
+
+    return save
+
+
+def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
+    folder = recipe(model_name_or_path=model_folder("gpt2"), lora_r=4)
+    check_output(capsys.readouterr().out)
+    assert (folder / "prior" / "adapter_model.safetensors").is_file()
+    assert rungs(folder)[0]["missing_mass"] == pytest.approx(0, abs=1e-4), "the first rung's policy is the prior"
+
+
+def test_a_model_in_four_bits(recipe, model_folder, capsys):
+    pytest.importorskip("bitsandbytes")
+    folder = recipe("--load_in_4bit", "True", model_name_or_path=model_folder("llama"), lora_r=4)
+    check_output(capsys.readouterr().out)
+    assert (folder / "prior" / "adapter_model.safetensors").is_file()
+
+
+def test_an_unknown_graph_is_one_clear_line(recipe):
+    with pytest.raises(SystemExit, match=r"--graph: no graph 'petersen': take florentine, davis, tutte, karate"):
+        recipe(graph="petersen")
+
+
+def test_help_explains(recipe, capsys):
+    with pytest.raises(SystemExit):
+        recipe("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for words in ("florentine, davis, tutte, karate", "T: with 6, p_T is 98 % trees", "LoRA R value"):
+        assert words in text
+
+
+@pytest.mark.parametrize("config", ["single_cpu", "multi_cpu"])
+def test_launched_by_accelerate(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
+    line = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
+    port = ["--main_process_port", str(free_port())] if config == "multi_cpu" else []
+    file = str(ROOT / "accelerate_configs" / f"{config}.yaml")
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *port, str(RECIPE), *line]
+        + ["--output_dir", str(tmp_path / "out")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    check_output(done.stdout)
+    assert done.stdout.count("missing mass: ") == 1, "one process reports"
+    assert len(rungs(tmp_path / "out")) == 3
