@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Optional, Union
 
-from accelerate.utils import parse_flag_from_env
+import torch
 from transformers import TrainingArguments
 
 
@@ -161,9 +161,11 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        # A launch configuration for the CPU says so here; without this, its processes would not find each other.
-        self.use_cpu: bool = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        # Where there is nothing but a CPU, Accelerate joins processes only if it is told so.
+        self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        # Joins the processes, before anyone asks Accelerate how many there are and freezes the answer at one.
+        _ = self.world_size
         _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
         _positive("objective_range", self.objective_range, "D, the largest cost")
         _positive("tau_step", self.tau_step, "the step of the ladder; leave it out for 1/objective_range")

@@ -261,7 +261,7 @@ def _name(function: CostFunction) -> str:
 def _is_async(function: CostFunction) -> bool:
     """Whether a call returns a coroutine; an object can be async in its `__call__` alone."""
     inner = _unwrapped(function)
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(getattr(inner, "__call__", None))
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def _check(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:

@@ -53,7 +53,7 @@ class SpanningTreeConfig(ALDRIFTConfig):
     """ALDRIFT's settings, with this recipe's defaults."""
 
     output_dir: Optional[str] = field(default="out/spanning_tree", metadata={"help": "Where everything is written."})
-    tau_max: float = field(default=6.0, metadata={"help": "T: with 6, p_T is 98 % trees on the default graph."})
+    tau_max: float = field(default=6.0, metadata={"help": "T: with 6, p_T is 98 %% trees on the default graph."})
     tau_step: Optional[float] = field(
         default=0.3, metadata={"help": "Step of the ladder; finer than the paper's 1/D pays."}
     )

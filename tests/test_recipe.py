@@ -151,9 +151,9 @@ def test_launched_by_accelerate(config, tmp_path, monkeypatch):
     line = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     port = ["--main_process_port", str(free_port())] if config == "multi_cpu" else []
     file = str(ROOT / "accelerate_configs" / f"{config}.yaml")
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *port, str(RECIPE), *line]
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *port, str(RECIPE), *line]
-        + ["--output_dir", str(tmp_path / "out")],
+        [*command, "--output_dir", str(tmp_path / "out")],
         capture_output=True,
         text=True,
         timeout=300,
