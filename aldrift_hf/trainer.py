@@ -11,7 +11,6 @@ import contextlib
 import logging
 import math
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,12 +18,10 @@ from typing import Any, cast
 import torch
 from accelerate.utils import gather_object, reduce
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     ProgressCallback,
@@ -36,9 +33,8 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
-from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import checkpoint, diagnostics, prior, samplers
+from . import checkpoint, diagnostics, loading, prior, samplers
 from .config import ALDRIFTConfig
 from .ladder import linear_ladder
 from .objective import CostFunction, Objective
@@ -105,7 +101,7 @@ class ALDRIFTTrainer(Trainer):
         args = ALDRIFTConfig() if args is None else args
         if not isinstance(args, ALDRIFTConfig):
             raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
-        _check_writable(str(args.output_dir))
+        loading.check_writable(str(args.output_dir))
         train = check_dataset(train_dataset, "train_dataset")
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.objective = Objective(
@@ -120,7 +116,7 @@ class ALDRIFTTrainer(Trainer):
         if peft_config is not None:
             prior.check_peft_config(peft_config)
 
-        tokenizer = _tokenizer_of(model, args) if processing_class is None else processing_class
+        tokenizer = loading.tokenizer_of(model, args) if processing_class is None else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             raise TypeError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
         if tokenizer.eos_token_id is None:
@@ -128,19 +124,19 @@ class ALDRIFTTrainer(Trainer):
                 "the tokenizer has no end-of-text token, so no completion could end. Set tokenizer.eos_token to the "
                 "token that your model ends with."
             )
-        loaded = _load(model, args) if isinstance(model, str) else model
+        loaded = loading.load_model(model, args) if isinstance(model, str) else model
         if not isinstance(model, str) and args.model_init_kwargs is not None:
             raise ValueError(
                 "model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it."
             )
-        self.eos_token_ids = _eos_token_ids(prior.base_model(loaded), tokenizer)
+        self.eos_token_ids = loading.eos_token_ids(prior.base_model(loaded), tokenizer)
         self.pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         self.generation_config = neutral_generation_config(
             max_completion_length=args.max_completion_length,
             eos_token_ids=self.eos_token_ids,
             pad_token_id=self.pad_token_id,
         )
-        self.context_length = _context_length(prior.base_model(loaded))
+        self.context_length = loading.context_length(prior.base_model(loaded))
         self.processing_class = tokenizer
         self.args = args
         self.prompts = self._encode(train)
@@ -627,52 +623,3 @@ def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
         yield
     finally:
         seconds[key] += time.perf_counter() - start
-
-
-def _check_writable(output_dir: str) -> None:
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
-        ) from error
-
-
-def _load(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
-    kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
-    if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
-        return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
-
-
-def _tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else prior.base_model(model).config._name_or_path
-    kwargs = {
-        key: value
-        for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items()
-        if key in ("revision", "trust_remote_code", "token", "cache_dir")
-    }
-    if not name:
-        raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
-    try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
-        ) from error
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Any of the generation config's end-of-text tokens ends a completion, and the tokenizer's own."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
-    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    return sorted(token for token in ids if token < vocabulary)
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return None if length is None else int(length)

@@ -11,7 +11,6 @@ Every option of ALDRIFTConfig and of TRL's ModelConfig works, here and in YAML (
 """
 
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
@@ -19,17 +18,15 @@ from typing import Optional
 import numpy as np
 from peft import prepare_model_for_kbit_training
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.diagnostics import MISSING_MASS_WARNING
 from aldrift_hf.prior import base_model
-from aldrift_hf.problems.enumeration import Enumeration, kl_divergence, total_variation
-from aldrift_hf.problems.figures import figure, plot_along_ladder, plot_edge_marginals, plot_marginals
+from aldrift_hf.problems.enumeration import Enumeration
 from aldrift_hf.problems.priors import SmallPriorConfig, completion_ids, small_prior, warm_up
 from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
+from aldrift_hf.problems.spanning_tree_report import compare, draw_figure, missing_mass_in_words
 
 
 @dataclass
@@ -108,71 +105,6 @@ def make_prior(problem: SpanningTreeProblem, options: SpanningTreeArguments, mod
     return warm_up(model, tokenizer, draw, peft_config, **settings), tokenizer, None
 
 
-def compare(
-    problem: SpanningTreeProblem,
-    draws: dict[str, list[str]],
-    strings: Optional[Enumeration],
-    log_probs: dict[str, np.ndarray],
-) -> Table:
-    """A column for each source of draws; where all strings are enumerated, exact distances beside what was drawn."""
-    table = Table("", title=f"{len(draws['model']):,} draws each")
-    trees = {name: [text for text in texts if problem.cost_of(text) == 0] for name, texts in draws.items()}
-    kirchhoff = problem.tree_marginals()
-
-    def row(label: str, cell: Callable[[str], str]) -> None:
-        table.add_row(label, *map(cell, draws))
-
-    for name in draws:
-        table.add_column(name, justify="right")
-    row("success: share of trees", lambda name: f"{len(trees[name]) / len(draws[name]):.3f}")
-    row(f"distinct trees, of {problem.number_of_trees():,.6g}", lambda name: f"{len(set(trees[name])):,}")
-    row("mean cost", lambda name: f"{np.mean([problem.cost_of(text) for text in draws[name]]):.3f}")
-    row(
-        "edge marginals of trees: largest error against Kirchhoff",
-        lambda name: f"{np.abs(problem.marginals(trees[name]) - kirchhoff).max():.3f}",
-    )
-    if strings is not None:
-        log_p = log_probs["exact p_T"]
-        p = np.exp(log_p)
-        known = log_probs.get
-        row(
-            "KL(p_T || ·) in nats, over all strings",
-            lambda n: "" if n not in log_probs else f"{kl_divergence(log_p, known(n)):.2f}",
-        )
-        row(
-            "TV to p_T, over all strings",
-            lambda n: "" if n not in log_probs else f"{total_variation(p, np.exp(known(n))):.2f}",
-        )
-        row(
-            "TV to p_T of the draws, noise of counting included",
-            lambda name: f"{total_variation(p, strings.counts(draws[name]) / len(draws[name])):.2f}",
-        )
-    return table
-
-
-def draw_figure(problem: SpanningTreeProblem, draws: dict[str, list[str]], records: list[dict], path: Path) -> None:
-    """The graph with learnt against exact marginals, and the run along its ladder."""
-    kirchhoff = problem.tree_marginals()
-    trees = {name: [text for text in texts if problem.cost_of(text) == 0] for name, texts in draws.items()}
-    marginals = {name: problem.marginals(found) for name, found in trees.items() if found and name != "exact p_T"}
-    with figure(path, [["graph", "graph", "scatter"], ["cost", "share", "mass"]], (13, 8)) as axes:
-        learnt = marginals.get("corrected", np.zeros(len(problem.edges)))
-        pairs = [(problem.nodes[a], problem.nodes[b]) for a, b in problem.edges]
-        plot_edge_marginals(axes["graph"], problem.to_networkx(), dict(zip(pairs, learnt)), kirchhoff)
-        plot_marginals(axes["scatter"], marginals, kirchhoff)
-        plot_along_ladder(
-            axes["cost"], records, {"objective_mean": "proposals", "sample_objective_mean": "samples"}, "mean cost d"
-        )
-        shares = {
-            "success": "success",
-            "acceptance_rate": "acceptance rate",
-            "ess": "ESS / n",
-            "distinct_proposals": "distinct",
-        }
-        plot_along_ladder(axes["share"], records, shares, "shares of a rung's proposals")
-        plot_along_ladder(axes["mass"], records, {"missing_mass": "missing mass"}, "missing mass (nats)")
-
-
 def main() -> None:
     parser = TrlParser((SpanningTreeArguments, SpanningTreeConfig, SpanningTreeModelConfig))
     options, config, model_config = parser.parse_args_and_config()
@@ -219,20 +151,12 @@ def report(
     trainer: ALDRIFTTrainer,
     metrics: dict[str, float],
 ) -> None:
-    """The table, the figure, the missing mass and a few trees."""
+    """The table, the missing mass, a few trees and the figure."""
     console = Console()
     console.print(compare(problem, draws, strings, log_probs))
     record = trainer.progress.records[-1]
     console.print(f"{record['proposals']:,} proposals, {record['objective_calls']:,} distinct objective calls")
-    missing = metrics.get("final_missing_mass")
-    if missing is None:
-        console.print("missing mass: not measured, the budget of objective calls is spent")
-    else:
-        verdict = "the model covers the target" if missing <= MISSING_MASS_WARNING else "the model has LOST part of it"
-        console.print(
-            f"missing mass: {missing:.2f} nats; by the ladder's log Z the model's draws account for "
-            f"{min(1.0, np.exp(-missing)):.0%} of p_T: {verdict}"
-        )
+    console.print(missing_mass_in_words(metrics.get("final_missing_mass")))
     for text in sorted({text for text in draws["corrected"] if problem.cost_of(text) == 0})[:3]:
         console.print(f"a tree: {text}", highlight=False)
     picture = Path(trainer.args.output_dir) / "spanning_tree.png"

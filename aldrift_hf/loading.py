@@ -1,0 +1,75 @@
+"""What a model brings along when it is passed in, by name or as an object: its weights, its tokenizer, its limits."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any, cast
+
+from peft import AutoPeftModelForCausalLM, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from .config import ALDRIFTConfig
+from .prior import base_model
+
+
+def check_writable(output_dir: str) -> None:
+    """Make the output directory and try it.
+
+    Raises:
+        OSError: naming it and the remedy.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
+        ) from error
+
+
+def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
+    """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on."""
+    kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
+    if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
+        return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
+    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+
+
+def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: where there is none to be found.
+    """
+    name = model if isinstance(model, str) else base_model(model).config._name_or_path
+    kwargs = {
+        key: value
+        for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items()
+        if key in ("revision", "trust_remote_code", "token", "cache_dir")
+    }
+    if not name:
+        raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
+        ) from error
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Any of the generation config's end-of-text tokens ends a completion, and the tokenizer's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
+    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    return sorted(token for token in ids if token < vocabulary)
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """Most positions that the model can attend to, where its config says so."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
