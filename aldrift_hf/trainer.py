@@ -354,7 +354,8 @@ class ALDRIFTTrainer(Trainer):
     def _checkpoint_folder(self, resume_from_checkpoint: str | bool | None) -> str | None:
         if not resume_from_checkpoint:
             return None
-        if isinstance(resume_from_checkpoint, str):
+        # From the command line, where the option is text, "True" asks for the last checkpoint too.
+        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() != "true":
             return resume_from_checkpoint
         folder = get_last_checkpoint(str(self.args.output_dir))
         if folder is None:

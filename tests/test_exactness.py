@@ -92,7 +92,7 @@ def test_corrected_draws_are_from_the_target(kind, side, config, tokenizer):
     for seed in range(3):
         prompts = None if side is None else PROMPTS
         trainer, completions, cost, priors = fixed_model(kind, config, tokenizer, prompts, seed)
-        drawn = trainer.sample(2000 if side is None else 600, chain_length=STEPS)
+        drawn = trainer.sample(1500 if side is None else 400, chain_length=STEPS)
         per_prompt = len(drawn) // len(priors)
         for number, log_prior in enumerate(priors):
             names, target = text_target(trainer, completions, (log_prior - TAU * cost).log_softmax(0))
@@ -158,7 +158,7 @@ def test_only_the_correction_meets_the_target(sampler, meets, config, tokenizer)
     """The same problem, proposals and step: Metropolis-Hastings lands on p_τ, `reweight` and `top` beside it."""
     for seed in range(3):
         trainer, completions, cost, (log_prior,) = fixed_model(
-            "gpt2-adapter-off", config, tokenizer, None, seed, sampler=sampler, num_chains=3000, chain_length=STEPS
+            "gpt2-adapter-off", config, tokenizer, None, seed, sampler=sampler, num_chains=2000, chain_length=STEPS
         )
         trainer.progress.objective_range = 3.0
         trainer.progress.tau = 0.5

@@ -70,6 +70,19 @@ def test_small_prior_with_lora(recipe, capsys):
     assert rungs(folder)[-1]["success"] > rungs(folder)[0]["success"]
 
 
+def test_resumed_from_the_command_line(recipe, capsys):
+    """As after an interruption: from the last checkpoint, with the same records."""
+
+    def records(folder):
+        return [{key: value for key, value in r.items() if not key.startswith("seconds")} for r in rungs(folder)]
+
+    alone = records(recipe())
+    table = capsys.readouterr().out.partition("draws each")[2]
+    folder = recipe("--resume_from_checkpoint", "True")
+    assert records(folder) == alone
+    assert capsys.readouterr().out.partition("draws each")[2] == table
+
+
 def test_settings_from_yaml_and_full_fine_tuning(recipe, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text("tau_max: 4.0\nsampler: reweight\nuse_peft: false\nlearning_rate: 1.0e-4\n")
     folder = recipe("--config", str(tmp_path / "run.yaml"))

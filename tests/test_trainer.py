@@ -485,8 +485,9 @@ def test_other_arguments_are_refused(tokenizer):
 
 
 def test_there_must_be_a_checkpoint_to_resume_from(make):
-    with pytest.raises(ValueError, match="no checkpoint in"):
-        make().train(resume_from_checkpoint=True)
+    for last in (True, "True"):
+        with pytest.raises(ValueError, match="no checkpoint in"):
+            make().train(resume_from_checkpoint=last)
 
 
 # ---- Settings from elsewhere ----------------------------------------------------------------------------------------
