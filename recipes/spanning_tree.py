@@ -16,29 +16,29 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
-from peft import prepare_model_for_kbit_training
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
+from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.prior import base_model
 from aldrift_hf.problems.enumeration import Enumeration
-from aldrift_hf.problems.priors import SmallPriorConfig, completion_ids, small_prior, warm_up
-from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
-from aldrift_hf.problems.spanning_tree_report import compare, draw_figure, missing_mass_in_words
+from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, enumerate_strings, make_trainer
+from aldrift_hf.problems.reports import missing_mass_in_words
+from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
+from aldrift_hf.problems.spanning_tree_report import compare, draw_figure
 
 
 @dataclass
 class SpanningTreeArguments:
-    """The problem and its prior."""
+    """The problem."""
 
     graph: str = field(
         default="florentine",
-        metadata={"help": "florentine, davis, tutte, karate, random:N,P, or the path of an edge list."},
+        metadata={
+            "help": "florentine, florentine-core, davis, tutte, karate, random:N,P, or the path of an edge list."
+        },
     )
     draws: int = field(default=4096, metadata={"help": "Draws of the prior, the model and the chains to compare."})
-    prior_steps: int = field(default=800, metadata={"help": "Updates that make the prior (small model or warm-up)."})
     enumerate_up_to: int = field(
         default=50_000,
         metadata={"help": "Compare with every string where there are at most so many, and a small model."},
@@ -46,7 +46,7 @@ class SpanningTreeArguments:
 
 
 @dataclass
-class SpanningTreeConfig(ALDRIFTConfig):
+class SpanningTreeConfig(RecipeConfig):
     """ALDRIFT's settings, with this recipe's defaults."""
 
     output_dir: Optional[str] = field(default="out/spanning_tree", metadata={"help": "Where everything is written."})
@@ -56,77 +56,21 @@ class SpanningTreeConfig(ALDRIFTConfig):
     )
     num_chains: int = field(default=512, metadata={"help": "m, chains (and so samples) a rung."})
     chain_length: Optional[int] = field(default=6, metadata={"help": "M, proposals a chain. None: m squared."})
+    learning_rate: float = field(default=5e-4, metadata={"help": "High, for a small model with a small adapter."})
     updates_per_rung: Optional[int] = field(default=40, metadata={"help": "Optimizer updates a rung."})
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples an update, a process."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "High, for a small model with a small adapter."})
-    max_completion_length: Optional[int] = field(  # type: ignore[assignment]
-        default=None, metadata={"help": "Tokens; None: the longest of 1,000 strings, and a tenth more."}
-    )
-    generation_batch_size: int = field(default=1024, metadata={"help": "Completions a process works on at once."})
-
-
-@dataclass
-class SpanningTreeModelConfig(ModelConfig):
-    """TRL's model settings; without a model the prior is made on the spot."""
-
-    use_peft: bool = field(default=True, metadata={"help": "LoRA; --no_use_peft fine-tunes the small prior in full."})
-    lora_target_modules: Optional[list[str]] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
-    )
-    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
-
-
-def make_prior(problem: SpanningTreeProblem, options: SpanningTreeArguments, model_config: ModelConfig):
-    """The prior, its tokenizer, and the adapter that is to be trained (None where the prior brings its own)."""
-    peft_config = get_peft_config(model_config)
-    if model_config.model_name_or_path is None:
-        size = SmallPriorConfig(steps=options.prior_steps)
-        model, tokenizer = small_prior(problem.names, SEPARATOR, problem.random_texts, size)
-        if peft_config is not None:
-            peft_config.fan_in_fan_out = True  # GPT-2 keeps its weights transposed
-        return model, tokenizer, peft_config
-    name, revision = model_config.model_name_or_path, model_config.model_revision
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    quantization = get_quantization_config(model_config)
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        revision=revision,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        quantization_config=quantization,
-    )
-    if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if peft_config is None:
-        raise SystemExit("a model given by name is warmed up with LoRA; leave --no_use_peft out")
-    peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
-    draw = problem.random_texts
-    settings = {"steps": options.prior_steps, "batch_size": 16, "learning_rate": 2e-4}
-    return warm_up(model, tokenizer, draw, peft_config, **settings), tokenizer, None
 
 
 def main() -> None:
-    parser = TrlParser((SpanningTreeArguments, SpanningTreeConfig, SpanningTreeModelConfig))
+    parser = TrlParser((SpanningTreeArguments, SpanningTreeConfig, RecipeModelConfig))
     options, config, model_config = parser.parse_args_and_config()
     try:
         problem = load_problem(options.graph)
     except ValueError as error:
         sys.exit(f"--graph: {error}")
-    model, tokenizer, peft_config = make_prior(problem, options, model_config)
-    if config.objective_range is None:
-        config.objective_range = float(problem.worst_cost)
-    if config.max_completion_length is None:
-        rows = completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)
-        longest = max(map(len, rows))
-        config.max_completion_length = longest if model_config.model_name_or_path is None else longest + longest // 10
-
-    trainer = ALDRIFTTrainer(
-        model=model, objective=problem.cost, args=config, processing_class=tokenizer, peft_config=peft_config
-    )
-    strings, log_probs = None, {}
-    if model_config.model_name_or_path is None and problem.number_of_strings() <= options.enumerate_up_to:
-        strings = Enumeration.of(problem.all_texts(), problem.cost_of, problem.worst_cost, tokenizer)
-        log_probs["prior"] = strings.log_probs(base_model(trainer.model))
+    trainer = make_trainer(problem, config, model_config)
+    few = can_enumerate(problem, model_config, options.enumerate_up_to)
+    strings = enumerate_strings(problem, trainer) if few else None
+    log_probs = {} if strings is None else {"prior": strings.log_probs(base_model(trainer.model))}
     # Chains of one step are plain draws of the model, which before training is the prior.
     draws = {"prior": list(trainer.sample(options.draws, chain_length=1)["completion"])}
 
@@ -152,16 +96,17 @@ def report(
     metrics: dict[str, float],
 ) -> None:
     """The table, the missing mass, a few trees and the figure."""
-    console = Console()
-    console.print(compare(problem, draws, strings, log_probs))
+    folder, console = Path(trainer.args.output_dir), Console()
+    table = compare(problem, draws, strings, log_probs)
+    table.print()
+    table.write_markdown(folder / "spanning_tree.md")
     record = trainer.progress.records[-1]
     console.print(f"{record['proposals']:,} proposals, {record['objective_calls']:,} distinct objective calls")
     console.print(missing_mass_in_words(metrics.get("final_missing_mass")))
     for text in sorted({text for text in draws["corrected"] if problem.cost_of(text) == 0})[:3]:
         console.print(f"a tree: {text}", highlight=False)
-    picture = Path(trainer.args.output_dir) / "spanning_tree.png"
-    draw_figure(problem, draws, trainer.progress.records, picture)
-    console.print(f"figure: {picture}   rungs: {picture.parent / 'rungs.jsonl'}   adapter: {picture.parent}")
+    draw_figure(problem, draws, trainer.progress.records, folder / "spanning_tree.png")
+    console.print(f"figure and table: {folder}/spanning_tree.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
 
 
 if __name__ == "__main__":

@@ -195,6 +195,7 @@ def test_marginals_of_nothing_are_nan(texts):
     ("name", "nodes", "edges", "trees"),
     [
         ("florentine", 15, 20, "1.208e+03"),
+        ("florentine-core", 10, 15, "1.208e+03"),
         ("tutte", 46, 69, "1.6e+15"),
         ("davis", 32, 89, "1.8e+19"),
         ("karate", 34, 78, "5.1e+15"),
@@ -234,7 +235,7 @@ def test_self_loops_and_parallel_edges_are_left_out():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("unknown", "florentine, davis, tutte, karate, random:N,P"),
+        ("unknown", "florentine, florentine-core, davis, tutte, karate, random:N,P"),
         ("", "florentine"),
         ("random:x", r"random:12,0\.4"),
         ("random:12", r"random:12,0\.4"),

@@ -47,14 +47,9 @@ class Enumeration:
 
     def log_probs(self, model: PreTrainedModel, batch_size: int = 2048) -> np.ndarray:
         """`[n + 1]` log-probabilities after the empty prompt; the last entry is all other text."""
-        rows = completion_ids(self.texts, self.tokenizer)
-        start = encode_prompt("", 0, self.tokenizer)
-        with inference(model):
-            known: Tensor = sequence_logprobs(
-                model, [start] * len(rows), Completions.of(rows, 0), pad_token_id=0, batch_size=batch_size
-            )
-        rest = max(1.0 - float(known.exp().sum()), 1e-12)
-        return np.append(known.numpy(), np.log(rest))
+        known = text_log_probs(self.texts, model, self.tokenizer, batch_size)
+        rest = max(1.0 - float(np.exp(known).sum()), 1e-12)
+        return np.append(known, np.log(rest))
 
     def target(self, log_prior: np.ndarray, tau: float) -> np.ndarray:
         """`log p_τ` from `log L`, both `[n + 1]`."""
@@ -80,6 +75,19 @@ class Enumeration:
         """How often each event occurs among drawn texts, `[n + 1]`."""
         position = {text: index for index, text in enumerate(self.texts)}
         return np.bincount([position.get(text, len(self.texts)) for text in texts], minlength=len(self.texts) + 1)
+
+
+def text_log_probs(
+    texts: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 2048
+) -> np.ndarray:
+    """`[n]` log-probabilities of whole texts, in their canonical tokenisation, after the empty prompt."""
+    rows = completion_ids(texts, tokenizer)
+    start = encode_prompt("", 0, tokenizer)
+    with inference(model):
+        log_probs: Tensor = sequence_logprobs(
+            model, [start] * len(rows), Completions.of(rows, 0), pad_token_id=0, batch_size=batch_size
+        )
+    return log_probs.numpy()
 
 
 def kl_divergence(log_p: np.ndarray, log_q: np.ndarray) -> float:

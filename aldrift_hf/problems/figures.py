@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
+PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#D55E00", "#56B4E9", "#000000", GREY)
 
 _STYLE: Any = {
     "font.size": 9.0,
@@ -42,11 +43,43 @@ def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator
 def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], what: str) -> None:
     """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order; `what` names the y-axis."""
     tau = [record["tau"] for record in records]
-    for (key, label), colour in zip(curves.items(), (BLUE, ORANGE, GREEN, PURPLE), strict=False):
-        axes.plot(tau, [record.get(key, np.nan) for record in records], color=colour, marker=".", label=label)
-    axes.set(xlabel="inverse temperature τ (nats per unit of cost)", ylabel=what)
-    if len(curves) > 1:
+    lines = {label: (tau, [record.get(key, np.nan) for record in records]) for key, label in curves.items()}
+    plot_lines(axes, lines, "inverse temperature τ (nats per unit of cost)", what)
+
+
+def plot_lines(
+    axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *, log: str = "", colours: Any = PALETTE
+) -> None:
+    """Lines `{label: (x values, y values)}` in the palette's order.
+
+    Args:
+        axes: where to.
+        lines: a legend is drawn where there are several.
+        x, y: what the axes show, with units.
+        log: axes on a logarithmic scale: `"x"`, `"y"` or `"xy"`.
+        colours: as many, where lines of several panels belong together.
+    """
+    for (label, (across, up)), colour in zip(lines.items(), colours, strict=False):
+        axes.plot(across, up, color=colour, marker=".", label=label)
+    axes.set(xlabel=x, ylabel=y)
+    if "x" in log:
+        axes.set_xscale("log", base=2)
+    if "y" in log:
+        axes.set_yscale("log")
+    if len(lines) > 1:
         axes.legend()
+
+
+def plot_shares(axes: Axes, shares: np.ndarray, title: str, rows: str, columns: str) -> None:
+    """A matrix of shares as a heat map, rows and columns counted from 1; dark is 0, bright the largest share."""
+    axes.imshow(
+        shares,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0.0,
+        extent=(0.5, shares.shape[1] + 0.5, shares.shape[0] + 0.5, 0.5),
+    )
+    axes.set(title=title, xlabel=columns, ylabel=rows)
 
 
 def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -60,7 +60,10 @@ class SmallPriorConfig:
 
 
 def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerBase:
-    """One token a word; the separator is no token, decoding puts it back. `END` opens and closes a text."""
+    """One token a word; the separator is no token, decoding puts it back. `END` opens and closes a text.
+
+    A prompt is encoded with `END` before it, so that the beginning of a text can be a prompt.
+    """
     mark = "▁"  # stands before every word, so that decoding can tell where the separator belongs
     tokens = [END, UNKNOWN, *(mark + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
@@ -77,6 +80,7 @@ def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerB
             decoders.Fuse(),
         ]
     )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=UNKNOWN)
 
 
@@ -110,6 +114,9 @@ def small_prior(
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(config.seed))
                 model = GPT2LMHeadModel(_gpt2_config(config, tokenizer, draw))
+                # Long embeddings: logits are their products with a state of fixed norm, so with short ones no change of
+                # the layers in between, which is all that LoRA makes, could forbid a word or single one out.
+                model.transformer.wte.weight.data.mul_(4.0)
                 fit(model, tokenizer, draw, config.steps, config.batch_size, config.learning_rate, config.seed)
             _store(model, tokenizer, folder)
     return GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer
@@ -201,6 +208,7 @@ def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, d
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        initializer_range=config.width**-0.5,  # GPT-2's 0.02 is for wide models
         activation_function="gelu_pytorch_tanh",  # gelu_new, fused
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

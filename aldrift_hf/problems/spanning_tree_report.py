@@ -7,12 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
-from ..diagnostics import MISSING_MASS_WARNING
 from .enumeration import Enumeration, kl_divergence, total_variation
 from .figures import figure, plot_along_ladder, plot_edge_marginals, plot_marginals
 from .spanning_tree import SpanningTreeProblem
+from .tables import Comparison
 
 
 def compare(
@@ -20,7 +19,7 @@ def compare(
     draws: dict[str, list[str]],
     strings: Enumeration | None,
     log_probs: dict[str, np.ndarray],
-) -> Table:
+) -> Comparison:
     """A column for each source of draws; where all strings are enumerated, exact distances beside what was drawn.
 
     Args:
@@ -29,36 +28,32 @@ def compare(
         strings: every string of the problem, or `None` where they are too many.
         log_probs: exact log-probabilities over `strings`, by source; `"exact p_T"` among them.
     """
-    table = Table("", title=f"{len(draws['model']):,} draws each")
+    table = Comparison(f"{len(draws['model']):,} draws each", list(draws))
     trees = {name: [text for text in texts if problem.cost_of(text) == 0] for name, texts in draws.items()}
     kirchhoff = problem.tree_marginals()
 
-    def row(label: str, cell: Callable[[str], str]) -> None:
-        table.add_row(label, *map(cell, draws))
+    def row(label: str, figure_of: Callable[[str], float], spec: str = ".2f") -> None:
+        table.add(label, {name: figure_of(name) for name in draws}, spec)
 
-    for name in draws:
-        table.add_column(name, justify="right")
-    row("success: share of trees", lambda name: f"{len(trees[name]) / len(draws[name]):.3f}")
-    row(f"distinct trees, of {problem.number_of_trees():,.6g}", lambda name: f"{len(set(trees[name])):,}")
-    row("mean cost", lambda name: f"{np.mean([problem.cost_of(text) for text in draws[name]]):.3f}")
+    row("success: share of trees", lambda name: len(trees[name]) / len(draws[name]), ".3f")
+    row(f"distinct trees, of {problem.number_of_trees():,.6g}", lambda name: len(set(trees[name])), ",d")
+    row("mean cost", lambda name: float(np.mean([problem.cost_of(text) for text in draws[name]])), ".3f")
     row(
         "edge marginals of trees: largest error against Kirchhoff",
-        lambda name: f"{np.abs(problem.marginals(trees[name]) - kirchhoff).max():.3f}",
+        lambda name: float(np.abs(problem.marginals(trees[name]) - kirchhoff).max()),
+        ".3f",
     )
     if strings is not None:
         log_p = log_probs["exact p_T"]
         p = np.exp(log_p)
         exact = {name: log_probs[name] for name in draws if name in log_probs}
-        row(
-            "KL(p_T || ·) in nats, over all strings",
-            lambda n: f"{kl_divergence(log_p, exact[n]):.2f}" if n in exact else "",
-        )
-        row(
-            "TV to p_T, over all strings", lambda n: f"{total_variation(p, np.exp(exact[n])):.2f}" if n in exact else ""
-        )
+        kl = {name: kl_divergence(log_p, log_q) for name, log_q in exact.items()}
+        tv = {name: total_variation(p, np.exp(log_q)) for name, log_q in exact.items()}
+        table.add("KL(p_T || ·) in nats, over all strings", kl)
+        table.add("TV to p_T, over all strings", tv)
         row(
             "TV to p_T of the draws, noise of counting included",
-            lambda name: f"{total_variation(p, strings.counts(draws[name]) / len(draws[name])):.2f}",
+            lambda name: total_variation(p, strings.counts(draws[name]) / len(draws[name])),
         )
     return table
 
@@ -86,12 +81,3 @@ def draw_figure(
         }
         plot_along_ladder(axes["share"], records, shares, "shares of a rung's proposals")
         plot_along_ladder(axes["mass"], records, {"missing_mass": "missing mass"}, "missing mass (nats)")
-
-
-def missing_mass_in_words(nats: float | None) -> str:
-    """The verdict on the final model; `None` where it was not measured."""
-    if nats is None:
-        return "missing mass: not measured, the budget of objective calls is spent"
-    verdict = "the model covers the target" if nats <= MISSING_MASS_WARNING else "the model has LOST part of the target"
-    share = min(1.0, float(np.exp(-nats)))
-    return f"missing mass: {nats:.2f} nats: by the ladder's log Z its draws account for {share:.0%} of p_T; {verdict}"

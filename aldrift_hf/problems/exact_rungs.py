@@ -1,0 +1,49 @@
+"""The exact distance of the learnt model to each rung's target, where every string can be enumerated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..prior import base_model
+from ..rungs import write_records
+from ..trainer import ALDRIFTTrainer
+from .enumeration import Enumeration, kl_divergence, total_variation
+
+
+class ExactRungs(TrainerCallback):
+    """After each rung's updates: how far `L_τ`, which was learnt, is from `p_τ`, which was meant.
+
+    Create it before training begins, when the policy is still the prior. Each rung's record (and so `rungs.jsonl`, and
+    the checkpoint) gets `exact_kl` (KL(p_τ‖L_τ), nats), `exact_tv`, `exact_coverage` (log sup p_τ/L_τ, nats),
+    `exact_success` and `exact_cost` (of `L_τ`).
+    """
+
+    def __init__(self, trainer: ALDRIFTTrainer, strings: Enumeration) -> None:
+        self.trainer = trainer
+        self.strings = strings
+        self.log_prior = strings.log_probs(base_model(trainer.model))
+        trainer.add_callback(self)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        records = self.trainer.progress.records
+        records[-1].update(self.measure(self.trainer.progress.tau))
+        if state.is_world_process_zero:
+            write_records(records, str(args.output_dir))
+
+    def measure(self, tau: float) -> dict[str, float]:
+        """The distances of the model as it is now from `p_τ`."""
+        strings = self.strings
+        log_q = strings.log_probs(base_model(self.trainer.model))
+        log_p = strings.target(self.log_prior, tau)
+        return {
+            "exact_kl": kl_divergence(log_p, log_q),
+            "exact_tv": total_variation(np.exp(log_p), np.exp(log_q)),
+            "exact_coverage": float((log_p - log_q).max()),
+            "exact_success": strings.success(log_q),
+            "exact_cost": strings.mean_cost(log_q),
+        }

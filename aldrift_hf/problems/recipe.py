@@ -1,0 +1,139 @@
+"""From a problem and a command line to a trainer: what the recipes have in common."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, cast
+
+import numpy as np
+from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from ..config import ALDRIFTConfig
+from ..trainer import ALDRIFTTrainer
+from .enumeration import Enumeration
+from .priors import SmallPriorConfig, completion_ids, small_prior, warm_up
+from .text_problem import TextProblem
+
+
+@dataclass
+class RecipeConfig(ALDRIFTConfig):
+    """ALDRIFT's settings, with defaults for a small model made on the spot."""
+
+    per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples an update, a process."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "High, for a small model with a small adapter."})
+    max_completion_length: Optional[int] = field(  # type: ignore[assignment]
+        default=None, metadata={"help": "Tokens; None: the longest of 1,000 strings, and a tenth more."}
+    )
+    generation_batch_size: int = field(default=1024, metadata={"help": "Completions a process works on at once."})
+
+
+@dataclass
+class RecipeModelConfig(ModelConfig):
+    """TRL's model settings; without a model the prior is made on the spot."""
+
+    use_peft: bool = field(default=True, metadata={"help": "LoRA; --no_use_peft fine-tunes the small prior in full."})
+    lora_target_modules: Optional[list[str]] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    prior_steps: int = field(default=800, metadata={"help": "Updates that make the prior (small model or warm-up)."})
+
+
+def make_prior(
+    problem: TextProblem, model_config: RecipeModelConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, PeftConfig | None]:
+    """The prior, its tokenizer, and the adapter that is to be trained (`None` where the prior brings its own).
+
+    Raises:
+        SystemExit: for a model by name without an adapter, which could not be warmed up.
+    """
+    peft_config = get_peft_config(model_config)
+    steps = model_config.prior_steps
+    if model_config.model_name_or_path is None:
+        size = SmallPriorConfig(steps=steps)
+        model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, size)
+        if peft_config is not None:
+            peft_config.fan_in_fan_out = True  # GPT-2 keeps its weights transposed
+        return model, tokenizer, peft_config
+    if peft_config is None:
+        raise SystemExit("a model given by name is warmed up with LoRA; leave --no_use_peft out")
+    name = model_config.model_name_or_path
+    revision = model_config.model_revision
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, revision=revision))
+    quantization = get_quantization_config(model_config)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        revision=revision,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        quantization_config=quantization,
+    )
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
+    fitted = warm_up(
+        model, tokenizer, problem.random_texts, peft_config, steps=steps, batch_size=16, learning_rate=2e-4
+    )
+    return fitted, tokenizer, None
+
+
+def make_trainer(
+    problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig, **kwargs: Any
+) -> ALDRIFTTrainer:
+    """A trainer on the problem's prior; D and the completions' length are the problem's, unless set.
+
+    Args:
+        problem: what is drawn and what it costs.
+        config: its `objective_range` and `max_completion_length` are filled in where they are `None`.
+        model_config: which model.
+        kwargs: more arguments of [`ALDRIFTTrainer`].
+    """
+    model, tokenizer, peft_config = make_prior(problem, model_config)
+    if config.objective_range is None:
+        config.objective_range = float(problem.worst_cost)
+    if cast(Optional[int], config.max_completion_length) is None:
+        rows = completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)
+        longest = max(map(len, rows))
+        # With one token a word all strings are as long as their words; other tokenizers have longer ones yet.
+        config.max_completion_length = longest if model_config.model_name_or_path is None else longest + longest // 10
+    return ALDRIFTTrainer(
+        model=model,
+        objective=problem.cost,
+        args=config,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+        **kwargs,
+    )
+
+
+def can_enumerate(problem: TextProblem, model_config: RecipeModelConfig, at_most: int) -> bool:
+    """Whether every string can be written down: at most so many, and the small model made on the spot."""
+    return model_config.model_name_or_path is None and problem.number_of_strings() <= at_most
+
+
+def enumerate_strings(problem: TextProblem, trainer: ALDRIFTTrainer) -> Enumeration:
+    """Every string of the problem."""
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+    return Enumeration.of(problem.all_texts(), problem.cost_of, problem.worst_cost, tokenizer)
+
+
+def one_of_several(config: ALDRIFTConfig, name: str, **changes: Any) -> ALDRIFTConfig:
+    """The settings of one of a recipe's runs: a folder of its own, resumed where it was interrupted.
+
+    Args:
+        config: the recipe's settings.
+        name: of the run, and of its folder in `output_dir`.
+        changes: settings of this run alone.
+    """
+    run = copy.deepcopy(config)
+    run.output_dir = str(Path(str(config.output_dir)) / name)
+    for field_name, value in changes.items():
+        setattr(run, field_name, value)
+    begun = Path(run.output_dir).is_dir() and get_last_checkpoint(run.output_dir) is not None
+    run.resume_from_checkpoint = config.resume_from_checkpoint if begun else None
+    return run

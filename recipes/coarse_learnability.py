@@ -1,0 +1,119 @@
+"""Maximum likelihood covers: coarse learnability where everything is known, without a language model.
+
+    accelerate launch recipes/coarse_learnability.py
+
+ALDRIFT asks one thing of its learner: a model L fitted to samples of p covers p, that is, sup_x p(x)/L(x) is at most
+polynomial. This recipe fits L to m samples and computes the supremum exactly:
+
+(a) one Gaussian fitted to k unit-variance Gaussians, neighbours Δ apart: a family that does not hold p;
+(b) a tilted uniform fitted to a tilted uniform: a family that does;
+(c) Gaussian kernel density estimates of the mixture, with multiples of Silverman's bandwidth h_S.
+
+Where L's tails are lighter than p's, the supremum over all reals is infinite and printed as such. (c) then also looks
+at the central 1 - 1/m of p's mass, which m draws of p leave once on average.
+
+Options: --separations 2 8 32 --sample_sizes 16 256 --components 5 --repeats 20 --seed 1 --output_dir DIR, here or in
+YAML (--config FILE.yaml).
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from rich.console import Console
+from trl import TrlParser
+
+from aldrift_hf.problems import coarse_learnability as theory
+from aldrift_hf.problems.coarse_learnability_report import Sweep, compare, draw_figure, verdicts
+
+TILT = 2.0  # θ of (b): p is proportional to exp(θx) on [0, 1]
+KDE_SEPARATION = 4.0  # Δ of the mixture in (c)
+BANDWIDTHS = (0.125, 0.5, 1.0, 4.0)  # h of (c), in multiples of Silverman's
+
+
+@dataclass
+class CoarseLearnabilityArguments:
+    """What is fitted to what, and how often."""
+
+    output_dir: str = field(default="out/coarse_learnability", metadata={"help": "Where the figure is written."})
+    components: int = field(default=3, metadata={"help": "k, Gaussians in the mixtures; at least 2."})
+    separations: list[float] = field(
+        default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
+        metadata={"help": "Δ of (a), in the components' standard deviations: two or more, rising."},
+    )
+    sample_sizes: list[int] = field(
+        default_factory=lambda: [16, 64, 256, 1024, 4096, 16384],
+        metadata={"help": "m, samples a fit: two or more sizes, rising, from 2 on."},
+    )
+    repeats: int = field(default=20, metadata={"help": "Fits of each kind, every one to fresh samples."})
+    seed: int = field(default=42, metadata={"help": "Seed of all samples."})
+
+    def __post_init__(self) -> None:
+        for name, values, bound in (("separations", self.separations, 0), ("sample_sizes", self.sample_sizes, 1)):
+            if len(values) < 2 or values[0] <= bound or (np.diff(values) <= 0).any():
+                raise ValueError(f"--{name}: give two or more, rising, above {bound}; not {values}")
+        if self.components < 2 or self.repeats < 1:
+            raise ValueError("--components must be at least 2 and --repeats at least 1")
+
+
+def measure(options: CoarseLearnabilityArguments) -> Sweep:
+    """All fits, each to fresh samples."""
+    rng = np.random.default_rng(options.seed)
+    tilted, mixture = theory.TiltedUniform(TILT), theory.even_mixture(options.components, KDE_SEPARATION)
+
+    def gaussian(separation: float, m: int) -> float:
+        p = theory.even_mixture(options.components, separation)
+        return theory.log_supremum(p, theory.fit_gaussian(p.sample(m, rng)))
+
+    def realizable(_: float, m: int) -> float:
+        return theory.tilt_log_supremum(tilted, theory.fit_tilt(tilted.sample(m, rng)))
+
+    def kde(factor: float, m: int) -> tuple[float, float]:
+        samples = mixture.sample(m, rng)
+        fitted = theory.kernel_density(samples, factor * theory.silverman(samples))
+        central = theory.log_supremum(mixture, fitted, mixture.central_region(1 - 1 / m))
+        return theory.log_supremum(mixture, fitted), central
+
+    def sweep(fit: Callable, settings: list[float]) -> np.ndarray:
+        return np.array(
+            [[[fit(setting, m) for _ in range(options.repeats)] for m in options.sample_sizes] for setting in settings]
+        )
+
+    everywhere, central = np.moveaxis(sweep(kde, list(BANDWIDTHS)), -1, 0)
+    return Sweep(
+        components=options.components,
+        separations=options.separations,
+        sample_sizes=options.sample_sizes,
+        tilt=TILT,
+        kde_separation=KDE_SEPARATION,
+        bandwidths=BANDWIDTHS,
+        gaussian=sweep(gaussian, options.separations),
+        realizable=sweep(realizable, [TILT])[0],
+        kde=everywhere,
+        kde_central=central,
+    )
+
+
+def main() -> None:
+    try:
+        (options,) = TrlParser(CoarseLearnabilityArguments).parse_args_and_config()
+    except ValueError as error:
+        sys.exit(str(error))
+    if not PartialState(cpu=True).is_main_process:  # nothing here needs an accelerator
+        return
+    sweep, folder, console = measure(options), Path(options.output_dir), Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    table = compare(sweep)
+    table.print()
+    table.write_markdown(folder / "coarse_learnability.md")
+    for sentence in verdicts(sweep):
+        console.print(sentence, highlight=False)
+    draw_figure(sweep, folder / "coarse_learnability.png")
+    console.print(f"figure and table: {folder}/coarse_learnability.*")
+
+
+if __name__ == "__main__":
+    main()

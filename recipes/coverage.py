@@ -1,0 +1,158 @@
+"""Does a fine-tuned transformer cover what it was fitted to? sup p/L against samples and updates, exactly.
+
+    accelerate launch recipes/coverage.py
+
+The paper assumes coarse learnability: a model L fitted to samples of p has sup p/L at most polynomial. It proves that
+for simple estimators and leaves it open for language models. Here p has two modes over the spanning trees of a graph,
+star-like and path-like ones. A small transformer, the prior of recipes/spanning_tree.py, is fine-tuned on m draws of p,
+and after 10, 20, 40, … updates the ratio is known exactly, for the support of p is enumerated.
+
+No objective and no ladder: of ALDRIFTConfig's options those of a supervised pass matter (learning_rate,
+per_device_train_batch_size, weight_decay, …), and all of TRL's ModelConfig; here and in YAML (--config FILE.yaml).
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from trl import TrlParser
+
+from aldrift_hf.problems.enumeration import text_log_probs
+from aldrift_hf.problems.figures import figure, plot_lines
+from aldrift_hf.problems.priors import completion_ids
+from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_prior, one_of_several
+from aldrift_hf.problems.spanning_tree import load_problem
+from aldrift_hf.problems.tables import Comparison
+from aldrift_hf.problems.tree_modes import two_modes
+from aldrift_hf.prompts import encode_prompt
+from aldrift_hf.rungs import RungSamples, SampleCollator
+from aldrift_hf.sequences import Completions
+
+
+@dataclass
+class CoverageArguments:
+    """The distribution, and what is varied."""
+
+    graph: str = field(
+        default="florentine", metadata={"help": "As in recipes/spanning_tree.py; small enough to enumerate."}
+    )
+    samples: list[int] = field(
+        default_factory=lambda: [32, 128, 512, 2048], metadata={"help": "m, samples of p that are fitted."}
+    )
+    doublings: int = field(default=7, metadata={"help": "Measured after 10, 20, … 10·2^doublings updates."})
+
+
+@dataclass
+class CoverageConfig(RecipeConfig):
+    """The settings of the supervised pass, with this recipe's defaults."""
+
+    output_dir: Optional[str] = field(
+        default="out/coverage", metadata={"help": "Where everything is written, a folder for each m."}
+    )
+    per_device_train_batch_size: int = field(default=64, metadata={"help": "Samples an update, a process."})
+
+
+class Coverage(TrainerCallback):
+    """Logs, after 10, 20, 40, … updates, how well the model covers `p`; the Trainer's state keeps the log."""
+
+    def __init__(self, texts: list[str], p: np.ndarray, star: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.texts, self.log_p, self.star, self.tokenizer = texts, np.log(p), star, tokenizer
+        self.trainer: Optional[Trainer] = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        doublings = np.log2(state.global_step / 10)
+        if self.trainer is not None and doublings >= 0 and doublings % 1 == 0:
+            self.trainer.log(self.measure(self.trainer.accelerator.unwrap_model(self.trainer.model)))
+
+    def measure(self, model: torch.nn.Module) -> dict[str, float]:
+        log_q = text_log_probs(self.texts, model, self.tokenizer)
+        ratio = self.log_p - log_q
+        return {
+            "coverage": float(ratio.max()),
+            "coverage_kl": float(np.exp(self.log_p) @ ratio),
+            "coverage_star": float(np.exp(log_q[self.star]).sum()),
+            "coverage_path": float(np.exp(log_q[~self.star]).sum()),
+        }
+
+
+def main() -> None:
+    parser = TrlParser((CoverageArguments, CoverageConfig, RecipeModelConfig))
+    options, config, model_config = parser.parse_args_and_config()
+    try:
+        problem = load_problem(options.graph)
+        texts, p, star = two_modes(problem)
+    except ValueError as error:
+        sys.exit(f"--graph: {error}")
+    config.max_steps, config.save_strategy = 10 * 2**options.doublings, "steps"
+    config.save_steps = config.max_steps / 4
+    runs: dict[int, list[dict[str, Any]]] = {}
+    for m in sorted(set(options.samples)):
+        run = one_of_several(config, f"samples-{m}")
+        set_seed(run.seed)
+        model, tokenizer, peft_config = make_prior(problem, model_config)
+        if peft_config is not None:
+            model = get_peft_model(model, peft_config)
+        rows = completion_ids(problem_draws(texts, p, m, run.seed), tokenizer)
+        rounds = RungSamples(run.max_steps * run.train_batch_size * run.world_size, [encode_prompt("", 0, tokenizer)])
+        generator = torch.Generator().manual_seed(run.seed)
+        rounds.fill(torch.zeros(m, dtype=torch.long), Completions.of(rows, 0), generator)
+        callback = Coverage(texts, p, star, tokenizer)
+        trainer = Trainer(model, run, SampleCollator(0), rounds, callbacks=[callback])
+        callback.trainer = trainer
+        trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
+        runs[m] = [entry for entry in trainer.state.log_history if "coverage" in entry]
+    if trainer.is_world_process_zero():
+        report(runs, len(texts), int(star.sum()), Path(config.output_dir))
+
+
+def problem_draws(texts: list[str], p: np.ndarray, m: int, seed: int) -> list[str]:
+    """`m` samples of `p`."""
+    return [texts[index] for index in np.random.default_rng(seed).choice(len(texts), m, p=p)]
+
+
+def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, folder: Path) -> None:
+    """The table, a verdict for each m, and the figure."""
+    updates = [entry["step"] for entry in next(iter(runs.values()))]
+    title = f"log sup p/L in nats, after so many updates; p: {stars} star-like and {support - stars} path-like trees"
+    table = Comparison(title, [f"{step:,}" for step in updates])
+    for m, entries in runs.items():
+        table.add(f"m = {m:,}", {f"{entry['step']:,}": entry["coverage"] for entry in entries})
+    table.print()
+    table.write_markdown(folder / "coverage.md")
+    for m, entries in runs.items():
+        Console().print(verdict(m, entries))
+    with figure(folder / "coverage.png", [["updates", "samples", "kl"]], (13, 4)) as axes:
+        for name, key, label in (
+            ("updates", "coverage", "log sup p/L (nats)"),
+            ("kl", "coverage_kl", "KL(p || L) (nats)"),
+        ):
+            lines = {f"m = {m:,}": (updates, [entry[key] for entry in entries]) for m, entries in runs.items()}
+            plot_lines(axes[name], lines, "optimizer updates", label, log="xy")
+        ends = {
+            "at its best": [min(entry["coverage"] for entry in entries) for entries in runs.values()],
+            f"after {updates[-1]:,} updates": [entries[-1]["coverage"] for entries in runs.values()],
+        }
+        lines = {label: (list(runs), values) for label, values in ends.items()}
+        plot_lines(axes["samples"], lines, "samples m", "log sup p/L (nats)", log="xy")
+    Console().print(f"figure and table: {folder}/coverage.*")
+
+
+def verdict(m: int, entries: list[dict[str, Any]]) -> str:
+    """Where coverage is best, and how fast it is lost after that: sup p/L ~ updates^exponent, by the last doubling."""
+    best = min(entries, key=lambda entry: entry["coverage"])
+    last = entries[-1]
+    told = f"m = {m:,}: sup p/L is least, exp({best['coverage']:.1f}), after {best['step']:,} updates"
+    if best is last:
+        return f"{told}, the last measured: over-fitting has not begun"
+    exponent = (last["coverage"] - entries[-2]["coverage"]) / np.log(2)
+    return f"{told}; then it grows to exp({last['coverage']:.1f}), at the end like updates^{exponent:.1f}"
+
+
+if __name__ == "__main__":
+    main()

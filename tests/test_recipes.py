@@ -1,0 +1,197 @@
+"""The paper's experiments as recipes, small: tables and figures come out, runs resume, and what is told holds."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from aldrift_hf.problems.tables import Comparison
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+QUIET = ("--use_cpu", "--disable_tqdm", "True")
+TINY = {
+    "prior_steps": 60,
+    "num_chains": 32,
+    "chain_length": 3,
+    "updates_per_rung": 4,
+    "per_device_train_batch_size": 16,
+    "generation_batch_size": 128,
+}
+LINE = {**TINY, "stations": 3, "longest_visit": 6, "headway": 3, "tau_max": 1, "tau_step": 0.5, "draws": 200}
+TREES = {**TINY, "graph": "random:6,0.5", "tau_step": 3}
+CLUSTERS = {**TINY, "points": 9, "tau_max": 0.2, "tau_step": 0.1, "draws": 100}
+
+
+def records(folder):
+    """The rungs' records without what differs between two equal runs."""
+    rungs = [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in rung.items() if not key.startswith("seconds")} for rung in rungs]
+
+
+def check_report(folder, name, out, *rows):
+    """A table on the terminal and in Markdown, and a figure."""
+    markdown = (folder / f"{name}.md").read_text()
+    for row in rows:
+        assert row in markdown, row
+    assert "┃" in out
+    assert (folder / f"{name}.png").stat().st_size > 10_000
+
+
+def test_line_scheduling(run_recipe, capsys):
+    folder = run_recipe("line_scheduling", *QUIET, **LINE)
+    out = " ".join(capsys.readouterr().out.split())
+    check_report(
+        folder, "line_scheduling", out, "| prior | model | corrected | exact p_T |", "mean wait", "KL(exact p_T"
+    )
+    assert "preference for longer visits" in out
+    assert "missing mass: " in out
+    assert records(folder)[-1]["tau"] == 1
+
+
+def test_line_scheduling_with_topift(run_recipe, capsys):
+    """The paper's setting, by default: the 4 best of 12 proposals a round."""
+    settings = {key: value for key, value in LINE.items() if key not in TINY} | {"prior_steps": 60}
+    folder = run_recipe("line_scheduling", *QUIET, "--sampler", "top", **settings)
+    out = capsys.readouterr().out
+    check_report(folder, "line_scheduling", out, "| prior | model | exact p_T |")
+    assert records(folder)[0]["proposals"] == 12
+    assert records(folder)[0]["acceptance_rate"] is None
+
+
+def test_line_scheduling_resumed(run_recipe, capsys):
+    alone = records(run_recipe("line_scheduling", *QUIET, **LINE))
+    table = capsys.readouterr().out.partition("draws each")[2]
+    assert records(run_recipe("line_scheduling", *QUIET, "--resume_from_checkpoint", "True", **LINE)) == alone
+    assert capsys.readouterr().out.partition("draws each")[2] == table
+
+
+def test_clustering(run_recipe, capsys):
+    folder = run_recipe("clustering", *QUIET, **CLUSTERS)
+    out = capsys.readouterr().out
+    check_report(folder, "clustering", out, "| prior | model | corrected | k-means |", "must-links kept", "Rand index")
+
+
+def test_correction_ablation(run_recipe, capsys):
+    folder = run_recipe("correction_ablation", *QUIET, **TREES)
+    out = " ".join(capsys.readouterr().out.split())
+    check_report(folder, "correction_ablation", out, "| metropolis_hastings | reweight | top |", "τ = 6 (last)")
+    assert "reweight's KL above metropolis_hastings's:" in out
+    runs = {sampler: records(folder / sampler) for sampler in ("metropolis_hastings", "reweight", "top")}
+    first = [run[0] for run in runs.values()]
+    assert len({entry["objective_mean"] for entry in first}) == 1, "the same first proposals for each"
+    assert len({entry["exact_kl"] for entry in first}) == 3, "and other samples made of them"
+    assert all(entry["exact_kl"] >= 0 for run in runs.values() for entry in run)
+
+
+def test_exact_distances_without_learning(run_recipe):
+    """With a learning rate of 0 the model stays the prior: KL(p_τ‖L) = -τ·E_p[d] - log Z grows, its cost does not."""
+    folder = run_recipe("correction_ablation", *QUIET, **{**TREES, "learning_rate": 0})
+    first, last = records(folder / "reweight")
+    assert first["exact_cost"] == last["exact_cost"] == pytest.approx(first["objective_mean"], abs=0.3)
+    assert last["exact_kl"] > first["exact_kl"] > 0
+    # p_τ/L is largest where the cost is least, and there it is 1/Z.
+    assert last["exact_coverage"] == pytest.approx(-np.log(last["exact_success"]), abs=0.1)
+
+
+def test_correction_ablation_resumed(run_recipe):
+    folder = run_recipe("correction_ablation", *QUIET, **TREES)
+    alone = {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")}
+    run_recipe("correction_ablation", *QUIET, "--resume_from_checkpoint", "True", **TREES)
+    assert {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")} == alone
+
+
+def test_ladder_stress(run_recipe, capsys):
+    settings = {**TREES, "steps": "1 4", "proposals": 400, "updates": 12}
+    del settings["tau_step"], settings["num_chains"], settings["updates_per_rung"]
+    folder = run_recipe("ladder_stress", *QUIET, **settings)
+    out = " ".join(capsys.readouterr().out.split())
+    check_report(folder, "ladder_stress", out, "| 1/D | 4/D |", "KL(p_T", "k-hat")
+    assert "First larger step with KL above" in out
+    fine, coarse = records(folder / "step-1"), records(folder / "step-4")
+    assert len(fine) == pytest.approx(4 * len(coarse), abs=3)
+    assert 300 <= fine[-1]["proposals"] <= 400
+    assert 300 <= coarse[-1]["proposals"] <= 400
+
+
+def test_coverage(run_recipe, capsys):
+    settings = {"graph": "random:7,0.5", "samples": "4 64", "doublings": 3, "prior_steps": 60}
+    folder = run_recipe("coverage", *QUIET, **settings, per_device_train_batch_size=16)
+    out = " ".join(capsys.readouterr().out.split())
+    check_report(folder, "coverage", out, "| 10 | 20 | 40 | 80 |", "m = 4", "m = 64")
+    assert out.count("sup p/L is least") == 2
+
+
+def test_custom_objective(tmp_path, monkeypatch):
+    """As it stands, in a process of its own."""
+    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
+    source = (RECIPES / "custom_objective.py").read_text()
+    assert len(source.splitlines()) <= 60
+    done = subprocess.run(
+        [sys.executable, str(RECIPES / "custom_objective.py")],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    trips = [line for line in done.stdout.splitlines() if line.startswith("from ")]
+    assert len(trips) == 8
+    lengths = [float(line.split()[2]) for line in trips]
+    # By brute force over the 5,040 round trips: the mean is 13.0 thousand kilometres, the shortest has 8.4.
+    assert max(lengths) < 10.5
+    assert (tmp_path / "out" / "custom_objective" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("line_scheduling", {"stations": 0}, "the line: stations must be at least 1"),
+        ("clustering", {"data": "penguins"}, "the problem: no data set 'penguins'"),
+        ("correction_ablation", {"graph": "petersen"}, "--graph: no graph"),
+        ("correction_ablation", {"graph": "karate"}, "take a smaller graph"),
+        ("ladder_stress", {"steps": "0"}, "--steps: whole numbers of at least 1"),
+        ("coverage", {"graph": "petersen"}, "--graph: no graph"),
+    ],
+)
+def test_bad_problems_are_one_clear_line(run_recipe, name, settings, message):
+    with pytest.raises(SystemExit, match=message):
+        run_recipe(name, *QUIET, **settings)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "custom_objective"))
+def test_help_explains_every_option(run_recipe, capsys, name):
+    with pytest.raises(SystemExit):
+        run_recipe(name, "--help")
+    text = capsys.readouterr().out
+    if name != "coarse_learnability":  # which is theory without a model
+        for option in ("--tau_max", "--num_chains", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps"):
+            assert option in text, option
+
+
+def test_every_recipe_has_its_row():
+    """In the table of claims of recipes/README.md, with its command."""
+    table = (RECIPES / "README.md").read_text()
+    for path in RECIPES.glob("*.py"):
+        assert f"recipes/{path.name}" in table, path.name
+        assert ast.get_docstring(ast.parse(path.read_text())), path.name
+
+
+def test_tables_as_markdown(tmp_path, capsys):
+    table = Comparison("KL(p || q)", ["a|b", "[c]"])
+    table.add("x|y", {"a|b": 1.0, "[c]": None})
+    table.add("count", {"[c]": 12_345}, ",d")
+    table.write_markdown(tmp_path / "table.md")
+    table.print()
+    assert (tmp_path / "table.md").read_text().splitlines() == [
+        "**KL(p || q)**",
+        "",
+        "|  | a\\|b | [c] |",
+        "| --- | ---: | ---: |",
+        "| x\\|y | 1.00 |  |",
+        "| count |  | 12,345 |",
+    ]
+    assert "[c]" in capsys.readouterr().out
