@@ -110,7 +110,7 @@ def verdicts(sweep: Sweep) -> list[str]:
         f"{np.exp(realizable[-1]):.4f} at m = {sizes[-1]:,}, its logarithm as "
         f"m^{slope(sizes, np.log(realizable)):.2f} (theory: m^-0.5).",
         f"(c) kernel density, h = {', '.join(f'{factor:g}' for factor in sweep.bandwidths)} h_S: finite over all "
-        f"reals in {shares} of fits (those with h > 1, a component's width); largest on the central 1 - 1/m: {largest}.",
+        f"reals in {shares} of fits (where h > 1, a component's width); largest on the central 1 - 1/m: {largest}.",
     ]
 
 

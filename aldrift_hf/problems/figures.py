@@ -15,6 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 # Okabe and Ito's palette.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
@@ -63,9 +64,15 @@ def plot_lines(
         axes.plot(across, up, color=colour, marker=".", label=label)
     axes.set(xlabel=x, ylabel=y)
     if "x" in log:
-        axes.set_xscale("log", base=2)
+        axes.set_xscale("log")
+        ticks = sorted({float(value) for across, _ in lines.values() for value in across})
+        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
     if "y" in log:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
     if len(lines) > 1:
         axes.legend()
 
@@ -80,6 +87,8 @@ def plot_shares(axes: Axes, shares: np.ndarray, title: str, rows: str, columns: 
         extent=(0.5, shares.shape[1] + 0.5, shares.shape[0] + 0.5, 0.5),
     )
     axes.set(title=title, xlabel=columns, ylabel=rows)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
 
 
 def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:
