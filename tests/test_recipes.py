@@ -123,6 +123,9 @@ def test_coverage(run_recipe, capsys):
     out = " ".join(capsys.readouterr().out.split())
     check_report(folder, "coverage", out, "| 10 | 20 | 40 | 80 |", "m = 4", "m = 64")
     assert out.count("sup p/L is least") == 2
+    table = (folder / "coverage.md").read_text()
+    run_recipe("coverage", *QUIET, "--resume_from_checkpoint", "True", **settings, per_device_train_batch_size=16)
+    assert (folder / "coverage.md").read_text() == table
 
 
 def test_custom_objective(tmp_path, monkeypatch):

@@ -134,6 +134,6 @@ def one_of_several(config: ALDRIFTConfig, name: str, **changes: Any) -> ALDRIFTC
     run.output_dir = str(Path(str(config.output_dir)) / name)
     for field_name, value in changes.items():
         setattr(run, field_name, value)
-    begun = Path(run.output_dir).is_dir() and get_last_checkpoint(run.output_dir) is not None
-    run.resume_from_checkpoint = config.resume_from_checkpoint if begun else None
+    asked = config.resume_from_checkpoint and Path(run.output_dir).is_dir()
+    run.resume_from_checkpoint = get_last_checkpoint(run.output_dir) if asked else None
     return run
