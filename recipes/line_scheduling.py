@@ -115,7 +115,7 @@ def main() -> None:
     last, waitless = records[-1], first_waitless_rung(records)
     console.print(f"{last['proposals']:,} proposals, {last['objective_calls']:,} distinct objective calls")
     if waitless is not None:
-        console.print(f"samples wait less than half a minute from rung {waitless} of {len(records)} on")
+        console.print(f"samples wait less than half a minute on average, first in rung {waitless} of {len(records)}")
     console.print(preference_in_words(problem, draws))
     console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
     draw_figure(problem, draws, records, folder / "line_scheduling.png")
