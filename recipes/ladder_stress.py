@@ -42,8 +42,8 @@ class StressArguments:
     steps: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16, 48], metadata={"help": "Steps of the ladder, in units of 1/D."}
     )
-    proposals: int = field(default=15_360, metadata={"help": "Proposals of a run, dealt out to its rungs."})
-    updates: int = field(default=480, metadata={"help": "Optimizer updates of a run, dealt out to its rungs."})
+    proposals: int = field(default=12_288, metadata={"help": "Proposals of a run, dealt out to its rungs."})
+    updates: int = field(default=384, metadata={"help": "Optimizer updates of a run, dealt out to its rungs."})
     broken_kl: float = field(default=1.0, metadata={"help": "Nats of KL(p_T || model) from which coverage is broken."})
     enumerate_up_to: int = field(default=50_000, metadata={"help": "Strings that may be enumerated."})
 
@@ -125,14 +125,21 @@ def report(runs: dict[int, dict[str, Any]], worst_cost: float, broken_kl: float,
         table.add(label, {names[step]: run[key] for step, run in runs.items()}, spec)
     table.print()
     table.write_markdown(folder / "ladder_stress.md")
-    best = min(runs, key=lambda step: runs[step]["exact_kl"])
-    broken = next((step for step, run in runs.items() if step > best and run["exact_kl"] > broken_kl), None)
-    told = "none, coverage does not break here" if broken is None else names[broken]
-    Console().print(
-        f"closest to p_T: steps of {names[best]}. First larger step with KL above {broken_kl:g} nats: {told}"
-    )
+    Console().print(verdict(runs, names, broken_kl))
     draw(runs, folder / "ladder_stress.png")
     Console().print(f"figure and table: {folder}/ladder_stress.*   rungs: {folder}/*/rungs.jsonl")
+
+
+def verdict(runs: dict[int, dict[str, Any]], names: dict[int, str], broken_kl: float) -> str:
+    """The best step, and where coverage breaks on either side of it."""
+    best = min(runs, key=lambda step: runs[step]["exact_kl"])
+    broken = [step for step, run in runs.items() if run["exact_kl"] > broken_kl]
+    too_fine = ", ".join(names[step] for step in broken if step < best) or "none"
+    too_coarse = ", ".join(names[step] for step in broken if step > best) or "none"
+    return (
+        f"closest to p_T: steps of {names[best]}. KL above {broken_kl:g} nats: of the larger steps {too_coarse}; of the "
+        f"smaller ones, with fewer samples a rung, {too_fine}"
+    )
 
 
 def draw(runs: dict[int, dict[str, Any]], path: Path) -> None:

@@ -110,7 +110,7 @@ def test_ladder_stress(run_recipe, capsys):
     folder = run_recipe("ladder_stress", *QUIET, **settings)
     out = " ".join(capsys.readouterr().out.split())
     check_report(folder, "ladder_stress", out, "| 1/D | 4/D |", "KL(p_T", "k-hat")
-    assert "First larger step with KL above" in out
+    assert "closest to p_T: steps of" in out
     fine, coarse = records(folder / "step-1"), records(folder / "step-4")
     assert len(fine) == pytest.approx(4 * len(coarse), abs=3)
     assert 300 <= fine[-1]["proposals"] <= 400
