@@ -137,8 +137,8 @@ def verdict(runs: dict[int, dict[str, Any]], names: dict[int, str], broken_kl: f
     too_fine = ", ".join(names[step] for step in broken if step < best) or "none"
     too_coarse = ", ".join(names[step] for step in broken if step > best) or "none"
     return (
-        f"closest to p_T: steps of {names[best]}. KL above {broken_kl:g} nats: of the larger steps {too_coarse}; of the "
-        f"smaller ones, with fewer samples a rung, {too_fine}"
+        f"closest to p_T: steps of {names[best]}. KL above {broken_kl:g} nats: of the larger steps {too_coarse}; of "
+        f"the smaller ones, with fewer samples a rung, {too_fine}"
     )
 
 
