@@ -19,7 +19,7 @@ def test_the_custom_objective_example(tmp_path, monkeypatch):
     assert 0.002 < first["success"] < 0.03
     assert last["success"] > 10 * first["success"]
     assert names["samples"].num_rows == 8
-    assert (tmp_path / "out" / "dice" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "dice" / "adapter_model.safetensors").is_file()
 
 
 def test_commands_are_those_that_ci_runs():
