@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from .archive import Archive
 from .objective import Objective
 from .rungs import RungSamples
+from .sequences import Completions
 
 STATE_FILE = "aldrift_state.json"
 SAMPLES_FILE = "aldrift_samples.safetensors"
 OBJECTIVE_FILE = "aldrift_objective.jsonl"
+ARCHIVE_FILE = "aldrift_archive.safetensors"
 
 
 @dataclass
@@ -51,8 +55,10 @@ class Progress:
         return not self.records or "sft_loss" in self.records[-1]
 
 
-def save(folder: str, progress: Progress, samples: RungSamples, objective: Objective) -> None:
-    """Write the three files into a checkpoint's folder."""
+def save(
+    folder: str, progress: Progress, samples: RungSamples, objective: Objective, archive: Archive | None = None
+) -> None:
+    """Write our files into a checkpoint's folder."""
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     (path / STATE_FILE).write_text(json.dumps(asdict(progress)))
@@ -60,6 +66,8 @@ def save(folder: str, progress: Progress, samples: RungSamples, objective: Objec
     with (path / OBJECTIVE_FILE).open("w") as file:
         for key, values in objective.cache.items():
             file.write(json.dumps([*key, values]) + "\n")
+    if archive is not None:
+        save_file(archive.tensors(), path / ARCHIVE_FILE)
 
 
 def load(folder: str, samples: RungSamples, objective: Objective) -> Progress:
@@ -86,3 +94,15 @@ def load(folder: str, samples: RungSamples, objective: Objective) -> Progress:
             key, text, values = json.loads(line)
             objective.cache[key, text] = values
     return progress
+
+
+def load_archive(folder: str, archive: Archive, decode: Callable[[Completions], list[str]]) -> None:
+    """Read the archive back in place.
+
+    Raises:
+        ValueError: if the checkpoint has none, that is, was written with another sampler.
+    """
+    path = Path(folder) / ARCHIVE_FILE
+    if not path.is_file():
+        raise ValueError(f"{folder} has no {ARCHIVE_FILE}: it was not written with sampler='archive'.")
+    archive.load(load_file(path), decode)

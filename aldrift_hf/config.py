@@ -38,13 +38,18 @@ class ALDRIFTConfig(TrainingArguments):
         > Parameters that control the correction
 
         sampler (`str`, *optional*, defaults to `"metropolis_hastings"`):
-            How samples are made of proposals: `"metropolis_hastings"` (ALDRIFT), `"top"` (TOPIFT: the best by cost, no
-            correction) or `"reweight"` (the ablation: resampled by `exp(-Δτ·d)`, no correction).
+            How samples are made of proposals: `"metropolis_hastings"` (ALDRIFT), `"archive"` (resampled from every
+            proposal of the run so far, weighted against all the models that drew them: fewer objective calls),
+            `"top"` (TOPIFT: the best by cost, no correction) or `"reweight"` (the ablation: resampled by `exp(-Δτ·d)`,
+            no correction).
         num_chains (`int`, *optional*, defaults to `128`):
             m, the number of chains a prompt, and so of samples a prompt and rung.
         chain_length (`int`, *optional*, defaults to `8`):
             M, proposals a chain. `None` is the paper's `m²`. A rung draws `m·M` proposals a prompt, whatever the
             sampler.
+        archive_window (`int`, *optional*, defaults to `16`):
+            With `sampler="archive"`, most rungs whose proposals and models are kept, the first (the prior's) among
+            them. A rung costs about twice as many forward passes over its proposals as there are rungs in the window.
         max_objective_calls (`int`, *optional*):
             Training ends after the rung in which so many distinct completions have been evaluated.
         objective_weights (`list[float]`, *optional*):
@@ -120,16 +125,20 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     # Parameters that control the correction
-    sampler: Literal["metropolis_hastings", "top", "reweight"] = field(
+    sampler: Literal["metropolis_hastings", "archive", "top", "reweight"] = field(
         default="metropolis_hastings",
         metadata={
-            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), top (TOPIFT: the best, no "
-            "correction), reweight (the ablation: resampled by exp(-step d), no correction)."
+            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), archive (resampled from every "
+            "proposal of the run so far), top (TOPIFT: the best, no correction), reweight (the ablation: resampled by "
+            "exp(-step d), no correction)."
         },
     )
     num_chains: int = field(default=128, metadata={"help": "m, chains (and so samples) a prompt and rung."})
     chain_length: Optional[int] = field(
         default=8, metadata={"help": "M, proposals a chain. None: the paper's m squared."}
+    )
+    archive_window: int = field(
+        default=16, metadata={"help": "Most rungs that sampler=archive keeps, the prior's among them; at least 2."}
     )
     max_objective_calls: Optional[int] = field(
         default=None,
@@ -172,6 +181,7 @@ class ALDRIFTConfig(TrainingArguments):
         for name in (
             "num_chains",
             "chain_length",
+            "archive_window",
             "max_objective_calls",
             "max_completion_length",
             "generation_batch_size",
@@ -180,8 +190,12 @@ class ALDRIFTConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.sampler not in ("metropolis_hastings", "top", "reweight"):
-            raise ValueError(f"sampler must be metropolis_hastings, top or reweight, got {self.sampler!r}")
+        if self.sampler not in ("metropolis_hastings", "archive", "top", "reweight"):
+            raise ValueError(f"sampler must be metropolis_hastings, archive, top or reweight, got {self.sampler!r}")
+        if self.archive_window < 2:
+            raise ValueError(
+                f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
+            )
         if self.ladder != "linear":
             raise ValueError(f"ladder must be linear, got {self.ladder!r}")
         if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):

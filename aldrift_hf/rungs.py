@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,31 @@ class Proposals:
             "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
             "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
         }
+
+
+def join_rungs(parts: Sequence[Proposals]) -> Proposals:
+    """Proposals of several rungs as one set of `N` a prompt, ordered by prompt and, within it, by rung."""
+    prompts = parts[0].objective.shape[0]
+
+    def flat(columns: list[Tensor]) -> Tensor:
+        return torch.cat([column.view(prompts, -1, *column.shape[1:]) for column in columns], dim=1).flatten(0, 1)
+
+    order = flat([torch.arange(len(part.texts)) + offset for part, offset in zip(parts, _offsets(parts), strict=True)])
+    texts = [text for part in parts for text in part.texts]
+    return Proposals(
+        rows=flat([part.rows for part in parts]),
+        completions=Completions(
+            flat([part.completions.ids for part in parts]), flat([part.completions.length for part in parts])
+        ),
+        texts=[texts[index] for index in order.tolist()],
+        objective=torch.cat([part.objective for part in parts], dim=1),
+        log_prior=torch.cat([part.log_prior for part in parts], dim=1),
+        log_model=torch.cat([part.log_model for part in parts], dim=1),
+    )
+
+
+def _offsets(parts: Sequence[Proposals]) -> list[int]:
+    return list(itertools.accumulate((len(part.texts) for part in parts[:-1]), initial=0))
 
 
 class RungSamples(Dataset[dict[str, list[int]]]):

@@ -34,7 +34,8 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from . import checkpoint, diagnostics, loading, prior, samplers
+from . import checkpoint, diagnostics, loading, prior, samplers, snapshots
+from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
 from .ladder import linear_ladder
 from .objective import CostFunction, Objective
@@ -164,6 +165,7 @@ class ALDRIFTTrainer(Trainer):
         self.updates_per_rung = args.updates_per_rung or math.ceil(samples_per_rung / rows_per_update)
         self.samples = RungSamples(self.updates_per_rung * rows_per_update, self.prompts.token_ids)
         self.train_dataset = self.samples
+        self.archive = Archive(args.archive_window) if args.sampler == "archive" else None
         self.progress = checkpoint.Progress()
         self.rungs_wanted = int(args.num_train_epochs)
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
@@ -181,17 +183,16 @@ class ALDRIFTTrainer(Trainer):
             self.prompts, args.proposals_per_prompt, (PROPOSE, rung)
         )
         self._first_proposals = None
-        index, acceptance_rate = self._correct(proposals, tau_before, tau, rung)
-        chosen = proposals.flat(index)
+        pool = proposals if self.archive is None else self._extend_archive(proposals)
+        index, acceptance_rate = self._correct(pool, tau_before, tau, rung)
+        chosen = pool.flat(index)
 
-        log_weight_before, log_weight = proposals.log_weight(tau_before), proposals.log_weight(tau)
-        increment = diagnostics.log_z_increment(log_weight_before, log_weight)
-        log_z = torch.tensor(progress.log_z or [0.0] * len(self.prompts), dtype=torch.float64) + increment
-        self.samples.fill(
-            proposals.rows[chosen],
-            proposals.completions.select(chosen),
-            self._generator(SHUFFLE, rung),
-        )
+        log_z_before = torch.tensor(progress.log_z or [0.0] * len(self.prompts), dtype=torch.float64)
+        if self.archive is None:
+            log_z = log_z_before + diagnostics.log_z_increment(pool.log_weight(tau_before), pool.log_weight(tau))
+        else:  # the archive still holds the prior's draws: no need to go step by step
+            log_z = diagnostics.log_z(pool.log_weight(tau))
+        self.samples.fill(pool.rows[chosen], pool.completions.select(chosen), self._generator(SHUFFLE, rung))
         progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
         progress.proposals += len(proposals.texts)
         progress.loss_sum, progress.updates, progress.learn_seconds = 0.0, 0, 0.0
@@ -200,13 +201,14 @@ class ALDRIFTTrainer(Trainer):
                 "rung": rung,
                 "tau": tau,
                 **proposals.measures(tau, self.objective.best),
-                "sample_objective_mean": proposals.objective.flatten()[chosen].mean().item(),
+                **self._archive_measures(pool, tau),
+                "sample_objective_mean": pool.objective.flatten()[chosen].mean().item(),
                 "acceptance_rate": acceptance_rate,
-                "log_z_increment": increment.mean().item(),
+                "log_z_increment": (log_z - log_z_before).mean().item(),
                 "log_z": log_z.mean().item(),
-                "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
+                "missing_mass": diagnostics.missing_mass(log_z, proposals.log_weight(tau)).mean().item(),
                 "distinct_proposals": proposals.distinct_share(),
-                "distinct_samples": proposals.distinct_share(chosen),
+                "distinct_samples": pool.distinct_share(chosen),
                 "proposals": progress.proposals,
                 "objective_calls": self.objective_calls,
                 **self._components(proposals),
@@ -214,7 +216,7 @@ class ALDRIFTTrainer(Trainer):
             }
         ]
         if args.log_completions and self.is_world_process_zero():
-            print_completions(proposals, log_weight, self.prompts, rung, tau)
+            print_completions(proposals, proposals.log_weight(tau), self.prompts, rung, tau)
 
     def end_rung(self) -> None:
         """Complete the rung's record with what was learnt, log it and write it to `output_dir/rungs.jsonl`."""
@@ -286,6 +288,43 @@ class ALDRIFTTrainer(Trainer):
         log_model, log_prior = (torch.cat([part[column] for part in parts]).view(shape) for column in (2, 3))
         return Proposals(rows, completions, texts, objective.view(shape), log_prior, log_model), seconds
 
+    def _extend_archive(self, proposals: Proposals) -> Proposals:
+        """Add a rung's proposals to the archive: all of its draws, with the mixture of their models as the model."""
+        archive = cast(Archive, self.archive)
+        policy = self._unwrapped()
+        is_prior = torch.allclose(proposals.log_model, proposals.log_prior, rtol=0.0, atol=1e-4)
+
+        def score(snapshot: Snapshot | None, drawn: Proposals) -> Tensor:
+            with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
+                return self._score_shared(drawn)
+
+        archive.extend(proposals, {} if is_prior else snapshots.take(policy), score)
+        return archive.mixture()
+
+    def _score_shared(self, drawn: Proposals) -> Tensor:
+        """`[P, n]` log-probabilities of draws under the policy as it is; the processes share the work."""
+        args = self.args
+        batches = list(enumerate(torch.split(torch.arange(len(drawn.rows)), args.generation_batch_size)))
+        mine = []
+        with self._inference():
+            for number, batch in batches[args.process_index :: args.world_size]:
+                token_ids = [self.prompts.token_ids[row] for row in drawn.rows[batch].tolist()]
+                log_probs = self._score(self._policy(token_ids[0]), token_ids, drawn.completions.select(batch))
+                mine.append((number, log_probs))
+        parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
+        return torch.cat([part[1] for part in parts]).view_as(drawn.objective)
+
+    def _archive_measures(self, pool: Proposals, tau: float) -> dict[str, float]:
+        """Diagnostics of the archive's own weights, from which the samples are drawn."""
+        if self.archive is None:
+            return {}
+        measures = pool.measures(tau, self.objective.best)
+        return {
+            "archive_draws": pool.objective.shape[1],
+            "archive_ess": measures["ess"],
+            "archive_khat": measures["khat"],
+        }
+
     def _correct(self, proposals: Proposals, tau_before: float, tau: float, rung: int) -> tuple[Tensor, float]:
         """Which of each prompt's proposals become samples, `[P, m]`; and the acceptance rate, NaN without chains."""
         m, generator = self.args.num_chains, self._generator(CORRECT, rung)
@@ -293,6 +332,10 @@ class ALDRIFTTrainer(Trainer):
             return _run_chains(proposals.log_weight(tau), m, generator)
         if self.args.sampler == "top":
             return samplers.top(proposals.objective, proposals.log_prior, m), math.nan
+        if self.args.sampler == "archive":
+            # As many as the rung's updates take in: more would not be learnt, fewer would be learnt more than once.
+            rows = math.ceil(len(self.samples) / len(self.prompts))
+            return samplers.systematic_resample(proposals.log_weight(tau), rows, generator), math.nan
         return samplers.systematic_resample(-(tau - tau_before) * proposals.objective, m, generator), math.nan
 
     # ---- Training -------------------------------------------------------------------------------------------------
@@ -315,8 +358,12 @@ class ALDRIFTTrainer(Trainer):
             self.progress = checkpoint.Progress(
                 objective_range=self.args.objective_range, calls_before=self.objective.calls
             )
+            if self.archive is not None:
+                self.archive = Archive(self.args.archive_window)
         else:
             self.progress = checkpoint.load(folder, self.samples, self.objective)
+            if self.archive is not None:
+                checkpoint.load_archive(folder, self.archive, self._decode)
         if self.progress.objective_range is None:
             self._measure_objective_range()
         rungs = len(self.ladder) if self.rungs_wanted == -1 else self.rungs_wanted
@@ -348,7 +395,7 @@ class ALDRIFTTrainer(Trainer):
             self.progress.loss_sum = cast(Tensor, reduce(loss_sum, "mean")).item()
         if self.args.should_save:
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            checkpoint.save(folder, self.progress, self.samples, self.objective)
+            checkpoint.save(folder, self.progress, self.samples, self.objective, self.archive)
         super()._save_checkpoint(model, trial)
 
     def _checkpoint_folder(self, resume_from_checkpoint: str | bool | None) -> str | None:

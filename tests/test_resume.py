@@ -75,6 +75,19 @@ def test_resumed_from_an_epochs_checkpoint(config, tokenizer, tmp_path):
     assert_same(outcome(resumed), outcome(whole))
 
 
+@pytest.mark.parametrize("kind", ["adapter-off", "full"])
+def test_resumed_with_the_archive(kind, config, tokenizer, tmp_path):
+    """In mid-rung, and from a rung's last update; the window has forgotten a rung by then."""
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    save |= {"sampler": "archive", "archive_window": 2}
+    whole = trainer_of(kind, config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
+    whole.train()
+    for step in (3, 4, 6, 8, 11):
+        resumed = trainer_of(kind, config(output_dir=str(tmp_path / f"from-{step}"), **save), tokenizer)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+
+
 def test_resumed_with_gradient_accumulation(config, tokenizer, tmp_path):
     save = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None, "gradient_accumulation_steps": 2}
     whole = trainer_of("adapter-off", config(output_dir=str(tmp_path / "whole"), **save), tokenizer)

@@ -1,0 +1,237 @@
+"""The archive: its weights are exact, nothing known is computed again, and the models of the past are the past's."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+
+from aldrift_hf import ALDRIFTTrainer, diagnostics, samplers, snapshots
+from aldrift_hf.archive import Archive
+from aldrift_hf.prior import base_model
+from aldrift_hf.rungs import Proposals, join_rungs
+from aldrift_hf.sequences import Completions
+
+# Four events; a prior and two models whose probabilities are whole numbers of draws.
+PRIOR = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)
+MODELS = [
+    PRIOR,
+    torch.tensor([0.0, 0.5, 0.25, 0.25], dtype=torch.float64),
+    torch.tensor([0.25, 0.0, 0.0, 0.75]).double(),
+]
+DRAWN = [8, 16, 4]
+COST = torch.tensor([3.0, 1.0, 0.0, 2.0], dtype=torch.float64)
+
+
+def draws(model, count, prompts=1):
+    """Exactly `count · q(event)` draws of each event, for every prompt: a sample without sampling noise."""
+    events = torch.arange(4).repeat_interleave((MODELS[model] * count).round().long())
+    assert len(events) == count
+    rows = torch.arange(prompts).repeat_interleave(count)
+    events = events.repeat(prompts)
+    completions = Completions(events[:, None], torch.ones(len(events), dtype=torch.long))
+    shape = (prompts, count)
+    return Proposals(
+        rows,
+        completions,
+        [str(event) for event in events.tolist()],
+        COST[events].view(shape),
+        PRIOR.log()[events].view(shape),
+        MODELS[model].log()[events].view(shape),
+    )
+
+
+class Scorer:
+    """Scores under a model that is known by its number; counts what it is asked."""
+
+    def __init__(self):
+        self.present, self.asked = 0, []
+
+    def __call__(self, snapshot, proposals):
+        model = self.present if snapshot is None else int(snapshot["number"])
+        self.asked.append((model, proposals.objective.shape[1]))
+        return MODELS[model].log()[proposals.completions.ids[:, 0]].view_as(proposals.objective)
+
+
+def filled(models=(0, 1, 2), window=16, prompts=1):
+    archive, score = Archive(window), Scorer()
+    for model in models:
+        score.present = model
+        snapshot = {"number": torch.tensor(model)} if model else {}
+        archive.extend(draws(model, DRAWN[model], prompts), snapshot, score)
+    return archive, score
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("prompts", [1, 3])
+def test_mixture_weights_give_the_target_exactly(tau, prompts):
+    """With exactly α_k·N·q_k(s) copies of each draw, the weighted frequencies are p_τ, and the mean weight is Z_τ."""
+    pool = filled(prompts=prompts)[0].mixture()
+    log_weight = pool.log_weight(tau)
+    assert log_weight.shape == (prompts, sum(DRAWN))
+    target = PRIOR * torch.exp(-tau * COST)
+    for prompt in range(prompts):
+        events = pool.completions.ids[pool.rows == prompt, 0]
+        frequencies = torch.zeros(4).double().index_add_(0, events, log_weight[prompt].softmax(0))
+        assert frequencies == pytest.approx(target / target.sum(), abs=1e-12)
+    assert diagnostics.log_z(log_weight).exp().tolist() == pytest.approx([target.sum().item()] * prompts)
+
+
+def test_weights_are_bounded_by_the_priors_share():
+    """`w ≤ exp(-τd) / α_0`, also for an event that the later models hardly draw."""
+    pool = filled()[0].mixture()
+    assert (pool.log_weight(0.0).exp() <= sum(DRAWN) / DRAWN[0] + 1e-9).all()
+
+
+def test_resampled_draws_follow_the_target():
+    """Systematic resampling keeps each event's number within one of its share, whatever the number of its copies."""
+    pool = filled()[0].mixture()
+    index = samplers.systematic_resample(pool.log_weight(1.0), 1000, torch.Generator().manual_seed(0))
+    events = pool.completions.ids[index[0], 0]
+    target = PRIOR * torch.exp(-COST)
+    assert (events.bincount(minlength=4) / 1000) == pytest.approx(target / target.sum(), abs=0.02)
+
+
+def test_what_is_known_is_not_computed_again():
+    """Rung 2: its model scores the draws of rungs 0 and 1, rung 1's model the new ones; the prior's are known."""
+    score = filled()[1]
+    assert score.asked == [(1, 8), (1, 4), (2, 8), (2, 16)]
+
+
+def test_beyond_the_window_the_oldest_rung_but_the_first_is_forgotten():
+    """Its draws and its model together: what is left is as if it had never been."""
+    kept, never = filled(window=2)[0], filled(models=(0, 2))[0]
+    for ours, theirs in zip(kept.log_q, never.log_q):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(kept.mixture().log_model, never.mixture().log_model)
+    assert [snapshot.get("number", torch.tensor(0)).item() for snapshot in kept.snapshots] == [0, 2]
+    target = PRIOR * torch.exp(-COST)
+    assert diagnostics.log_z(kept.mixture().log_weight(1.0)).exp().item() == pytest.approx(target.sum().item())
+
+
+def test_rungs_are_joined_by_prompt():
+    parts = [draws(0, 8, prompts=2), draws(2, 4, prompts=2)]
+    parts = [
+        replace(part, texts=[f"{number}:{i}" for i in range(len(part.texts))]) for number, part in enumerate(parts)
+    ]
+    joined = join_rungs(parts)
+    assert joined.rows.tolist() == [0] * 12 + [1] * 12
+    assert joined.texts[:12] == [f"0:{i}" for i in range(8)] + [f"1:{i}" for i in range(4)]
+    assert joined.texts[12:] == [f"0:{i}" for i in range(8, 16)] + [f"1:{i}" for i in range(4, 8)]
+    assert joined.completions.ids[:, 0].tolist() == [
+        int(event) for prompt in range(2) for part in parts for event in part.completions.ids.view(2, -1)[prompt]
+    ]
+    assert torch.equal(joined.objective[1], torch.cat([parts[0].objective[1], parts[1].objective[1]]))
+    assert joined.completions.length.tolist() == [1] * 24
+
+
+def test_to_tensors_and_back():
+    archive = filled(prompts=2)[0]
+    again = Archive(16)
+    again.load(archive.tensors(), lambda completions: [str(event) for event in completions.ids[:, 0].tolist()])
+    assert torch.equal(again.mixture().log_model, archive.mixture().log_model)
+    assert again.mixture().texts == archive.mixture().texts
+    assert torch.equal(again.mixture().rows, archive.mixture().rows)
+    assert again.snapshots == archive.snapshots
+    for ours, theirs in zip(again.rungs, archive.rungs):
+        assert torch.equal(ours.log_model, theirs.log_model)
+
+
+def test_snapshots_are_of_the_trained_parameters_and_leave_no_trace():
+    model = lora(tiny_gpt2(), seed=1)
+    snapshot = snapshots.take(model)
+    assert all("lora" in name for name in snapshot)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    past = log_probs(model.get_base_model(), [0], every_completion())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def look_and_fail():
+        with snapshots.loaded(model, snapshot):
+            assert torch.equal(log_probs(model.get_base_model(), [0], every_completion()), past)
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look_and_fail()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, now[name])
+        assert name in before
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
+def test_a_run_with_the_archive(peft, config, tokenizer):
+    """Every column is the log-probability under the model that drew that rung; log Z is that of the target."""
+    model = tiny_gpt2()
+    prior = tiny_gpt2()
+    settings = config(sampler="archive", num_chains=128, tau_max=1.5, tau_step=0.5)
+    trainer = ALDRIFTTrainer(
+        model,
+        count_a,
+        settings,
+        train_dataset=["", "a b"],
+        processing_class=tokenizer,
+        peft_config=lora_config(model) if peft else None,
+    )
+    trainer.train()
+    archive = trainer.archive
+    assert len(archive.rungs) == 3
+    assert archive.snapshots[0] == {}, "the first rung's model is the prior"
+    for number, snapshot in enumerate(archive.snapshots):
+        for rung, log_q in zip(archive.rungs, archive.log_q):
+            for prompt, ids in enumerate(trainer.prompts.token_ids):
+                drawn = rung.completions.select(torch.arange(len(rung.rows))[rung.rows == prompt])
+                with snapshots.loaded(trainer.model, snapshot):
+                    scored = prior if number == 0 else trainer.model
+                    expected = log_probs(
+                        scored.get_base_model() if hasattr(scored, "get_base_model") else scored, ids, drawn
+                    )
+                assert log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
+    completions = every_completion()
+    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
+    exact = [(log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item() for ids in trainer.prompts.token_ids]
+    log_weight = archive.mixture().log_weight(1.5)
+    error = (1 / diagnostics.effective_sample_size(log_weight) - 1).sqrt() / log_weight.shape[1] ** 0.5
+    assert ((torch.tensor(trainer.progress.log_z) - torch.tensor(exact)).abs() <= 5 * error).all()
+    record = trainer.progress.records[-1]
+    assert record["archive_draws"] == 3 * 128 * 4
+    assert 0 < record["archive_ess"] <= 1
+    assert record["log_z"] == pytest.approx(sum(trainer.progress.log_z) / 2)
+
+
+def test_a_second_training_starts_a_new_archive(config, tokenizer):
+    """Its first model is not the prior any more, and is not taken for it."""
+    model = tiny_gpt2()
+    trainer = ALDRIFTTrainer(
+        model, count_a, config(sampler="archive"), processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    trainer.train()
+    trainer.train()
+    assert len(trainer.archive.rungs) == 3
+    assert trainer.archive.snapshots[0], "a fine-tuned model, kept as such"
+
+
+def test_a_window_that_is_too_small_is_refused(config):
+    with pytest.raises(ValueError, match="archive_window must be at least 2"):
+        config(sampler="archive", archive_window=1)
+
+
+def test_a_checkpoint_without_an_archive_is_refused(config, tokenizer, tmp_path):
+    model = tiny_gpt2()
+    chains = ALDRIFTTrainer(
+        model, count_a, config(save_strategy="epoch"), processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    chains.train()
+    other = ALDRIFTTrainer(
+        tiny_gpt2(),
+        count_a,
+        config(sampler="archive", updates_per_rung=4),
+        processing_class=tokenizer,
+        peft_config=lora_config(model),
+    )
+    with pytest.raises(
+        ValueError, match=r"has no aldrift_archive\.safetensors: it was not written with sampler='archive'"
+    ):
+        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-12"))
