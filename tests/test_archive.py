@@ -184,10 +184,7 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
             for prompt, ids in enumerate(trainer.prompts.token_ids):
                 drawn = rung.completions.select(torch.arange(len(rung.rows))[rung.rows == prompt])
                 with snapshots.loaded(trainer.model, snapshot):
-                    scored = prior if number == 0 else trainer.model
-                    expected = log_probs(
-                        scored.get_base_model() if hasattr(scored, "get_base_model") else scored, ids, drawn
-                    )
+                    expected = log_probs(prior if number == 0 else base_model(trainer.model), ids, drawn)
                 assert log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
     completions = every_completion()
     cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
