@@ -28,12 +28,16 @@ class ALDRIFTConfig(TrainingArguments):
             D, the largest value the (weighted) objective can take; a cost above it is an error. `None` uses the largest
             cost among the first rung's proposals, which are draws from the prior, and checks no upper bound.
         ladder (`str`, *optional*, defaults to `"linear"`):
-            How the inverse temperature rises: `"linear"` takes equal steps, the last one clipped to T.
+            How the inverse temperature rises: `"linear"` takes equal steps, the last one clipped to T; `"adaptive"` the
+            largest one for which the effective sample size of a rung's weights stays above `ess_threshold`.
         tau_step (`float`, *optional*):
             Step of the linear ladder. `None` is the paper's `1/D`.
+        ess_threshold (`float`, *optional*, defaults to `0.5`):
+            Of the adaptive ladder: the least effective sample size, as a share of a rung's proposals.
         num_train_epochs (`float`, *optional*, defaults to `-1`):
             Number of rungs. `-1` is as many as the ladder has; more repeat the last rung at T, fewer stop before T. For
-            `sampler="top"`, which knows no temperature, simply the number of rounds.
+            `sampler="top"`, which knows no temperature, simply the number of rounds. With `ladder="adaptive"`, `-1` is
+            as many as it takes to learn the first rung at T.
 
         > Parameters that control the correction
 
@@ -117,11 +121,19 @@ class ALDRIFTConfig(TrainingArguments):
             "among the first rung's proposals, and no check."
         },
     )
-    ladder: Literal["linear"] = field(
-        default="linear", metadata={"help": "How the inverse temperature rises: linear takes equal steps."}
+    ladder: Literal["linear", "adaptive"] = field(
+        default="linear",
+        metadata={
+            "help": "How the inverse temperature rises: linear takes equal steps, adaptive the largest that "
+            "ess_threshold allows."
+        },
     )
     tau_step: Optional[float] = field(
         default=None, metadata={"help": "Step of the linear ladder. None: the paper's 1/D."}
+    )
+    ess_threshold: float = field(
+        default=0.5,
+        metadata={"help": "Least effective sample size of the adaptive ladder, as a share of a rung's proposals."},
     )
 
     # Parameters that control the correction
@@ -196,8 +208,17 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(
                 f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
             )
-        if self.ladder != "linear":
-            raise ValueError(f"ladder must be linear, got {self.ladder!r}")
+        if self.ladder not in ("linear", "adaptive"):
+            raise ValueError(f"ladder must be linear or adaptive, got {self.ladder!r}")
+        if not 0 < self.ess_threshold < 1:
+            raise ValueError(f"ess_threshold must lie between 0 and 1, got {self.ess_threshold}")
+        if self.ladder == "adaptive" and self.sampler in ("top", "reweight"):
+            raise ValueError(
+                f"ladder='adaptive' looks at weights, and sampler={self.sampler!r} has none. Use ladder='linear', or "
+                "sampler='metropolis_hastings' or 'archive'."
+            )
+        if self.ladder == "adaptive" and self.tau_step is not None:
+            raise ValueError("tau_step is the step of ladder='linear'; an adaptive ladder finds its own. Drop one.")
         if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):
             raise ValueError(
                 f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for all that the ladder "

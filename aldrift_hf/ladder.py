@@ -4,6 +4,16 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
+from .diagnostics import effective_sample_size
+
+ADAPTIVE_RUNGS = 200
+"""Most rungs of an adaptive ladder for which no number is asked."""
+PATIENCE = 3
+"""Rungs at one `τ` after which an adaptive ladder gives up: learning did not make the next step possible."""
+
 
 def linear_ladder(tau_max: float, step: float) -> list[float]:
     """`step, 2·step, …, tau_max`: the paper's ladder (`step = 1/D`), its last step clipped to `tau_max` exactly.
@@ -25,3 +35,39 @@ def linear_ladder(tau_max: float, step: float) -> list[float]:
     # T/step may be a whole number up to rounding (6.0 / 0.1); a last sliver of a rung would only repeat the one before.
     rungs = max(1, math.ceil(tau_max / step - 1e-9))
     return [step * k for k in range(1, rungs)] + [tau_max]
+
+
+def adaptive_tau(log_ratio: Tensor, objective: Tensor, tau: float, tau_max: float, least_draws: float) -> float:
+    """The largest `τ'` up to which the effective sample size of the full weights stays above a threshold.
+
+    With `ℓ_τ'(s) = log L(s) - τ'·d(s) - log q(s)`, the mean over prompts of Kish's effective sample size
+    `(Σ w)² / Σ w²` is followed from `τ` upwards to where it first falls below `least_draws`, to 1e-6 of `T - τ`. The
+    weights are those against the model that drew, not against `p_τ`: what the model has not learnt yet counts.
+
+    Args:
+        log_ratio: `[P, n]`, `log L - log q` of the draws, nats.
+        objective: `[P, n]`, costs.
+        tau: where the ladder stands.
+        tau_max: T.
+        least_draws: the threshold, in draws a prompt.
+
+    Returns:
+        A value in `[τ, T]`; `τ` itself where the effective sample size is below the threshold already there.
+    """
+
+    def enough(at: float) -> bool:
+        share = effective_sample_size(log_ratio - at * objective).mean().item()
+        return bool(share * objective.shape[-1] >= least_draws)
+
+    # In steps first: with full weights the effective sample size need not fall evenly.
+    grid: list[float] = torch.linspace(tau, tau_max, 65, dtype=torch.float64).tolist()
+    fallen = next((step for step, at in enumerate(grid) if not enough(at)), None)
+    if fallen is None:
+        return tau_max
+    if fallen == 0:
+        return tau
+    low, high = grid[fallen - 1], grid[fallen]
+    while high - low > 1e-6 * (tau_max - tau):
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low

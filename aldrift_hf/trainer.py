@@ -37,7 +37,7 @@ from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 from . import checkpoint, diagnostics, loading, prior, samplers, snapshots
 from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
-from .ladder import linear_ladder
+from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
 from .objective import CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import assert_neutral, generate, neutral_generation_config, stream_seed
@@ -177,13 +177,13 @@ class ALDRIFTTrainer(Trainer):
     def begin_rung(self, rung: int) -> None:
         """Propose and correct on rung `rung`, and lay out its samples to learn from (steps 1 and 2 of ALDRIFT)."""
         progress, args = self.progress, self.args
-        tau_before, tau = progress.tau, self.tau(rung)
         # The first rung's may have been drawn already, to see the range of the objective.
         proposals, seconds = self._first_proposals or self._propose(
             self.prompts, args.proposals_per_prompt, (PROPOSE, rung)
         )
         self._first_proposals = None
         pool = proposals if self.archive is None else self._extend_archive(proposals)
+        tau_before, tau = progress.tau, self._next_tau(pool, rung)
         index, acceptance_rate = self._correct(pool, tau_before, tau, rung)
         chosen = pool.flat(index)
 
@@ -236,14 +236,18 @@ class ALDRIFTTrainer(Trainer):
         """Distinct (prompt, completion) pairs that the objective was asked for since training began."""
         return self.objective.calls - self.progress.calls_before
 
-    def tau(self, rung: int) -> float:
+    def _next_tau(self, pool: Proposals, rung: int) -> float:
         """Inverse temperature of a rung; those beyond the ladder's end stay at T."""
-        ladder = self.ladder
-        return ladder[min(rung, len(ladder) - 1)]
+        args = self.args
+        if args.ladder == "linear":
+            return self.ladder[min(rung, len(self.ladder) - 1)]
+        # Of the archive, too, a rung's worth of draws is what counts as whole.
+        least = args.ess_threshold * args.proposals_per_prompt
+        return adaptive_tau(pool.log_weight(0.0), pool.objective, self.progress.tau, args.tau_max, least)
 
     @property
     def ladder(self) -> list[float]:
-        """The inverse temperatures of all rungs. Known once D is: set, or seen on the prior's draws."""
+        """The inverse temperatures of a linear ladder. Known once D is: set, or seen on the prior's draws."""
         args = self.args
         step = args.tau_step if args.tau_step is not None else 1 / cast(float, self.progress.objective_range)
         return linear_ladder(args.tau_max, step)
@@ -366,9 +370,11 @@ class ALDRIFTTrainer(Trainer):
                 checkpoint.load_archive(folder, self.archive, self._decode)
         if self.progress.objective_range is None:
             self._measure_objective_range()
-        rungs = len(self.ladder) if self.rungs_wanted == -1 else self.rungs_wanted
-        if folder is not None and self._budget_is_spent() and self.progress.updates == self.updates_per_rung:
-            rungs = self.progress.rung + 1  # the budget ended with the checkpoint's rung: there is none to go on with
+        rungs = self.rungs_wanted
+        if rungs == -1:
+            rungs = len(self.ladder) if self.args.ladder == "linear" else ADAPTIVE_RUNGS
+        if folder is not None and self._has_ended() and self.progress.updates == self.updates_per_rung:
+            rungs = self.progress.rung + 1  # the run ended with the checkpoint's rung: there is none to go on with
         self.args.num_train_epochs = rungs
         output = super().train(resume_from_checkpoint=folder, **kwargs)
         if not self.progress.complete:
@@ -423,6 +429,18 @@ class ALDRIFTTrainer(Trainer):
             )
         self.progress.objective_range = worst
         logger.info(f"objective_range not set: D = {worst:g}, the largest cost among the first rung's proposals")
+
+    def _has_ended(self) -> bool:
+        return self._budget_is_spent() or self._ladder_has_ended() or self._ladder_is_stuck()
+
+    def _ladder_has_ended(self) -> bool:
+        return self.args.ladder == "adaptive" and self.rungs_wanted == -1 and self.progress.tau == self.args.tau_max
+
+    def _ladder_is_stuck(self) -> bool:
+        """Whether an adaptive ladder has stood at one `τ` below T for too many rungs."""
+        last = [record["tau"] for record in self.progress.records[-PATIENCE:]]
+        below = self.args.ladder == "adaptive" and self.progress.tau < self.args.tau_max
+        return below and len(last) == PATIENCE and len(set(last)) == 1
 
     def _budget_is_spent(self) -> bool:
         limit = self.args.max_objective_calls
@@ -639,6 +657,14 @@ class _Rungs(TrainerCallback):
                 f"{self.trainer.objective_calls} distinct completions evaluated. Training ends after rung "
                 f"{self.trainer.progress.rung} at tau = {self.trainer.progress.tau:g}."
             )
+        if self.trainer._ladder_is_stuck():
+            logger.warning(
+                f"the adaptive ladder cannot leave tau = {self.trainer.progress.tau:g}: for {PATIENCE} rungs the "
+                f"effective sample size of the proposals stayed below ess_threshold={self.trainer.args.ess_threshold} "
+                "of a rung's. Training ends here. Lower ess_threshold, draw more proposals (num_chains), or learn more "
+                "on each rung (updates_per_rung, learning_rate)."
+            )
+        if self.trainer._has_ended():
             control.should_training_stop = True
         return control
 

@@ -2,9 +2,11 @@ import math
 
 import hypothesis.strategies as st
 import pytest
+import torch
 from hypothesis import given
 
-from aldrift_hf.ladder import linear_ladder
+from aldrift_hf.diagnostics import effective_sample_size
+from aldrift_hf.ladder import adaptive_tau, linear_ladder
 
 
 def test_the_papers_steps():
@@ -29,3 +31,43 @@ def test_it_rises_to_t_by_steps_no_larger_than_asked(tau_max, step):
 def test_bad_steps_are_refused(tau_max, step):
     with pytest.raises(ValueError, match="positive and finite"):
         linear_ladder(tau_max, step)
+
+
+def test_adaptive_step_in_closed_form():
+    """Draws of the prior, half of them of cost 1: ESS/n = (1 + e^-τ)² / (2 (1 + e^-2τ))."""
+    cost = torch.tensor([[0.0, 1.0] * 50], dtype=torch.float64)
+    ratio = torch.zeros_like(cost)
+    for threshold in (0.95, 0.8, 0.6):
+        tau = adaptive_tau(ratio, cost, 0.0, 10.0, threshold * 100)
+        share = (1 + math.exp(-tau)) ** 2 / (2 * (1 + math.exp(-2 * tau)))
+        assert share == pytest.approx(threshold, abs=1e-4)
+    assert adaptive_tau(ratio, cost, 0.0, 10.0, 49.0) == 10.0, "half the draws are never lost"
+
+
+def test_adaptive_step_uses_the_full_weights():
+    """A model that has learnt p_1 already: its ratio undoes the cost, and the step is counted from there."""
+    cost = torch.tensor([[0.0, 1.0] * 50], dtype=torch.float64)
+    from_prior = adaptive_tau(torch.zeros_like(cost), cost, 0.0, 10.0, 80.0)
+    assert adaptive_tau(cost, cost, 1.0, 10.0, 80.0) == pytest.approx(1 + from_prior, abs=1e-4)
+    behind = torch.zeros_like(cost)  # a model that has learnt nothing on the way to τ = 5
+    assert adaptive_tau(behind, cost, 5.0, 10.0, 80.0) == 5.0, "the effective sample size is too small already"
+
+
+def test_adaptive_step_stops_where_the_sample_size_first_falls():
+    """With two tails it falls, recovers and falls again."""
+    cost = torch.tensor([[0.0] * 10 + [1.0] * 10 + [2.0] * 10], dtype=torch.float64)
+    ratio = torch.tensor([[0.0] * 10 + [4.0] * 10 + [0.0] * 10], dtype=torch.float64)
+    share = [effective_sample_size(ratio - at * cost).item() for at in (0.0, 4.0)]
+    assert share[0] < 0.4 < 0.6 < share[1]
+    assert adaptive_tau(ratio, cost, 0.0, 8.0, 0.5 * 30) == 0.0
+    first = adaptive_tau(ratio, cost, 3.9, 8.0, 0.5 * 30)
+    assert 4 < first < 8
+    assert effective_sample_size(ratio - first * cost).item() == pytest.approx(0.5, abs=1e-3)
+
+
+def test_adaptive_step_looks_at_the_mean_of_all_prompts():
+    cost = torch.tensor([[0.0, 1.0] * 50, [0.0] * 100], dtype=torch.float64)
+    tau = adaptive_tau(torch.zeros_like(cost), cost, 0.0, 10.0, 90.0)
+    share = effective_sample_size(-tau * cost)
+    assert share[1] == 1
+    assert share.mean().item() == pytest.approx(0.9, abs=1e-4)
