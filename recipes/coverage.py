@@ -91,6 +91,7 @@ def main() -> None:
         sys.exit(f"--graph: {error}")
     config.max_steps, config.save_strategy = 10 * 2**options.doublings, "steps"
     config.save_steps = config.max_steps / 4
+    rows_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     runs: dict[int, list[dict[str, Any]]] = {}
     for m in sorted(set(options.samples)):
         run = one_of_several(config, f"samples-{m}")
@@ -99,7 +100,7 @@ def main() -> None:
         if peft_config is not None:
             model = get_peft_model(model, peft_config)
         rows = completion_ids(problem_draws(texts, p, m, run.seed), tokenizer)
-        rounds = RungSamples(run.max_steps * run.train_batch_size * run.world_size, [encode_prompt("", 0, tokenizer)])
+        rounds = RungSamples(run.max_steps * rows_per_update, [encode_prompt("", 0, tokenizer)])
         generator = torch.Generator().manual_seed(run.seed)
         rounds.fill(torch.zeros(m, dtype=torch.long), Completions.of(rows, 0), generator)
         callback = Coverage(texts, p, star, tokenizer)
@@ -108,7 +109,7 @@ def main() -> None:
         trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         runs[m] = [entry for entry in trainer.state.log_history if "coverage" in entry]
     if trainer.is_world_process_zero():
-        report(runs, len(texts), int(star.sum()), Path(config.output_dir))
+        report(runs, len(texts), int(star.sum()), rows_per_update, Path(config.output_dir))
 
 
 def problem_draws(texts: list[str], p: np.ndarray, m: int, seed: int) -> list[str]:
@@ -116,7 +117,7 @@ def problem_draws(texts: list[str], p: np.ndarray, m: int, seed: int) -> list[st
     return [texts[index] for index in np.random.default_rng(seed).choice(len(texts), m, p=p)]
 
 
-def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, folder: Path) -> None:
+def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, rows_per_update: int, folder: Path) -> None:
     """The table, a verdict for each m, and the figure."""
     updates = [entry["step"] for entry in next(iter(runs.values()))]
     title = f"log sup p/L in nats, after so many updates; p: {stars} star-like and {support - stars} path-like trees"
@@ -126,7 +127,7 @@ def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, fold
     table.print()
     table.write_markdown(folder / "coverage.md")
     for m, entries in runs.items():
-        Console().print(verdict(m, entries))
+        Console().print(verdict(m, entries, rows_per_update))
     with figure(folder / "coverage.png", [["updates", "samples", "kl"]], (13, 4)) as axes:
         for name, key, label in (
             ("updates", "coverage", "log sup p/L (nats)"),
@@ -143,15 +144,17 @@ def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, fold
     Console().print(f"figure and table: {folder}/coverage.*")
 
 
-def verdict(m: int, entries: list[dict[str, Any]]) -> str:
-    """Where coverage is best, and how fast it is lost after that: sup p/L ~ updates^exponent, by the last doubling."""
-    best = min(entries, key=lambda entry: entry["coverage"])
-    last = entries[-1]
-    told = f"m = {m:,}: sup p/L is least, exp({best['coverage']:.1f}), after {best['step']:,} updates"
+def verdict(m: int, entries: list[dict[str, Any]], rows_per_update: int) -> str:
+    """Where coverage is best, and how fast it is lost after that, as a power of the updates."""
+    best, last = min(entries, key=lambda entry: entry["coverage"]), entries[-1]
+    passes = best["step"] * rows_per_update / m
+    told = (
+        f"m = {m:,}: sup p/L is least, exp({best['coverage']:.1f}), after {best['step']:,} updates ({passes:g} passes)"
+    )
     if best is last:
         return f"{told}, the last measured: over-fitting has not begun"
-    exponent = (last["coverage"] - entries[-2]["coverage"]) / np.log(2)
-    return f"{told}; then it grows to exp({last['coverage']:.1f}), at the end like updates^{exponent:.1f}"
+    exponent = (last["coverage"] - best["coverage"]) / np.log(last["step"] / best["step"])
+    return f"{told}; then it grows to exp({last['coverage']:.1f}), on average like updates^{exponent:.1f}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +27,10 @@ class Comparison:
     rows: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def add(self, label: str, cells: Mapping[str, float | None], spec: str = ".2f") -> None:
-        """One row: `cells` by column, missing or `None` ones left empty; `spec` formats the others."""
+        """One row: `cells` by column, those without a number left empty; `spec` formats the others."""
         values = [cells.get(column) for column in self.columns]
-        self.rows.append((label, ["" if value is None else format(value, spec) for value in values]))
+        known = [value is not None and not math.isnan(value) for value in values]
+        self.rows.append((label, [format(value, spec) if is_known else "" for value, is_known in zip(values, known)]))
 
     def print(self) -> None:
         """To the terminal."""
