@@ -68,17 +68,19 @@ def test_words_and_back(separator, reloaded, tmp_path):
         assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
         assert completion_ids([text, text], tokenizer) == [[*ids, tokenizer.eos_token_id]] * 2
     assert tokenizer.eos_token == tokenizer.bos_token == END
-    assert tokenizer(f"sand{END}")["input_ids"] == [3, tokenizer.eos_token_id]
-    assert tokenizer("")["input_ids"] == []
+    assert tokenizer(f"sand{END}", add_special_tokens=False)["input_ids"] == [3, tokenizer.eos_token_id]
+    # A prompt is the beginning of a text, as the prior saw them: with the token that opens it.
     assert encode_prompt("", 0, tokenizer) == [tokenizer.bos_token_id]
+    assert encode_prompt("sand", 0, tokenizer) == [tokenizer.bos_token_id, 3]
 
 
 def test_unknown_words():
     tokenizer = word_tokenizer(["a", "b"], ", ")
-    ids = tokenizer("a, zebra, b")["input_ids"]
+    ids = tokenizer("a, zebra, b", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids)[1] == UNKNOWN
     assert ids[1] == tokenizer.unk_token_id not in (ids[0], ids[2])
-    assert tokenizer("ab")["input_ids"] == [tokenizer.unk_token_id], "no word is cut into others"
+    whole = tokenizer("ab", add_special_tokens=False)["input_ids"]
+    assert whole == [tokenizer.unk_token_id], "no word is cut into others"
 
 
 @pytest.mark.parametrize("graph", ["florentine", "davis", "karate"])
@@ -274,7 +276,8 @@ def test_log_probs_sum_to_one(exact):
     assert np.exp(log_p).sum() == pytest.approx(1, abs=1e-9)
     tokenizer = strings.tokenizer
     for text, log_prob in zip(TEXTS, log_p):
-        row = [tokenizer.bos_token_id, *tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        row = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+        assert row[0] == tokenizer.bos_token_id
         with torch.no_grad():
             logits = model(torch.tensor([row])).logits[0, :-1]
         by_hand = logits.log_softmax(-1).gather(-1, torch.tensor(row[1:])[:, None]).sum()

@@ -130,6 +130,7 @@ def test_coverage(run_recipe, capsys):
 
 def test_custom_objective(tmp_path, monkeypatch):
     """As it stands, in a process of its own."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
     source = (RECIPES / "custom_objective.py").read_text()
     assert len(source.splitlines()) <= 60
