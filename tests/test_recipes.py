@@ -98,10 +98,12 @@ def test_exact_distances_without_learning(run_recipe):
 
 
 def test_correction_ablation_resumed(run_recipe):
+    """Runs that were finished are not made again: even the seconds in their records are the first run's."""
     folder = run_recipe("correction_ablation", *QUIET, **TREES)
-    alone = {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")}
+    alone = {path: path.read_text() for path in folder.glob("*/rungs.jsonl")}
+    assert len(alone) == 3
     run_recipe("correction_ablation", *QUIET, "--resume_from_checkpoint", "True", **TREES)
-    assert {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")} == alone
+    assert {path: path.read_text() for path in folder.glob("*/rungs.jsonl")} == alone
 
 
 def test_ladder_stress(run_recipe, capsys):
@@ -124,8 +126,11 @@ def test_coverage(run_recipe, capsys):
     check_report(folder, "coverage", out, "| 10 | 20 | 40 | 80 |", "m = 4", "m = 64")
     assert out.count("sup p/L is least") == 2
     table = (folder / "coverage.md").read_text()
+    saved = {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint-80/adapter_model.safetensors")}
+    assert len(saved) == 2
     run_recipe("coverage", *QUIET, "--resume_from_checkpoint", "True", **settings, per_device_train_batch_size=16)
     assert (folder / "coverage.md").read_text() == table
+    assert {path: path.stat().st_mtime_ns for path in saved} == saved, "nothing was trained again"
 
 
 def test_custom_objective(tmp_path, monkeypatch):
