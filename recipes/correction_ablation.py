@@ -72,7 +72,7 @@ def main() -> None:
     for sampler in SAMPLERS:
         run = one_of_several(config, sampler, sampler=sampler)
         trainer = make_trainer(problem, run, model_config)
-        ExactRungs(trainer, enumerate_strings(problem, trainer))
+        trainer.add_callback(ExactRungs(trainer, enumerate_strings(problem, trainer)))
         trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         trainer.save_model()
         runs[sampler] = trainer.progress.records
@@ -82,6 +82,8 @@ def main() -> None:
 
 def report(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
     """The table, the verdict and the figure."""
+    rungs = min(map(len, runs.values()))  # a budget of objective calls ends them at different ones
+    runs = {name: records[:rungs] for name, records in runs.items()}
     taus = [record["tau"] for record in runs[SAMPLERS[0]]]
     table = Comparison("after the updates of each rung, over all strings", list(runs))
     for key, label in (("exact_kl", "KL(p_τ || L_τ), nats"), ("exact_tv", "TV(p_τ, L_τ)")):

@@ -5,7 +5,7 @@
 The paper assumes coarse learnability: a model L fitted to samples of p has sup p/L at most polynomial. It proves that
 for simple estimators and leaves it open for language models. Here p has two modes over the spanning trees of a graph,
 star-like and path-like ones. A small transformer, the prior of recipes/spanning_tree.py, is fine-tuned on m draws of p,
-and after 10, 20, 40, … updates the ratio is known exactly, for the support of p is enumerated.
+and after 5, 10, 20, … updates the ratio is known exactly, for the support of p is enumerated.
 
 No objective and no ladder: of ALDRIFTConfig's options those of a supervised pass matter (learning_rate,
 per_device_train_batch_size, weight_decay, …), and all of TRL's ModelConfig; here and in YAML (--config FILE.yaml).
@@ -26,7 +26,7 @@ from trl import TrlParser
 from aldrift_hf.problems.enumeration import text_log_probs
 from aldrift_hf.problems.figures import figure, plot_lines
 from aldrift_hf.problems.priors import completion_ids
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_prior, one_of_several
+from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, make_prior, one_of_several
 from aldrift_hf.problems.spanning_tree import load_problem
 from aldrift_hf.problems.tables import Comparison
 from aldrift_hf.problems.tree_modes import two_modes
@@ -45,7 +45,8 @@ class CoverageArguments:
     samples: list[int] = field(
         default_factory=lambda: [32, 128, 512, 2048], metadata={"help": "m, samples of p that are fitted."}
     )
-    doublings: int = field(default=7, metadata={"help": "Measured after 10, 20, … 10·2^doublings updates."})
+    doublings: int = field(default=8, metadata={"help": "Measured after 5, 10, 20, … 5·2^doublings updates."})
+    enumerate_up_to: int = field(default=50_000, metadata={"help": "Strings that may be enumerated."})
 
 
 @dataclass
@@ -59,14 +60,14 @@ class CoverageConfig(RecipeConfig):
 
 
 class Coverage(TrainerCallback):
-    """Logs, after 10, 20, 40, … updates, how well the model covers `p`; the Trainer's state keeps the log."""
+    """Logs, after 5, 10, 20, … updates, how well the model covers `p`; the Trainer's state keeps the log."""
 
     def __init__(self, texts: list[str], p: np.ndarray, star: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> None:
         self.texts, self.log_p, self.star, self.tokenizer = texts, np.log(p), star, tokenizer
         self.trainer: Optional[Trainer] = None
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        doublings = np.log2(state.global_step / 10)
+        doublings = np.log2(state.global_step / 5)
         if self.trainer is not None and doublings >= 0 and doublings % 1 == 0:
             self.trainer.log(self.measure(self.trainer.accelerator.unwrap_model(self.trainer.model)))
 
@@ -86,11 +87,16 @@ def main() -> None:
     options, config, model_config = parser.parse_args_and_config()
     try:
         problem = load_problem(options.graph)
+        if not can_enumerate(problem, model_config, options.enumerate_up_to):
+            raise ValueError("every string is enumerated: take a smaller graph, and the prior made on the spot")
         texts, p, star = two_modes(problem)
     except ValueError as error:
         sys.exit(f"--graph: {error}")
-    config.max_steps, config.save_strategy = 10 * 2**options.doublings, "steps"
-    config.save_steps = config.max_steps / 4
+    if not options.samples or min(options.samples) < 1 or options.doublings < 0:
+        sys.exit(f"--samples must be at least 1 and --doublings not negative: {options.samples}, {options.doublings}")
+    config.max_steps, config.save_strategy = 5 * 2**options.doublings, "steps"
+    config.train_sampling_strategy = "sequential"  # the samples are laid out in whole random passes
+    config.save_steps = max(1, config.max_steps // 4)
     rows_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     runs: dict[int, list[dict[str, Any]]] = {}
     for m in sorted(set(options.samples)):
@@ -128,6 +134,11 @@ def report(runs: dict[int, list[dict[str, Any]]], support: int, stars: int, rows
     table.write_markdown(folder / "coverage.md")
     for m, entries in runs.items():
         Console().print(verdict(m, entries, rows_per_update))
+    if len(runs) > 1:
+        best = [min(entry["coverage"] for entry in entries) for entries in runs.values()]
+        Console().print(
+            f"at its best, sup p/L falls with the samples like m^{np.polyfit(np.log(list(runs)), best, 1)[0]:.2f}"
+        )
     with figure(folder / "coverage.png", [["updates", "samples", "kl"]], (13, 4)) as axes:
         for name, key, label in (
             ("updates", "coverage", "log sup p/L (nats)"),

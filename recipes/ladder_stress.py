@@ -71,9 +71,11 @@ def main() -> None:
         sys.exit("this recipe enumerates every string: take a smaller graph, and the prior made on the spot")
     if not options.steps or min(options.steps) < 1:
         sys.exit(f"--steps: whole numbers of at least 1, in units of 1/D; got {options.steps}")
+    if config.ladder != "linear":
+        sys.exit("--ladder: the steps are what this recipe varies, leave it linear")
     runs: dict[int, dict[str, Any]] = {}
     for step in sorted(set(options.steps)):
-        tau_step = step / problem.worst_cost
+        tau_step = min(step / problem.worst_cost, config.tau_max)
         rungs = max(1, math.ceil(config.tau_max / tau_step - 1e-9))
         run = one_of_several(
             config,
@@ -84,7 +86,6 @@ def main() -> None:
         )
         trainer = make_trainer(problem, run, model_config)
         exact = ExactRungs(trainer, enumerate_strings(problem, trainer))
-        trainer.remove_callback(exact)  # only the end is measured
         result = trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         trainer.save_model()
         records = trainer.progress.records

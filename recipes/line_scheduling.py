@@ -6,7 +6,8 @@
 The prior chooses a visit length for each of 10 stations, longer ones at some stations: a local preference. The cost is
 the total wait for departures (aldrift_hf/problems/line_scheduling.py has the definition). TOPIFT finds schedules
 without a wait, and ends with a handful of them; ALDRIFT keeps thousands, and of the preference as much as it should.
-The exact p_T is known, and stands beside both.
+The exact p_T of the preference itself is known, and stands beside both; what the prior's model gets wrong of the
+preference counts as distance, too.
 
 Every option of ALDRIFTConfig and of TRL's ModelConfig works, here and in YAML (--config FILE.yaml).
 """
@@ -42,7 +43,7 @@ class LineArguments:
     longest_visit: int = field(default=20, metadata={"help": "Minutes; the shortest visit is one minute."})
     travel: int = field(default=10, metadata={"help": "Minutes from a station to the next."})
     headway: int = field(default=5, metadata={"help": "Minutes between two departures."})
-    phase: int = field(default=0, metadata={"help": "Minute of the first departure."})
+    phase: int = field(default=0, metadata={"help": "Departures leave at minutes that equal it modulo the headway."})
     preference: float = field(
         default=2.0, metadata={"help": "How strongly long visits are preferred at every third station; 0: not at all."}
     )
@@ -71,10 +72,15 @@ class LineConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         topift = self.sampler == "top"
-        self.num_chains = self.num_chains or (4 if topift else 512)
-        self.chain_length = self.chain_length or (3 if topift else 6)
-        self.updates_per_rung = self.updates_per_rung or (10 if topift else 40)
-        self.per_device_train_batch_size = self.per_device_train_batch_size or (4 if topift else 128)
+        defaults = {
+            "num_chains": 4 if topift else 512,
+            "chain_length": 3 if topift else 6,
+            "updates_per_rung": 10 if topift else 40,
+            "per_device_train_batch_size": 4 if topift else 128,
+        }
+        for name, value in defaults.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
         super().__post_init__()
 
 
@@ -109,14 +115,15 @@ def main() -> None:
         return
 
     folder, console, records = Path(config.output_dir), Console(), trainer.progress.records
-    table = compare(problem, draws, distances)
+    table = compare(problem, draws, config.tau_max, distances)
     table.print()
     table.write_markdown(folder / "line_scheduling.md")
     last, waitless = records[-1], first_waitless_rung(records)
     console.print(f"{last['proposals']:,} proposals, {last['objective_calls']:,} distinct objective calls")
     if waitless is not None:
         console.print(f"samples wait less than half a minute on average, first in rung {waitless} of {len(records)}")
-    console.print(preference_in_words(problem, draws))
+    if problem.favourites:
+        console.print(preference_in_words(problem, draws, config.tau_max))
     console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
     draw_figure(problem, draws, records, folder / "line_scheduling.png")
     console.print(f"figure and table: {folder}/line_scheduling.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import util
 from pathlib import Path
+from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -175,19 +176,30 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
 
 
 @pytest.fixture
-def run_recipe(tmp_path, monkeypatch) -> Callable[..., Path]:
-    """Runs a recipe's `main` in this process, with the flags and settings given; returns its output directory."""
+def recipe_module(monkeypatch) -> Callable[[str], ModuleType]:
+    """A recipe as a module, by name."""
 
-    def run(name: str, *flags: str, **settings) -> Path:
+    def load(name: str) -> ModuleType:
         path = Path(__file__).parents[1] / "recipes" / f"{name}.py"
         spec = util.spec_from_file_location(f"{name}_recipe", path)
         module = util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, spec.name, module)
         spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+@pytest.fixture
+def run_recipe(tmp_path, monkeypatch, recipe_module) -> Callable[..., Path]:
+    """Runs a recipe's `main` in this process, with the flags and settings given; returns its output directory."""
+
+    def run(name: str, *flags: str, **settings) -> Path:
+        module = recipe_module(name)
         monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
         settings = {"output_dir": tmp_path / "out", **settings}
         line = [text for key, value in settings.items() for text in (f"--{key}", *str(value).split())]
-        monkeypatch.setattr(sys, "argv", [str(path), *line, *flags])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *line, *flags])
         module.main()
         return Path(settings["output_dir"])
 

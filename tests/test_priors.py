@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
 from aldrift_hf.problems import priors
 from aldrift_hf.problems.enumeration import Enumeration, kl_divergence, total_variation
+from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
 from aldrift_hf.problems.priors import (
     END,
     UNKNOWN,
@@ -91,6 +92,16 @@ def test_the_problems_own_words(graph):
     rows = completion_ids(texts, tokenizer)
     assert {len(row) for row in rows} == {problem.size + 1}
     assert tokenizer.batch_decode(rows, skip_special_tokens=True) == texts
+
+
+def test_problems_that_hardly_differ_have_priors_of_their_own(tmp_path):
+    """Eight draws of these two are the same; a thousand are not."""
+    lines = [LineSchedulingProblem(stations=3, longest_visit=6, preference=preference) for preference in (2.0, 2.1)]
+    draws = [line.random_texts(8, np.random.default_rng(0)) for line in lines]
+    assert draws[0] == draws[1]
+    for line in lines:
+        small_prior(line.words, line.separator, line.random_texts, SmallPriorConfig(steps=1), tmp_path)
+    assert len(list(tmp_path.glob("prior-*"))) == 2
 
 
 def test_small_prior_is_made_once(tmp_path, monkeypatch):

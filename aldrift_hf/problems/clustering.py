@@ -85,7 +85,7 @@ class ClusteringProblem(TextProblem):
         features, species = cast(tuple[np.ndarray, np.ndarray], _DATASETS[name](return_X_y=True))
         if name == "wine":  # its features have units of their own
             features = StandardScaler().fit_transform(features)
-        # The data sets are sorted by kind, so that every other point is an even choice.
+        # The data sets are sorted by kind, so that evenly spaced rows take each kind in proportion.
         chosen = np.unique(np.linspace(0, len(features) - 1, max(points, 1)).round().astype(int))
         tour = chosen[_tour(features[chosen])]
         alike = np.append(False, species[tour][1:] == species[tour][:-1])

@@ -34,19 +34,15 @@ def compare(problem: ClusteringProblem, draws: dict[str, list[str]]) -> Comparis
         table.add(label, {name: figure_of(name) for name in draws}, spec)
 
     row("well-formed", lambda name: len(well_formed[name]) / len(draws[name]), ".3f")
-    row("sum of squares W: mean", lambda name: squares[name].mean())
-    row(f"sum of squares W: best (W* = {problem.best_known:.2f})", lambda name: squares[name].min())
-    row("within 5 % of W*", lambda name: np.mean(squares[name] <= 1.05 * problem.best_known), ".3f")
-    row(
-        f"all {problem.must_link.sum()} must-links kept",
-        lambda name: np.mean([problem.links_kept(row) == 1 for row in well_formed[name]]),
-        ".3f",
-    )
-    row(
-        "adjusted Rand index to the species, mean",
-        lambda name: np.mean([adjusted_rand_score(problem.species, row) for row in well_formed[name]]),
-    )
-    row("distinct partitions", lambda name: len(set(draws[name])), ",d")
+    row("sum of squares W: mean", lambda name: squares[name].mean() if len(squares[name]) else np.nan)
+    row(f"sum of squares W: best (W* = {problem.best_known:.2f})", lambda name: squares[name].min(initial=np.inf))
+    row("within 5 % of W*", lambda name: (squares[name] <= 1.05 * problem.best_known).sum() / len(draws[name]), ".3f")
+    if problem.must_link.any():
+        kept = {name: [problem.links_kept(row) == 1 for row in rows] for name, rows in well_formed.items()}
+        row(f"all {problem.must_link.sum()} must-links kept", lambda name: sum(kept[name]) / len(draws[name]), ".3f")
+    scores = {name: [adjusted_rand_score(problem.species, row) for row in rows] for name, rows in well_formed.items()}
+    row("adjusted Rand index to the species, mean", lambda name: np.mean(scores[name]) if scores[name] else np.nan)
+    row("distinct partitions", lambda name: len(set(map(tuple, well_formed[name]))), ",d")
     return table
 
 
@@ -56,8 +52,9 @@ def draw_figure(
     """The points with their species, the best partition of k-means and of the chains; and the run along its ladder."""
     flat = PCA(2).fit_transform(problem.points)
     best = {name: problem.parse(min(draws[name], key=problem.cost_of)) for name in (KMEANS, "corrected")}
-    panels = {"species": problem.species, **best}
-    with figure(path, [list(panels), ["cost", "share", "mass"]], (13, 8)) as axes:
+    panels = {"species": problem.species, **{name: labels for name, labels in best.items() if labels is not None}}
+    top = [*panels, *["."] * (3 - len(panels))]
+    with figure(path, [top, ["cost", "share", "mass"]], (13, 8)) as axes:
         for name, kinds in panels.items():
             for start in np.flatnonzero(problem.must_link):
                 pair = flat[start - 1 : start + 1]

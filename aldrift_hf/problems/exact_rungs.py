@@ -16,16 +16,23 @@ from .enumeration import Enumeration, kl_divergence, total_variation
 class ExactRungs(TrainerCallback):
     """After each rung's updates: how far `L_τ`, which was learnt, is from `p_τ`, which was meant.
 
-    Create it before training begins, when the policy is still the prior. Each rung's record (and so `rungs.jsonl`, and
-    the checkpoint) gets `exact_kl` (KL(p_τ‖L_τ), nats), `exact_tv`, `exact_coverage` (log sup p_τ/L_τ, nats),
-    `exact_success` and `exact_cost` (of `L_τ`).
+    Create it before training begins, when the policy is still the prior, and add it to the trainer. Each rung's record
+    (so `rungs.jsonl`, and the checkpoint) gets `exact_kl` (KL(p_τ‖L_τ), nats), `exact_tv`, `exact_coverage` (log of
+    sup p_τ/L_τ, nats), `exact_success` and `exact_cost` (of `L_τ`).
     """
 
     def __init__(self, trainer: ALDRIFTTrainer, strings: Enumeration) -> None:
         self.trainer = trainer
         self.strings = strings
         self.log_prior = strings.log_probs(base_model(trainer.model))
-        trainer.add_callback(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # Resumed from the checkpoint of a rung's last update, which was written before the rung was measured.
+        progress = self.trainer.progress
+        if progress.updates == self.trainer.updates_per_rung and "exact_kl" not in progress.records[-1]:
+            progress.records[-1].update(self.measure(progress.tau))
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,9 +49,7 @@ def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[st
     plot_lines(axes, lines, "inverse temperature τ (nats per unit of cost)", what)
 
 
-def plot_lines(
-    axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *, log: str = "", colours: Any = PALETTE
-) -> None:
+def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *, log: str = "") -> None:
     """Lines `{label: (x values, y values)}` in the palette's order.
 
     Args:
@@ -58,9 +57,8 @@ def plot_lines(
         lines: a legend is drawn where there are several.
         x, y: what the axes show, with units.
         log: axes on a logarithmic scale: `"x"`, `"y"` or `"xy"`.
-        colours: as many, where lines of several panels belong together.
     """
-    for (label, (across, up)), colour in zip(lines.items(), colours, strict=False):
+    for (label, (across, up)), colour in zip(lines.items(), itertools.cycle(PALETTE)):
         axes.plot(across, up, color=colour, marker=".", label=label)
     axes.set(xlabel=x, ylabel=y)
     if "x" in log:

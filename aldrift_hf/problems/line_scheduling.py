@@ -1,9 +1,9 @@
 """Visits along a line with departures at a fixed headway: the experiment of TOPIFT, with an exact reference.
 
 A traveller visits `K` stations in order. At station `i` they stay `v_i` minutes (a whole number from 1 to `V`), and
-then wait for the next departure; the way to the next station takes `t` minutes. Departures leave every station at the
-minutes `phase, phase + headway, phase + 2·headway, …` of one common clock, which shows 0 when the first visit begins;
-a traveller who is ready at the minute of a departure takes it. They depart from the last station too. The cost is the
+then wait for the next departure; the way to the next station takes `t` minutes. Departures leave every station at
+all minutes that equal `phase` modulo `headway`, on one common clock that shows 0 when the first visit begins; a
+traveller who is ready at the minute of a departure takes it. They depart from the last station too. The cost is the
 total time spent waiting,
 
     d(v) = Σ_i w_i,    w_i = (phase - r_i) mod headway,    r_i the minute at which visit i ends,
@@ -38,7 +38,7 @@ class LineSchedulingProblem(TextProblem):
         longest_visit: V, minutes.
         travel: t, minutes from a station to the next.
         headway: minutes between two departures.
-        phase: minute of the first departure.
+        phase: departures leave at the minutes that equal it modulo the headway.
         preference: how strongly long visits are preferred at every third station (the second, fifth, …) and short ones
             elsewhere; 0 is uniform.
 

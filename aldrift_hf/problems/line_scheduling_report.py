@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,36 +14,34 @@ from .tables import Comparison
 EXACT = "exact p_T"
 
 
-def compare(problem: LineSchedulingProblem, draws: dict[str, list[str]], kl: dict[str, float]) -> Comparison:
-    """A column for each source of draws.
+def compare(
+    problem: LineSchedulingProblem, draws: dict[str, list[str]], tau: float, kl: dict[str, float]
+) -> Comparison:
+    """A column for each source of draws; that of `EXACT` is computed, but for its number of distinct schedules.
 
     Args:
         problem: the line.
         draws: texts by source; one of them is `EXACT`.
+        tau: the inverse temperature of `EXACT`.
         kl: Monte Carlo estimates of KL(exact p_T‖source), nats, for the sources whose probabilities are known.
     """
     table = Comparison(f"{len(draws[EXACT]):,} draws each", list(draws))
-
-    def row(label: str, figure_of: Callable[[list[str]], float], spec: str = ".2f") -> None:
-        table.add(label, {name: figure_of(texts) for name, texts in draws.items()}, spec)
-
-    def mean_visit(texts: list[str], liked: bool) -> float:
-        means = problem.visit_shares(texts) @ np.arange(1, problem.longest_visit + 1)
-        return float(means[np.isin(np.arange(problem.stations), problem.favourites) == liked].mean())
-
-    row("success: share of schedules without a wait", lambda texts: waitless_share(problem, texts), ".3f")
-    row("distinct schedules without a wait", lambda texts: len({t for t in texts if problem.cost_of(t) == 0}), ",d")
-    row("mean wait, minutes", lambda texts: float(np.mean([problem.cost_of(text) for text in texts])))
-    row("mean visit where long ones are preferred, minutes", lambda texts: mean_visit(texts, True))
-    row("mean visit elsewhere, minutes", lambda texts: mean_visit(texts, False))
-    row("preference: the difference", lambda texts: problem.preference_gap(problem.visit_shares(texts)))
+    costs = {name: np.array(problem.cost(texts, texts)) for name, texts in draws.items()}
+    shares = {name: problem.visit_shares(texts) for name, texts in draws.items()}
+    shares[EXACT] = problem.marginals(tau)
+    success = {name: float((cost == 0).mean()) for name, cost in costs.items()}
+    success[EXACT] = float((shares[EXACT] * (problem.waits_alone == 0)).sum(1).prod())
+    wait = {name: float(cost.mean()) for name, cost in costs.items()}
+    wait[EXACT] = float((shares[EXACT] * problem.waits_alone).sum())
+    waitless = {name: {t for t in texts if problem.cost_of(t) == 0} for name, texts in draws.items()}
+    table.add("success: share of schedules without a wait", success, ".3f")
+    table.add("distinct schedules without a wait", {name: len(found) for name, found in waitless.items()}, ",d")
+    table.add("mean wait, minutes", wait)
+    if problem.favourites:
+        gap = {name: problem.preference_gap(share) for name, share in shares.items()}
+        table.add("preference: minutes longer where long visits are preferred", gap)
     table.add(f"KL({EXACT} || ·) in nats", kl)
     return table
-
-
-def waitless_share(problem: LineSchedulingProblem, texts: list[str]) -> float:
-    """Share of schedules of cost 0."""
-    return float(np.mean([problem.cost_of(text) == 0 for text in texts]))
 
 
 def first_waitless_rung(records: list[dict[str, Any]], minutes: float = 0.5) -> int | None:
@@ -52,12 +49,13 @@ def first_waitless_rung(records: list[dict[str, Any]], minutes: float = 0.5) -> 
     return next((r["rung"] + 1 for r in records if r["sample_objective_mean"] < minutes), None)
 
 
-def preference_in_words(problem: LineSchedulingProblem, draws: dict[str, list[str]]) -> str:
-    """How far the preference of each source is from the one that `p_T` keeps."""
-    gap = {name: problem.preference_gap(problem.visit_shares(texts)) for name, texts in draws.items()}
+def preference_in_words(problem: LineSchedulingProblem, draws: dict[str, list[str]], tau: float) -> str:
+    """How far the preference of the model is from the one that `p_T` keeps."""
+    gap = {name: problem.preference_gap(problem.visit_shares(draws[name])) for name in ("prior", "model")}
+    exact = problem.preference_gap(problem.marginals(tau))
     return (
-        f"preference for longer visits at some stations: {gap['prior']:.1f} minutes in the prior; {gap[EXACT]:.1f} are "
-        f"compatible with catching every departure (exact p_T); the model keeps {gap['model']:.1f}"
+        f"preference for longer visits at some stations: {gap['prior']:.1f} minutes in the prior, {exact:.1f} in exact "
+        f"p_T, {gap['model']:.1f} in the model"
     )
 
 

@@ -36,6 +36,9 @@ logger = logging.getLogger(__name__)
 END = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
+FINGERPRINT = 1000
+"""Texts that a cached prior is known by: two problems that differ must not draw so many alike."""
+
 TextSource = Callable[[int, np.random.Generator], list[str]]
 
 
@@ -105,7 +108,9 @@ def small_prior(
     """
     config = config or SmallPriorConfig()
     tokenizer = word_tokenizer(words, separator)
-    folder = _folder(cache_dir, [asdict(config), list(words), separator, draw(8, np.random.default_rng(config.seed))])
+    folder = _folder(
+        cache_dir, [asdict(config), list(words), separator, draw(FINGERPRINT, np.random.default_rng(config.seed))]
+    )
     with PartialState().main_process_first():
         if not folder.is_dir():
             logger.warning(
@@ -147,7 +152,7 @@ def warm_up(
         cache_dir: as in [`small_prior`].
     """
     adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
-    texts = completion_ids(draw(8, np.random.default_rng(seed)), tokenizer)
+    texts = completion_ids(draw(FINGERPRINT, np.random.default_rng(seed)), tokenizer)
     folder = _folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():

@@ -31,6 +31,11 @@ class RecipeConfig(ALDRIFTConfig):
     )
     generation_batch_size: int = field(default=1024, metadata={"help": "Completions a process works on at once."})
 
+    def __post_init__(self) -> None:
+        if self.ladder == "adaptive":
+            self.tau_step = None  # a recipe's own step is for the linear ladder
+        super().__post_init__()
+
 
 @dataclass
 class RecipeModelConfig(ModelConfig):
