@@ -69,10 +69,12 @@ def main() -> None:
     if not can_enumerate(problem, model_config, options.enumerate_up_to):
         sys.exit("this recipe enumerates every string: take a smaller graph, and the prior made on the spot")
     runs: dict[str, list[dict[str, Any]]] = {}
+    exact: Optional[ExactRungs] = None
     for sampler in SAMPLERS:
         run = one_of_several(config, sampler, sampler=sampler)
         trainer = make_trainer(problem, run, model_config)
-        trainer.add_callback(ExactRungs(trainer, enumerate_strings(problem, trainer)))
+        exact = ExactRungs(trainer, enumerate_strings(problem, trainer), exact and exact.log_prior)
+        trainer.add_callback(exact)
         trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         trainer.save_model()
         runs[sampler] = trainer.progress.records

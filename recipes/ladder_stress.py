@@ -42,8 +42,8 @@ class StressArguments:
     steps: list[int] = field(
         default_factory=lambda: [1, 2, 4, 8, 16, 48], metadata={"help": "Steps of the ladder, in units of 1/D."}
     )
-    proposals: int = field(default=12_288, metadata={"help": "Proposals of a run, dealt out to its rungs."})
-    updates: int = field(default=384, metadata={"help": "Optimizer updates of a run, dealt out to its rungs."})
+    proposals: int = field(default=9_216, metadata={"help": "Proposals of a run, dealt out to its rungs."})
+    updates: int = field(default=288, metadata={"help": "Optimizer updates of a run, dealt out to its rungs."})
     broken_kl: float = field(default=1.0, metadata={"help": "Nats of KL(p_T || model) from which coverage is broken."})
     enumerate_up_to: int = field(default=50_000, metadata={"help": "Strings that may be enumerated."})
 
@@ -74,6 +74,7 @@ def main() -> None:
     if config.ladder != "linear":
         sys.exit("--ladder: the steps are what this recipe varies, leave it linear")
     runs: dict[int, dict[str, Any]] = {}
+    exact: Optional[ExactRungs] = None
     for step in sorted(set(options.steps)):
         tau_step = min(step / problem.worst_cost, config.tau_max)
         rungs = max(1, math.ceil(config.tau_max / tau_step - 1e-9))
@@ -85,7 +86,7 @@ def main() -> None:
             updates_per_rung=max(1, options.updates // rungs),
         )
         trainer = make_trainer(problem, run, model_config)
-        exact = ExactRungs(trainer, enumerate_strings(problem, trainer))
+        exact = ExactRungs(trainer, enumerate_strings(problem, trainer), exact and exact.log_prior)
         result = trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         trainer.save_model()
         records = trainer.progress.records

@@ -19,12 +19,17 @@ class ExactRungs(TrainerCallback):
     Create it before training begins, when the policy is still the prior, and add it to the trainer. Each rung's record
     (so `rungs.jsonl`, and the checkpoint) gets `exact_kl` (KL(p_τ‖L_τ), nats), `exact_tv`, `exact_coverage` (log of
     sup p_τ/L_τ, nats), `exact_success` and `exact_cost` (of `L_τ`).
+
+    Args:
+        trainer: of an enumerable problem.
+        strings: every string of it.
+        log_prior: their log-probabilities under the prior, where an earlier run on the same prior knows them.
     """
 
-    def __init__(self, trainer: ALDRIFTTrainer, strings: Enumeration) -> None:
+    def __init__(self, trainer: ALDRIFTTrainer, strings: Enumeration, log_prior: np.ndarray | None = None) -> None:
         self.trainer = trainer
         self.strings = strings
-        self.log_prior = strings.log_probs(base_model(trainer.model))
+        self.log_prior = strings.log_probs(base_model(trainer.model)) if log_prior is None else log_prior
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
