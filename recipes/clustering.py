@@ -21,7 +21,7 @@ from trl import TrlParser
 from aldrift_hf.problems.clustering import ClusteringProblem
 from aldrift_hf.problems.clustering_report import KMEANS, compare, draw_figure, kmeans_draws
 from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_trainer
-from aldrift_hf.problems.reports import missing_mass_in_words
+from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
 
 
 @dataclass
@@ -71,8 +71,7 @@ def main() -> None:
     table = compare(problem, draws)
     table.print()
     table.write_markdown(folder / "clustering.md")
-    last = records[-1]
-    console.print(f"{last['proposals']:,} proposals, {last['objective_calls']:,} distinct objective calls")
+    console.print(effort_in_words(records[-1]))
     console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
     draw_figure(problem, draws, records, folder / "clustering.png")
     console.print(f"figure and table: {folder}/clustering.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")

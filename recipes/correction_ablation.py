@@ -10,7 +10,6 @@ what was learnt, L_tau, from what was meant, p_tau, is known: KL and total varia
 Every option of ALDRIFTConfig and of TRL's ModelConfig works, here and in YAML (--config FILE.yaml).
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -23,12 +22,11 @@ from aldrift_hf.problems.figures import figure, plot_lines
 from aldrift_hf.problems.recipe import (
     RecipeConfig,
     RecipeModelConfig,
-    can_enumerate,
+    enumerable_graph,
     enumerate_strings,
     make_trainer,
     one_of_several,
 )
-from aldrift_hf.problems.spanning_tree import load_problem
 from aldrift_hf.problems.tables import Comparison
 
 SAMPLERS = ("metropolis_hastings", "reweight", "top")
@@ -62,12 +60,7 @@ class AblationConfig(RecipeConfig):
 def main() -> None:
     parser = TrlParser((AblationArguments, AblationConfig, RecipeModelConfig))
     options, config, model_config = parser.parse_args_and_config()
-    try:
-        problem = load_problem(options.graph)
-    except ValueError as error:
-        sys.exit(f"--graph: {error}")
-    if not can_enumerate(problem, model_config, options.enumerate_up_to):
-        sys.exit("this recipe enumerates every string: take a smaller graph, and the prior made on the spot")
+    problem = enumerable_graph(options.graph, model_config, options.enumerate_up_to)
     runs: dict[str, list[dict[str, Any]]] = {}
     exact: Optional[ExactRungs] = None
     for sampler in SAMPLERS:

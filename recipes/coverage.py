@@ -26,8 +26,7 @@ from trl import TrlParser
 from aldrift_hf.problems.enumeration import text_log_probs
 from aldrift_hf.problems.figures import figure, plot_lines
 from aldrift_hf.problems.priors import completion_ids
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, make_prior, one_of_several
-from aldrift_hf.problems.spanning_tree import load_problem
+from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, enumerable_graph, make_prior, one_of_several
 from aldrift_hf.problems.tables import Comparison
 from aldrift_hf.problems.tree_modes import two_modes
 from aldrift_hf.prompts import encode_prompt
@@ -85,10 +84,8 @@ class Coverage(TrainerCallback):
 def main() -> None:
     parser = TrlParser((CoverageArguments, CoverageConfig, RecipeModelConfig))
     options, config, model_config = parser.parse_args_and_config()
+    problem = enumerable_graph(options.graph, model_config, options.enumerate_up_to)
     try:
-        problem = load_problem(options.graph)
-        if not can_enumerate(problem, model_config, options.enumerate_up_to):
-            raise ValueError("every string is enumerated: take a smaller graph, and the prior made on the spot")
         texts, p, star = two_modes(problem)
     except ValueError as error:
         sys.exit(f"--graph: {error}")

@@ -23,12 +23,11 @@ from aldrift_hf.problems.figures import figure, plot_lines
 from aldrift_hf.problems.recipe import (
     RecipeConfig,
     RecipeModelConfig,
-    can_enumerate,
+    enumerable_graph,
     enumerate_strings,
     make_trainer,
     one_of_several,
 )
-from aldrift_hf.problems.spanning_tree import load_problem
 from aldrift_hf.problems.tables import Comparison
 
 
@@ -63,12 +62,7 @@ class StressConfig(RecipeConfig):
 def main() -> None:
     parser = TrlParser((StressArguments, StressConfig, RecipeModelConfig))
     options, config, model_config = parser.parse_args_and_config()
-    try:
-        problem = load_problem(options.graph)
-    except ValueError as error:
-        sys.exit(f"--graph: {error}")
-    if not can_enumerate(problem, model_config, options.enumerate_up_to):
-        sys.exit("this recipe enumerates every string: take a smaller graph, and the prior made on the spot")
+    problem = enumerable_graph(options.graph, model_config, options.enumerate_up_to)
     if not options.steps or min(options.steps) < 1:
         sys.exit(f"--steps: whole numbers of at least 1, in units of 1/D; got {options.steps}")
     if config.ladder != "linear":

@@ -32,7 +32,7 @@ from aldrift_hf.problems.line_scheduling_report import (
     preference_in_words,
 )
 from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_trainer
-from aldrift_hf.problems.reports import missing_mass_in_words
+from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
 
 
 @dataclass
@@ -118,8 +118,8 @@ def main() -> None:
     table = compare(problem, draws, config.tau_max, distances)
     table.print()
     table.write_markdown(folder / "line_scheduling.md")
-    last, waitless = records[-1], first_waitless_rung(records)
-    console.print(f"{last['proposals']:,} proposals, {last['objective_calls']:,} distinct objective calls")
+    console.print(effort_in_words(records[-1]))
+    waitless = first_waitless_rung(records)
     if waitless is not None:
         console.print(f"samples wait less than half a minute on average, first in rung {waitless} of {len(records)}")
     if problem.favourites:

@@ -23,7 +23,7 @@ from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.prior import base_model
 from aldrift_hf.problems.enumeration import Enumeration
 from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, enumerate_strings, make_trainer
-from aldrift_hf.problems.reports import missing_mass_in_words
+from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
 from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
 from aldrift_hf.problems.spanning_tree_report import compare, draw_figure
 
@@ -100,8 +100,7 @@ def report(
     table = compare(problem, draws, strings, log_probs)
     table.print()
     table.write_markdown(folder / "spanning_tree.md")
-    record = trainer.progress.records[-1]
-    console.print(f"{record['proposals']:,} proposals, {record['objective_calls']:,} distinct objective calls")
+    console.print(effort_in_words(trainer.progress.records[-1]))
     console.print(missing_mass_in_words(metrics.get("final_missing_mass")))
     for text in sorted({text for text in draws["corrected"] if problem.cost_of(text) == 0})[:3]:
         console.print(f"a tree: {text}", highlight=False)

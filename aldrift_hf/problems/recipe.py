@@ -17,6 +17,7 @@ from ..config import ALDRIFTConfig
 from ..trainer import ALDRIFTTrainer
 from .enumeration import Enumeration
 from .priors import SmallPriorConfig, completion_ids, small_prior, warm_up
+from .spanning_tree import SpanningTreeProblem, load_problem
 from .text_problem import TextProblem
 
 
@@ -87,16 +88,13 @@ def make_prior(
     return fitted, tokenizer, None
 
 
-def make_trainer(
-    problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig, **kwargs: Any
-) -> ALDRIFTTrainer:
+def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig) -> ALDRIFTTrainer:
     """A trainer on the problem's prior; D and the completions' length are the problem's, unless set.
 
     Args:
         problem: what is drawn and what it costs.
         config: its `objective_range` and `max_completion_length` are filled in where they are `None`.
         model_config: which model.
-        kwargs: more arguments of [`ALDRIFTTrainer`].
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     if config.objective_range is None:
@@ -112,13 +110,27 @@ def make_trainer(
         args=config,
         processing_class=tokenizer,
         peft_config=peft_config,
-        **kwargs,
     )
 
 
 def can_enumerate(problem: TextProblem, model_config: RecipeModelConfig, at_most: int) -> bool:
     """Whether every string can be written down: at most so many, and the small model made on the spot."""
     return model_config.model_name_or_path is None and problem.number_of_strings() <= at_most
+
+
+def enumerable_graph(name: str, model_config: RecipeModelConfig, at_most: int) -> SpanningTreeProblem:
+    """The graph of a recipe that needs every string, before anything is computed.
+
+    Raises:
+        SystemExit: for a name that is no graph, or a graph or a model whose strings cannot be enumerated.
+    """
+    try:
+        problem = load_problem(name)
+    except ValueError as error:
+        raise SystemExit(f"--graph: {error}") from None
+    if not can_enumerate(problem, model_config, at_most):
+        raise SystemExit("this recipe enumerates every string: take a smaller graph, and the prior made on the spot")
+    return problem
 
 
 def enumerate_strings(problem: TextProblem, trainer: ALDRIFTTrainer) -> Enumeration:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ..diagnostics import MISSING_MASS_WARNING
@@ -14,3 +16,8 @@ def missing_mass_in_words(nats: float | None) -> str:
     verdict = "the model covers the target" if nats <= MISSING_MASS_WARNING else "the model has LOST part of the target"
     share = min(1.0, float(np.exp(-nats)))
     return f"missing mass: {nats:.2f} nats: by the ladder's log Z its draws account for {share:.0%} of p_T; {verdict}"
+
+
+def effort_in_words(record: dict[str, Any]) -> str:
+    """What a run asked for up to a rung, by the rung's record."""
+    return f"{record['proposals']:,} proposals, {record['objective_calls']:,} distinct objective calls"
