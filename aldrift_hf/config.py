@@ -68,6 +68,10 @@ class ALDRIFTConfig(TrainingArguments):
 
         > Parameters that control learning
 
+        loss_type (`str`, *optional*):
+            What a rung minimises: `"nll"` (the paper's: maximum likelihood on the samples) or `"generalized_kl"` (with
+            `sampler="archive"` only: the generalised Kullback-Leibler divergence on weighted draws, which does not
+            memorise them; it switches dropout off). `None` is `"generalized_kl"` with the archive, `"nll"` otherwise.
         updates_per_rung (`int`, *optional*):
             Optimizer updates a rung. `None` is one pass over the rung's samples. Few samples and many updates memorise:
             watch `missing_mass`.
@@ -170,6 +174,14 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     # Parameters that control learning
+    loss_type: Optional[Literal["nll", "generalized_kl"]] = field(
+        default=None,
+        metadata={
+            "help": "What a rung minimises: nll (maximum likelihood on the samples) or, with sampler=archive, "
+            "generalized_kl (on weighted draws, which it does not memorise). None: generalized_kl with the archive, "
+            "nll otherwise."
+        },
+    )
     updates_per_rung: Optional[int] = field(
         default=None, metadata={"help": "Optimizer updates a rung. None: one pass over the rung's samples."}
     )
@@ -208,6 +220,13 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(
                 f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
             )
+        if self.loss_type not in (None, "nll", "generalized_kl"):
+            raise ValueError(f"loss_type must be nll or generalized_kl, got {self.loss_type!r}")
+        if self.loss_type == "generalized_kl" and self.sampler != "archive":
+            raise ValueError(
+                f"loss_type='generalized_kl' needs the densities of the archive's draws, and sampler={self.sampler!r} "
+                "keeps none. Use sampler='archive', or loss_type='nll'."
+            )
         if self.ladder not in ("linear", "adaptive"):
             raise ValueError(f"ladder must be linear or adaptive, got {self.ladder!r}")
         if not 0 < self.ess_threshold < 1:
@@ -239,6 +258,11 @@ class ALDRIFTConfig(TrainingArguments):
     def steps_per_chain(self) -> int:
         """M, with `None` resolved to the paper's m²."""
         return self.num_chains**2 if self.chain_length is None else self.chain_length
+
+    @property
+    def learns_densities(self) -> bool:
+        """Whether a rung minimises the generalised KL divergence: `loss_type`, with `None` resolved."""
+        return self.loss_type == "generalized_kl" or (self.loss_type is None and self.sampler == "archive")
 
     def _refuse_what_breaks_a_rung(self) -> None:
         if self.auto_find_batch_size:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,13 @@ class Proposals:
     log_prior: Tensor
     log_model: Tensor
 
+    def log_target(self, tau: float) -> Tensor:
+        """`log L(s) - τ·d(s)`, `[P, n]`: `log p_τ` up to `log Z_τ`, nats."""
+        return self.log_prior - tau * self.objective
+
     def log_weight(self, tau: float) -> Tensor:
         """`ℓ(s) = log L(s) - τ·d(s) - log q(s)`, `[P, n]`, nats."""
-        return self.log_prior - tau * self.objective - self.log_model
+        return self.log_target(tau) - self.log_model
 
     def flat(self, index: Tensor) -> Tensor:
         """Positions in the flat columns of draws `index` (`[P, m]`, into each prompt's `n`); `[P·m]`."""
@@ -112,41 +116,62 @@ class RungSamples(Dataset[dict[str, list[int]]]):
             }
         )
 
-    def fill(self, rows: Tensor, completions: Completions, generator: torch.Generator) -> None:
-        """Take new samples and lay out one rung of them: whole random passes, the last one cut."""
+    def fill(
+        self,
+        rows: Tensor,
+        completions: Completions,
+        generator: torch.Generator,
+        densities: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Take new samples and lay out one rung of them: whole random passes, the last one cut.
+
+        Args:
+            rows: `[n]`, the prompt of each sample.
+            completions: the `n` samples.
+            generator: of the order.
+            densities: columns of `[n]` floats that the loss needs beside the samples, by name.
+        """
         passes = math.ceil(self.length / len(rows))
         order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[: self.length]
-        self.load({"rows": rows, "ids": completions.ids, "length": completions.length, "order": order})
+        columns = {"rows": rows, "ids": completions.ids, "length": completions.length, "order": order}
+        self.load(columns | dict(densities or {}))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it."""
-        return {"rows": self.rows, "ids": self.completions.ids, "length": self.completions.length, "order": self.order}
+        columns = {"rows": self.rows, "ids": self.completions.ids, "length": self.completions.length}
+        return columns | {"order": self.order} | self.densities
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """The inverse of [`tensors`]."""
-        self.rows, self.order = tensors["rows"], tensors["order"]
-        self.completions = Completions(tensors["ids"], tensors["length"])
+        columns = dict(tensors)
+        self.rows, self.order = columns.pop("rows"), columns.pop("order")
+        self.completions = Completions(columns.pop("ids"), columns.pop("length"))
+        self.densities = columns
         self._tokens = self.completions.tokens()
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         sample = int(self.order[index])
-        return {"prompt": self.prompts[int(self.rows[sample])], "completion": self._tokens[sample]}
+        tokens = {"prompt": self.prompts[int(self.rows[sample])], "completion": self._tokens[sample]}
+        return tokens | {name: column[sample] for name, column in self.densities.items()}
 
 
 @dataclass
 class SampleCollator:
-    """Samples to a batch for maximum likelihood: padded on the right, labels on the completion alone."""
+    """Samples to a batch: padded on the right, labels on the completion alone; other columns as fp32 tensors."""
 
     pad_token_id: int
 
-    def __call__(self, samples: list[dict[str, list[int]]]) -> dict[str, Tensor]:
+    def __call__(self, samples: list[dict[str, Any]]) -> dict[str, Tensor]:
         prompts, completions = ([sample[part] for sample in samples] for part in ("prompt", "completion"))
         batch = join(prompts, completions, self.pad_token_id)
         labels = batch.input_ids.masked_fill(~batch.completion_mask, -100)
-        return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
+        others = [name for name in samples[0] if name not in ("prompt", "completion")]
+        densities = {name: torch.tensor([sample[name] for sample in samples]).float() for name in others}
+        tokens = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
+        return tokens | densities
 
 
 def success_share(objective: Tensor, best: float) -> float:

@@ -8,6 +8,7 @@ resume are the Trainer's own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import os
@@ -34,7 +35,7 @@ from transformers import (
 )
 from transformers.trainer_utils import TrainOutput, get_last_checkpoint
 
-from . import checkpoint, diagnostics, loading, prior, samplers, snapshots
+from . import checkpoint, diagnostics, loading, losses, prior, samplers, snapshots
 from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
@@ -49,6 +50,8 @@ logger = logging.getLogger(__name__)
 
 # The first number of a random stream's address, after the run's seed: no two uses share a stream.
 PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE = range(5)
+DECAY_SHARE = 0.3
+"""Of all updates, the last in which `warmup_stable_decay` takes the learning rate to 0, unless told otherwise."""
 
 
 class ALDRIFTTrainer(Trainer):
@@ -145,6 +148,8 @@ class ALDRIFTTrainer(Trainer):
 
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
         policy, self.prior = prior.split(loaded, peft_config)
+        if args.learns_densities:
+            losses.without_dropout(policy)
         super().__init__(
             model=policy,
             args=args,
@@ -152,7 +157,7 @@ class ALDRIFTTrainer(Trainer):
             train_dataset=RungSamples(1, self.prompts.token_ids),
             eval_dataset=evaluation,
             processing_class=tokenizer,
-            compute_loss_func=_mean_token_nll,
+            compute_loss_func=losses.maximum_likelihood,
             callbacks=[_Rungs(self), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -192,7 +197,7 @@ class ALDRIFTTrainer(Trainer):
             log_z = log_z_before + diagnostics.log_z_increment(pool.log_weight(tau_before), pool.log_weight(tau))
         else:  # the archive still holds the prior's draws: no need to go step by step
             log_z = diagnostics.log_z(pool.log_weight(tau))
-        self.samples.fill(pool.rows[chosen], pool.completions.select(chosen), self._generator(SHUFFLE, rung))
+        self._lay_out(pool, index, log_z, tau, rung)
         progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
         progress.proposals += len(proposals.texts)
         progress.loss_sum, progress.updates, progress.learn_seconds = 0.0, 0, 0.0
@@ -318,6 +323,20 @@ class ALDRIFTTrainer(Trainer):
         parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
         return torch.cat([part[1] for part in parts]).view_as(drawn.objective)
 
+    def _lay_out(self, pool: Proposals, index: Tensor, log_z: Tensor, tau: float, rung: int) -> None:
+        """The rung's samples, `index` `[P, k]` into the pool's draws, for the Trainer to learn from."""
+        generator, densities = self._generator(SHUFFLE, rung), None
+        if self.args.learns_densities:
+            # As many again of the proposals as they are: what the model should not say is told by them alone.
+            plain = samplers.systematic_resample(torch.zeros_like(pool.objective), index.shape[1], generator)
+            index = torch.cat([index, plain], dim=1)
+            log_target = pool.log_target(tau) - log_z[:, None]
+            log_reference = losses.log_reference(log_target, pool.log_model)
+            densities = {"log_target": log_target.gather(1, index), "log_reference": log_reference.gather(1, index)}
+            densities = {name: column.flatten() for name, column in densities.items()}
+        rows = pool.flat(index)
+        self.samples.fill(pool.rows[rows], pool.completions.select(rows), generator, densities)
+
     def _archive_measures(self, pool: Proposals, tau: float) -> dict[str, float]:
         """Diagnostics of the archive's own weights, from which the samples are drawn."""
         if self.archive is None:
@@ -338,7 +357,8 @@ class ALDRIFTTrainer(Trainer):
             return samplers.top(proposals.objective, proposals.log_prior, m), math.nan
         if self.args.sampler == "archive":
             # As many as the rung's updates take in: more would not be learnt, fewer would be learnt more than once.
-            rows = math.ceil(len(self.samples) / len(self.prompts))
+            share = 1 - losses.REFERENCE_SHARE if self.args.learns_densities else 1.0
+            rows = math.ceil(share * len(self.samples) / len(self.prompts))
             return samplers.systematic_resample(proposals.log_weight(tau), rows, generator), math.nan
         return samplers.systematic_resample(-(tau - tau_before) * proposals.objective, m, generator), math.nan
 
@@ -382,6 +402,20 @@ class ALDRIFTTrainer(Trainer):
         if not self._budget_is_spent():
             output.metrics.update(self._measure(self.prompts, "final"))
         return output
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        if self.args.learns_densities:
+            densities = {name: inputs.pop(name) for name in ("log_target", "log_reference")}
+            self.compute_loss_func = functools.partial(losses.generalized_kl, **densities)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LambdaLR:
+        if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:
+            decay = round(DECAY_SHARE * num_training_steps)
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+        return cast(torch.optim.lr_scheduler.LambdaLR, super().create_scheduler(num_training_steps, optimizer))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
@@ -675,19 +709,6 @@ def _run_chains(log_weight: Tensor, m: int, generator: torch.Generator) -> tuple
     chains = samplers.metropolis_hastings(log_weight.view(prompts, m, n // m), generator)
     index = chains.last + (n // m) * torch.arange(m)
     return index, chains.acceptance_rate.mean().item()
-
-
-def _mean_token_nll(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int) -> Tensor:
-    """Total negative log-likelihood over the total tokens of the accumulated batch.
-
-    A mean over each sequence's own length would weigh the tokens of short sequences more, and its optimum would not be
-    the distribution that the samples come from.
-    """
-    logits = outputs.logits[:, :-1].float()
-    loss = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )
-    return loss / num_items_in_batch
 
 
 @contextlib.contextmanager

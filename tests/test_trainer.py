@@ -13,8 +13,6 @@ from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.prior import base_model
-from aldrift_hf.rungs import SampleCollator
-from aldrift_hf.trainer import _mean_token_nll
 
 RECORD = {
     "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",
@@ -295,39 +293,6 @@ def test_full_fine_tuning_saves_a_whole_model(make):
 # ---- The loss -------------------------------------------------------------------------------------------------------
 
 
-def batch(*completions):
-    return SampleCollator(EOS)([{"prompt": [2, 3], "completion": list(row)} for row in completions])
-
-
-def test_the_loss_is_total_nll_over_total_tokens(make):
-    """Over accumulated batches of unequal length as over one batch; a mean over rows is something else."""
-    model, short, long = tiny_gpt2(), [2, 0], [4, 3, 4, 4, 2, 3]
-    both = batch(short, long)
-
-    def gradient(losses):
-        model.zero_grad()
-        for loss in losses:
-            loss.backward()
-        return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
-
-    def loss(inputs, items):
-        return _mean_token_nll(
-            model(inputs["input_ids"], attention_mask=inputs["attention_mask"]), inputs["labels"], items
-        )
-
-    together = gradient([loss(both, 8)])
-    apart = gradient([loss(batch(short), 8), loss(batch(long), 8)])
-    by_row = gradient([loss(batch(short), 2) / 2, loss(batch(long), 6) / 2])
-    assert torch.allclose(together, apart, atol=1e-6)
-    assert (together - by_row).abs().max() > 1e-3
-    with torch.no_grad():
-        exact = log_probs(model, [2, 3], every_completion()).new_tensor(0)
-        for row in (short, long):
-            logits = model(torch.tensor([[2, 3, *row]])).logits[0, 1:-1].log_softmax(-1)
-            exact -= logits.gather(-1, torch.tensor(row)[:, None]).sum()
-        assert loss(both, 8).item() == pytest.approx(exact.item() / 8, abs=1e-5)
-
-
 def test_accumulated_batches_learn_as_one(make):
     """The Trainer hands the loss the tokens of the whole accumulated batch."""
     one = make(settings={"per_device_train_batch_size": 8, "num_train_epochs": 1, "optim": "sgd"})
@@ -344,11 +309,6 @@ def test_accumulated_batches_learn_as_one(make):
     for ours, theirs in zip(one.model.parameters(), two.model.parameters()):
         assert torch.allclose(ours, theirs, atol=1e-6)
     assert rungs(one)[0]["sft_loss"] == pytest.approx(rungs(two)[0]["sft_loss"], rel=1e-4)
-
-
-def test_labels_are_the_completion_alone():
-    collated = batch([4, 0], [3, 3, 3])
-    assert collated["labels"].tolist() == [[-100, -100, 4, 0, -100], [-100, -100, 3, 3, 3]]
 
 
 # ---- Precision ------------------------------------------------------------------------------------------------------
