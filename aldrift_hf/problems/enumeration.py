@@ -26,12 +26,14 @@ class Enumeration:
         cost: `[n]`.
         worst_cost: D.
         tokenizer: reads the strings.
+        prompt: what they are completions of.
     """
 
     texts: list[str]
     cost: np.ndarray
     worst_cost: float
     tokenizer: PreTrainedTokenizerBase
+    prompt: str = ""
 
     @classmethod
     def of(
@@ -40,14 +42,15 @@ class Enumeration:
         cost: Callable[[str], float],
         worst_cost: float,
         tokenizer: PreTrainedTokenizerBase,
+        prompt: str = "",
     ) -> Enumeration:
         """From the strings and their cost function."""
         texts = list(texts)
-        return cls(texts, np.array([cost(text) for text in texts]), worst_cost, tokenizer)
+        return cls(texts, np.array([cost(text) for text in texts]), worst_cost, tokenizer, prompt)
 
     def log_probs(self, model: PreTrainedModel, batch_size: int = 2048) -> np.ndarray:
-        """`[n + 1]` log-probabilities after the empty prompt; the last entry is all other text."""
-        known = text_log_probs(self.texts, model, self.tokenizer, batch_size)
+        """`[n + 1]` log-probabilities after the prompt; the last entry is all other text."""
+        known = text_log_probs(self.texts, model, self.tokenizer, batch_size, self.prompt)
         rest = max(1.0 - float(np.exp(known).sum()), 1e-12)
         return np.append(known, np.log(rest))
 
@@ -78,11 +81,15 @@ class Enumeration:
 
 
 def text_log_probs(
-    texts: Sequence[str], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int = 2048
+    texts: Sequence[str],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 2048,
+    prompt: str = "",
 ) -> np.ndarray:
-    """`[n]` log-probabilities of whole texts, in their canonical tokenisation, after the empty prompt."""
+    """`[n]` log-probabilities of whole texts, in their canonical tokenisation, after a prompt."""
     rows = completion_ids(texts, tokenizer)
-    start = encode_prompt("", 0, tokenizer)
+    start = encode_prompt(prompt, 0, tokenizer)
     with inference(model):
         log_probs: Tensor = sequence_logprobs(
             model, [start] * len(rows), Completions.of(rows, 0), pad_token_id=0, batch_size=batch_size

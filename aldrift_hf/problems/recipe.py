@@ -108,6 +108,7 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
         model=model,
         objective=problem.cost,
         args=config,
+        train_dataset=problem.prompts,
         processing_class=tokenizer,
         peft_config=peft_config,
     )

@@ -42,6 +42,15 @@ class TextProblem(ABC):
     def all_texts(self) -> Iterator[str]:
         """Every well-formed string."""
 
+    @property
+    def prompts(self) -> list[str]:
+        """What strings are completions of; of the empty prompt alone, unless a problem says otherwise."""
+        return [""]
+
+    def completions(self, prompt: str) -> Iterator[str]:
+        """Every well-formed completion of a prompt."""
+        return self.all_texts()
+
     def cost(self, prompts: list[str], completions: list[str]) -> list[float]:
         """The objective, in the trainer's form."""
         return [self.cost_of(text) for text in completions]

@@ -1,0 +1,177 @@
+"""How close to p_T for how many objective calls? ALDRIFT's samplers beside TRL's trainers and expert iteration.
+
+    accelerate launch recipes/benchmark.py
+
+One process, the same priors, costs and budgets of proposals for everyone; every method's learning rate is tuned on the
+first seed over the same grid. The problems can be enumerated, so the distances between model and p_T are exact. TRL's
+RLOO and GRPO maximise E[-d] - KL/T, whose optimum is p_T too; they also get a multiple of the largest budget (--longer)
+that takes them as many seconds as the archive. Every run is kept in OUTPUT_DIR/runs.jsonl and not repeated.
+
+All of it takes long (see recipes/README.md); --problems, --methods, --budgets, --seeds and --learning_rates choose.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+from trl import TrlParser
+
+from aldrift_hf.prior import base_model
+from aldrift_hf.problems.baselines import expert_iteration, policy_gradient
+from aldrift_hf.problems.benchmark_report import report
+from aldrift_hf.problems.exact_distance import ExactTarget
+from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
+from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_prior, make_trainer
+from aldrift_hf.problems.round_trips import RoundTripProblem
+from aldrift_hf.problems.spanning_tree import load_problem
+
+PROBLEMS = {  # the problem, T, and up to what share above the least cost a string counts as solved
+    "florentine": (load_problem("florentine"), 6.0, 0.0),
+    "line": (LineSchedulingProblem(stations=4, longest_visit=12, headway=3), 4.0, 0.0),
+    "trips": (RoundTripProblem(), 4.0, 0.05),
+}
+SAMPLERS = ("top", "reweight", "metropolis_hastings", "archive")
+TRL = ("rloo", "grpo")
+METHODS = ("prior", *SAMPLERS, *TRL, "expert_iteration")
+KEY = ("problem", "method", "budget", "learning_rate", "seed")
+
+
+@dataclass
+class BenchmarkArguments:
+    """What is compared."""
+
+    problems: list[str] = field(default_factory=lambda: [*PROBLEMS], metadata={"help": ", ".join(PROBLEMS)})
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(METHODS)})
+    budgets: list[int] = field(default_factory=lambda: [1280, 5120], metadata={"help": "Proposals."})
+    longer: int = field(default=4, metadata={"help": "TRL's trainers also get so many times the largest budget."})
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "The grid, the same for every method."}
+    )
+    trl_batch_size: int = field(default=64, metadata={"help": "Proposals an update of TRL's trainers."})
+    draws: int = field(default=4096, metadata={"help": "Draws among which distinct solutions are counted."})
+    output_dir: str = field(default="out/benchmark", metadata={"help": "Where everything is written."})
+
+
+def main() -> None:
+    options, model_config = TrlParser((BenchmarkArguments, RecipeModelConfig)).parse_args_and_config()
+    for given, known in ((options.problems, PROBLEMS), (options.methods, METHODS)):
+        if unknown := sorted(set(given) - set(known)):
+            sys.exit(f"unknown: {', '.join(unknown)}. There are {', '.join(known)}.")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options, model_config, folder / "runs.jsonl")
+    groups = {
+        problem: [bench.tuned(problem, method, budget) for method, budget in asked_of(options)]
+        for problem in options.problems
+    }
+    report(groups, folder)
+
+
+def asked_of(options: BenchmarkArguments) -> list[tuple[str, int]]:
+    """Methods and budgets, in the table's order."""
+    longest = options.longer * max(options.budgets)
+    return [
+        (method, budget)
+        for method in options.methods
+        for budget in ([0] if method == "prior" else [*options.budgets, *([longest] if method in TRL else [])])
+    ]
+
+
+class Bench:
+    """Runs, each made once and kept in a file."""
+
+    def __init__(self, options: BenchmarkArguments, model_config: RecipeModelConfig, path: Path) -> None:
+        self.options, self.model_config, self.path = options, model_config, path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.runs = {tuple(run[part] for part in KEY): run for run in map(json.loads, lines)}
+        self.targets: dict[str, ExactTarget] = {}
+
+    def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:
+        """A run for each seed, at the learning rate that is best for KL(p_T‖q) on the first one."""
+        first, *others = self.options.seeds
+        if method == "prior":
+            return [self.run(problem, method, budget, 0.0, first)]
+        rates = self.options.learning_rates
+        best = min((self.run(problem, method, budget, rate, first) for rate in rates), key=lambda run: run["kl"])
+        return [best, *(self.run(problem, method, budget, best["learning_rate"], seed) for seed in others)]
+
+    def run(self, *key: Any) -> dict[str, Any]:
+        """One run, from the file if it was made before."""
+        if key not in self.runs:
+            measures = self.measure(*key)
+            self.runs[key] = dict(zip(KEY, key, strict=True)) | measures
+            with self.path.open("a") as file:
+                file.write(json.dumps(self.runs[key]) + "\n")
+            print(*key, {name: round(value, 3) for name, value in measures.items()}, flush=True)
+        return self.runs[key]
+
+    def measure(self, name: str, method: str, budget: int, rate: float, seed: int) -> dict[str, float]:
+        """Learn, and compare with the enumerated p_T; means over prompts."""
+        problem, tau_max, _ = PROBLEMS[name]
+        proposals, calls, began = budget, 0, time.perf_counter()
+        if method == "prior":
+            model, tokenizer, _ = make_prior(problem, self.model_config)
+        elif method in SAMPLERS:
+            trainer = make_trainer(problem, self.settings(name, method, budget, rate, seed), self.model_config)
+            trainer.train()
+            model, tokenizer, calls = trainer.model, trainer.processing_class, trainer.objective_calls
+            proposals = trainer.progress.proposals
+        elif method in TRL:
+            model, tokenizer, calls = policy_gradient(
+                method, problem, self.model_config, tau_max=tau_max, proposals=budget,
+                batch_size=self.options.trl_batch_size, learning_rate=rate, seed=seed,
+            )  # fmt: skip
+        else:
+            model, tokenizer, calls = expert_iteration(
+                problem, self.model_config, rounds=rungs(budget), proposals=budget, updates=60, learning_rate=rate,
+                seed=seed,
+            )  # fmt: skip
+        seconds = time.perf_counter() - began
+        measures = self.target(name, tokenizer).measures(base_model(model), self.options.draws, seed)
+        if method in SAMPLERS:
+            drawn = trainer.sample(self.options.draws // len(problem.prompts), chain_length=8)
+            measures["corrected_tv"] = self.target(name, tokenizer).tv_of_draws(drawn["prompt"], drawn["completion"])
+        return measures | {"proposals": proposals, "calls": calls, "seconds": seconds}
+
+    def target(self, name: str, tokenizer: PreTrainedTokenizerBase) -> ExactTarget:
+        """A problem's p_T, enumerated once."""
+        if name not in self.targets:
+            problem, tau_max, slack = PROBLEMS[name]
+            prior = base_model(make_prior(problem, self.model_config)[0])
+            self.targets[name] = ExactTarget.of(problem, prior, tokenizer, tau_max, slack)
+        return self.targets[name]
+
+    def settings(self, problem: str, sampler: str, budget: int, rate: float, seed: int) -> RecipeConfig:
+        """ALDRIFT's: rungs of equal size up to T, and the same updates on each whatever the sampler."""
+        _, tau_max, _ = PROBLEMS[problem]
+        prompts = len(PROBLEMS[problem][0].prompts)
+        return RecipeConfig(
+            output_dir=str(self.path.parent / "last_run"),
+            sampler=sampler,
+            tau_max=tau_max,
+            tau_step=tau_max / rungs(budget),
+            num_train_epochs=rungs(budget),
+            num_chains=budget // (rungs(budget) * prompts * 4),
+            chain_length=4,
+            updates_per_rung=60,
+            learning_rate=rate,
+            lr_scheduler_type="warmup_stable_decay",
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+
+
+def rungs(budget: int) -> int:
+    """Rungs of a run, or rounds of expert iteration: at least 5, and from 5,120 proposals on 10."""
+    return max(5, min(10, budget // 512))
+
+
+if __name__ == "__main__":
+    main()
