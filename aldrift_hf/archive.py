@@ -56,12 +56,15 @@ class Archive:
         Args:
             proposals: `n` draws for each of `P` prompts.
             snapshot: the present model, as it is to be kept; empty if it is the prior.
-            score: called once for each model and each rung that are there.
+            score: called once for each model that is there, over the new draws, and once over the draws that are there.
         """
         if len(self.rungs) == self.window:
             self._forget(1)
         known = [score(past, proposals) if past else proposals.log_prior for past in self.snapshots]
-        self.log_q = [torch.cat([log_q, score(None, rung)[None]]) for rung, log_q in zip(self.rungs, self.log_q)]
+        if self.rungs:  # all at once: a string that was drawn on several rungs is scored once
+            drawn = [rung.objective.shape[1] for rung in self.rungs]
+            columns = torch.split(score(None, join_rungs(self.rungs)), drawn, dim=1)
+            self.log_q = [torch.cat([log_q, new[None]]) for log_q, new in zip(self.log_q, columns, strict=True)]
         self.log_q.append(torch.stack([*known, proposals.log_model]))
         self.rungs.append(proposals)
         self.snapshots.append(snapshot)

@@ -54,6 +54,9 @@ class ALDRIFTConfig(TrainingArguments):
         archive_window (`int`, *optional*, defaults to `16`):
             With `sampler="archive"`, most rungs whose proposals and models are kept, the first (the prior's) among
             them. A rung costs about twice as many forward passes over its proposals as there are rungs in the window.
+        pareto_smoothing (`bool`, *optional*, defaults to `False`):
+            With `sampler="archive"`, whether the largest weights are replaced by what their fitted Pareto tail expects
+            before samples are drawn by them. k-hat is reported either way.
         max_objective_calls (`int`, *optional*):
             Training ends after the rung in which so many distinct completions have been evaluated.
         objective_weights (`list[float]`, *optional*):
@@ -156,6 +159,10 @@ class ALDRIFTConfig(TrainingArguments):
     archive_window: int = field(
         default=16, metadata={"help": "Most rungs that sampler=archive keeps, the prior's among them; at least 2."}
     )
+    pareto_smoothing: bool = field(
+        default=False,
+        metadata={"help": "Smooth the archive's largest weights by their fitted Pareto tail before drawing by them."},
+    )
     max_objective_calls: Optional[int] = field(
         default=None,
         metadata={"help": "Training ends after the rung in which so many distinct completions have been evaluated."},
@@ -226,6 +233,11 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(
                 f"loss_type='generalized_kl' needs the densities of the archive's draws, and sampler={self.sampler!r} "
                 "keeps none. Use sampler='archive', or loss_type='nll'."
+            )
+        if self.pareto_smoothing and self.sampler != "archive":
+            raise ValueError(
+                f"pareto_smoothing is for the archive's weights, and sampler={self.sampler!r} draws by none. Drop it, "
+                "or use sampler='archive'."
             )
         if self.ladder not in ("linear", "adaptive"):
             raise ValueError(f"ladder must be linear or adaptive, got {self.ladder!r}")

@@ -62,6 +62,24 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     return khat.reshape(log_weight.shape[:-1])
 
 
+def pareto_smoothed(log_weight: Tensor) -> Tensor:
+    """The log-weights with their largest replaced by what their fitted tail expects (Vehtari et al., arXiv 1507.02646).
+
+    Less variance for some bias. Rows without a tail to fit (see [`pareto_khat`]) are returned as they are. The weights'
+    sum is kept, so that [`log_z`] is that of the raw ones.
+    """
+    rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
+    smooth = torch.stack([torch.as_tensor(_smoothed(row)) for row in rows]).reshape(log_weight.shape)
+    return smooth + (log_weight.logsumexp(-1) - smooth.logsumexp(-1))[..., None]
+
+
+def _smoothed(log_weight: np.ndarray) -> np.ndarray:
+    if math.isnan(_khat(log_weight)):
+        return log_weight
+    with np.errstate(all="ignore"):
+        return np.asarray(array_stats.psislw(-log_weight)[0])
+
+
 def _khat(log_weight: np.ndarray) -> float:
     try:
         with np.errstate(all="ignore"):  # it divides by zero on weights that are all equal

@@ -65,6 +65,29 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
     return Chains(state, rate)
 
 
+def isir(log_weight: Tensor, generator: torch.Generator) -> Chains:
+    """One step of iterated sampling importance resampling (i-SIR; Tjelmeland, 2004; Andrieu, Lee and Vihola, 2018).
+
+    The state and N-1 proposals stand side by side, and the next state is one of the N in proportion to their weights: a
+    Markov kernel that leaves the target as it is, for every N. Where Metropolis-Hastings takes N-1 proposals one after
+    another, this takes them at once.
+
+    Args:
+        log_weight: `[..., N]`, in nats, up to a constant shared by a row: the state's, and those of the proposals.
+        generator: drives the choice; must live on the device of `log_weight`.
+
+    Returns:
+        [`Chains`] with fields of shape `[...]`; the acceptance rate is 1 where the state was left, 0 where it stayed,
+        and NaN where N = 1.
+
+    Raises:
+        ValueError: if a row holds NaN or `+inf`, or `-inf` alone.
+    """
+    chosen = systematic_resample(log_weight, 1, generator)[..., 0]  # one tooth: a plain draw
+    alone = log_weight.shape[-1] == 1
+    return Chains(chosen, torch.full_like(chosen, torch.nan, dtype=torch.float) if alone else (chosen > 0).float())
+
+
 def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
     """The `m` proposals of lowest cost; ties go to the higher prior (TOPIFT, the paper's heuristic).
 

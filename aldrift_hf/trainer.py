@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -323,6 +323,13 @@ class ALDRIFTTrainer(Trainer):
         parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
         return torch.cat([part[1] for part in parts]).view_as(drawn.objective)
 
+    def _resample(self, pool: Proposals, tau: float, m: int, generator: torch.Generator) -> Tensor:
+        """`m` draws a prompt of the archive, by their weights at `tau`, `[P, m]`."""
+        log_weight = pool.log_weight(tau)
+        if self.args.pareto_smoothing:
+            log_weight = diagnostics.pareto_smoothed(log_weight)
+        return samplers.systematic_resample(log_weight, m, generator)
+
     def _lay_out(self, pool: Proposals, index: Tensor, log_z: Tensor, tau: float, rung: int) -> None:
         """The rung's samples, `index` `[P, k]` into the pool's draws, for the Trainer to learn from."""
         generator, densities = self._generator(SHUFFLE, rung), None
@@ -359,7 +366,7 @@ class ALDRIFTTrainer(Trainer):
             # As many as the rung's updates take in: more would not be learnt, fewer would be learnt more than once.
             share = 1 - losses.REFERENCE_SHARE if self.args.learns_densities else 1.0
             rows = math.ceil(share * len(self.samples) / len(self.prompts))
-            return samplers.systematic_resample(proposals.log_weight(tau), rows, generator), math.nan
+            return self._resample(proposals, tau, rows, generator), math.nan
         return samplers.systematic_resample(-(tau - tau_before) * proposals.objective, m, generator), math.nan
 
     # ---- Training -------------------------------------------------------------------------------------------------
@@ -541,34 +548,59 @@ class ALDRIFTTrainer(Trainer):
         return metrics
 
     def sample(
-        self, num_samples: int, prompts: Dataset | list[Any] | None = None, chain_length: int | None = None
+        self,
+        num_samples: int,
+        prompts: Dataset | list[Any] | None = None,
+        chain_length: int | None = None,
+        correction: str = "metropolis_hastings",
     ) -> Dataset:
-        """Corrected draws from `p_T`: the last states of `num_samples` Metropolis-Hastings chains a prompt.
+        """Corrected draws from `p_T`.
 
-        With `chain_length=1` no correction is made, and the draws are the model's own.
+        Fresh draws of the model are corrected by `num_samples` chains of `chain_length` proposals a prompt, whose last
+        states are returned: Metropolis-Hastings chains, or one step of i-SIR (see [`aldrift_hf.samplers.isir`]), which
+        takes one of a chain's proposals by their weights. With `chain_length=1` no correction is made: the draws are
+        the model's own. Or, with `correction="archive"`, nothing is drawn and no objective is called: the samples are
+        resampled from all proposals of the run, by their weights.
 
         Their diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of
-        distinct samples. The chains can only go where the model goes: what it lost (missing mass), they miss.
+        distinct samples. Chains can only go where the model goes: what it lost (missing mass), they miss.
 
         Args:
-            num_samples: chains, and so samples, a prompt.
+            num_samples: samples a prompt.
             prompts: a data set with the objective's columns, or a list of prompts; `None` takes the training prompts.
             chain_length: proposals a chain; `None` takes `args.chain_length`. Longer chains come closer to `p_T`.
+            correction: `"metropolis_hastings"`, `"isir"` or, on the training prompts after training with
+                `sampler="archive"`, `"archive"`.
 
         Returns:
             A data set of `num_samples` rows a prompt, ordered by prompt, with `prompt`, `completion`, `objective`,
-            `log_prior` and `log_model` (nats).
+            `log_prior` and `log_model` (nats; of the archive: of the mixture of its models).
+
+        Raises:
+            ValueError: for a number below 1, or a correction that is not known or not possible.
         """
         steps = self.args.steps_per_chain if chain_length is None else chain_length
         if num_samples < 1 or steps < 1:
             raise ValueError(f"num_samples and chain_length must be at least 1, got {num_samples} and {steps}")
+        if correction not in ("metropolis_hastings", "isir", "archive"):
+            raise ValueError(f"correction must be metropolis_hastings, isir or archive, got {correction!r}")
+        if correction == "archive" and (self.archive is None or not self.archive.rungs or prompts is not None):
+            raise ValueError(
+                "correction='archive' takes from the proposals of a run: train with sampler='archive' first, and leave "
+                "prompts out."
+            )
         asked = self.prompts if prompts is None else self._encode(check_dataset(prompts, "prompts"))
         self.objective.check_signature(asked.columns)
         self._draws += 1
-        stream = (SAMPLE, self._draws)
-        proposals, _ = self._propose(asked, num_samples * steps, stream)
-        log_weight = proposals.log_weight(self.args.tau_max)
-        index, acceptance_rate = _run_chains(log_weight, num_samples, self._generator(*stream))
+        generator, tau = self._generator(SAMPLE, self._draws), self.args.tau_max
+        if correction == "archive":
+            proposals, acceptance_rate = cast(Archive, self.archive).mixture(), math.nan
+            index = self._resample(proposals, tau, num_samples, generator)
+        else:
+            proposals, _ = self._propose(asked, num_samples * steps, (SAMPLE, self._draws))
+            kernel = samplers.isir if correction == "isir" else samplers.metropolis_hastings
+            index, acceptance_rate = _run_chains(proposals.log_weight(tau), num_samples, generator, kernel)
+        log_weight = proposals.log_weight(tau)
         chosen = proposals.flat(index)
         measures = proposals.measures(self.args.tau_max, self.objective.best)
         picked = proposals.objective.flatten()[chosen]
@@ -703,10 +735,15 @@ class _Rungs(TrainerCallback):
         return control
 
 
-def _run_chains(log_weight: Tensor, m: int, generator: torch.Generator) -> tuple[Tensor, float]:
+def _run_chains(
+    log_weight: Tensor,
+    m: int,
+    generator: torch.Generator,
+    kernel: Callable[[Tensor, torch.Generator], samplers.Chains] = samplers.metropolis_hastings,
+) -> tuple[Tensor, float]:
     """`m` chains over each prompt's proposals `[P, m·M]`: their last states `[P, m]`, and the acceptance rate."""
     prompts, n = log_weight.shape
-    chains = samplers.metropolis_hastings(log_weight.view(prompts, m, n // m), generator)
+    chains = kernel(log_weight.view(prompts, m, n // m), generator)
     index = chains.last + (n // m) * torch.arange(m)
     return index, chains.acceptance_rate.mean().item()
 

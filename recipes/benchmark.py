@@ -47,7 +47,7 @@ class BenchmarkArguments:
     problems: list[str] = field(default_factory=lambda: [*PROBLEMS], metadata={"help": ", ".join(PROBLEMS)})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(METHODS)})
     budgets: list[int] = field(default_factory=lambda: [1280, 5120], metadata={"help": "Proposals."})
-    longer: int = field(default=4, metadata={"help": "TRL's trainers also get so many times the largest budget."})
+    longer: int = field(default=3, metadata={"help": "TRL's trainers also get so many times the largest budget."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "The grid, the same for every method."}
@@ -93,12 +93,13 @@ class Bench:
 
     def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:
         """A run for each seed, at the learning rate that is best for KL(p_T‖q) on the first one."""
-        first, *others = self.options.seeds
+        first, rates = self.options.seeds[0], self.options.learning_rates
         if method == "prior":
             return [self.run(problem, method, budget, 0.0, first)]
-        rates = self.options.learning_rates
-        best = min((self.run(problem, method, budget, rate, first) for rate in rates), key=lambda run: run["kl"])
-        return [best, *(self.run(problem, method, budget, best["learning_rate"], seed) for seed in others)]
+        # A longer run keeps the rate of the largest budget.
+        usual = min(budget, max(self.options.budgets))
+        best = min((self.run(problem, method, usual, rate, first) for rate in rates), key=lambda run: run["kl"])
+        return [self.run(problem, method, budget, best["learning_rate"], seed) for seed in self.options.seeds]
 
     def run(self, *key: Any) -> dict[str, Any]:
         """One run, from the file if it was made before."""
@@ -134,7 +135,7 @@ class Bench:
         seconds = time.perf_counter() - began
         measures = self.target(name, tokenizer).measures(base_model(model), self.options.draws, seed)
         if method in SAMPLERS:
-            drawn = trainer.sample(self.options.draws // len(problem.prompts), chain_length=8)
+            drawn = trainer.sample(self.options.draws // len(problem.prompts), chain_length=4)
             measures["corrected_tv"] = self.target(name, tokenizer).tv_of_draws(drawn["prompt"], drawn["completion"])
         return measures | {"proposals": proposals, "calls": calls, "seconds": seconds}
 

@@ -95,7 +95,7 @@ def test_resampled_draws_follow_the_target():
 def test_what_is_known_is_not_computed_again():
     """Rung 2: its model scores the draws of rungs 0 and 1, rung 1's model the new ones; the prior's are known."""
     score = filled()[1]
-    assert score.asked == [(1, 8), (1, 4), (2, 8), (2, 16)]
+    assert score.asked == [(1, 8), (1, 4), (2, 8 + 16)]
 
 
 def test_beyond_the_window_the_oldest_rung_but_the_first_is_forgotten():
@@ -198,6 +198,37 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
     assert record["log_z"] == pytest.approx(sum(trainer.progress.log_z) / 2)
 
 
+@pytest.mark.parametrize("smoothing", [False, True])
+def test_samples_from_the_archive(smoothing, config, tokenizer):
+    """Resampled from the run's own proposals by their weights for T: no draw is made, no objective is called."""
+    model = tiny_gpt2()
+    settings = config(sampler="archive", num_chains=128, pareto_smoothing=smoothing)
+    trainer = ALDRIFTTrainer(
+        model, count_a, settings, train_dataset=["", "a b"], processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    with pytest.raises(ValueError, match="train with sampler='archive' first"):
+        trainer.sample(10, correction="archive")
+    trainer.train()
+    calls = trainer.objective.calls
+    drawn = trainer.sample(2000, correction="archive")
+    assert trainer.objective.calls == calls
+    with pytest.raises(ValueError, match="leave prompts out"):
+        trainer.sample(10, prompts=["b"], correction="archive")
+    pool = trainer.archive.mixture()
+    log_weight = pool.log_weight(1.5)
+    assert drawn["prompt"] == [""] * 2000 + ["a b"] * 2000
+    if not smoothing:
+        for prompt in range(2):
+            expected = log_weight[prompt].softmax(0) @ pool.objective[prompt]
+            got = sum(drawn["objective"][2000 * prompt : 2000 * (prompt + 1)]) / 2000
+            assert got == pytest.approx(expected.item(), abs=0.01)
+    else:
+        smooth = diagnostics.pareto_smoothed(log_weight).softmax(-1)
+        assert not torch.allclose(smooth, log_weight.softmax(-1), atol=1e-6), "there is a tail to smooth"
+        got = sum(drawn["objective"][:2000]) / 2000
+        assert got == pytest.approx((smooth[0] @ pool.objective[0]).item(), abs=0.01)
+
+
 def test_a_second_training_starts_a_new_archive(config, tokenizer):
     """Its first model is not the prior any more, and is not taken for it."""
     model = tiny_gpt2()
@@ -208,6 +239,11 @@ def test_a_second_training_starts_a_new_archive(config, tokenizer):
     trainer.train()
     assert len(trainer.archive.rungs) == 3
     assert trainer.archive.snapshots[0], "a fine-tuned model, kept as such"
+
+
+def test_smoothing_is_for_the_archive(config):
+    with pytest.raises(ValueError, match="pareto_smoothing is for the archive's weights"):
+        config(pareto_smoothing=True)
 
 
 def test_a_window_that_is_too_small_is_refused(config):

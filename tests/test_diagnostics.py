@@ -78,6 +78,21 @@ def test_khat_is_nan_where_there_is_no_tail():
     assert diagnostics.pareto_khat(torch.randn(1, 8)).isnan().all()
 
 
+def test_smoothing_tames_the_tail_alone():
+    """Heavy weights, of a shape for which the mean has no variance: a steadier normaliser, the bulk in proportion."""
+    generator = torch.Generator().manual_seed(4)
+    log_weight = -0.8 * torch.rand(200, 1000, generator=generator, dtype=torch.float64).log()
+    smooth = diagnostics.pareto_smoothed(log_weight)
+    assert torch.allclose(smooth.logsumexp(-1), log_weight.logsumexp(-1))
+    shift = (smooth - log_weight).median(-1, keepdim=True).values
+    bulk = log_weight < log_weight.quantile(0.8, dim=-1, keepdim=True)
+    assert torch.allclose((smooth - log_weight - shift)[bulk], torch.zeros(()).double(), atol=1e-9)
+    largest = smooth.softmax(-1).amax(-1), log_weight.softmax(-1).amax(-1)
+    assert largest[0].std() < 0.8 * largest[1].std()
+    assert (smooth.argsort(-1) == log_weight.argsort(-1)).all(), "their order is kept"
+    assert torch.equal(diagnostics.pareto_smoothed(torch.zeros(2, 50)), torch.zeros(2, 50)), "no tail to fit"
+
+
 def test_divergences_meet_the_exact_sums(draws):
     log_p = (LOG_L - COST).log_softmax(0)
     log_weight = weights(1.0, draws)

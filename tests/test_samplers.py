@@ -8,7 +8,7 @@ import torch
 from conftest import chi_square_p
 from hypothesis import given
 
-from aldrift_hf.samplers import metropolis_hastings, systematic_resample, top
+from aldrift_hf.samplers import isir, metropolis_hastings, systematic_resample, top
 
 STATES = 6
 
@@ -92,6 +92,32 @@ def test_unusable_weights_are_refused(value):
 def test_chains_need_a_dimension_of_steps():
     with pytest.raises(ValueError, match="chains, steps"):
         metropolis_hastings(torch.zeros(3), torch.Generator())
+
+
+@pytest.mark.parametrize("proposals", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_isir_leaves_the_target_as_it_is(seed, proposals):
+    """From a state of the target, and so for any number of proposals; from another start one step does not reach it."""
+    log_prior, log_q, cost, log_p, generator = problem(seed)
+    log_weight = log_prior - 2 * cost - log_q
+    rows = 100_000
+
+    def after(start):
+        fresh = torch.multinomial(log_q.exp(), rows * proposals, True, generator=generator).view(rows, proposals)
+        states = torch.cat([start[:, None], fresh], 1)
+        end = isir(log_weight[states], generator).last
+        return states.gather(1, end[:, None])[:, 0].bincount(minlength=STATES)
+
+    assert chi_square_p(after(torch.multinomial(log_p.exp(), rows, True, generator=generator)), log_p.exp()) > 1e-3
+    assert chi_square_p(after(torch.zeros(rows, dtype=torch.long)), log_p.exp()) < 1e-6
+
+
+def test_isir_says_whether_it_moved():
+    generator = torch.Generator().manual_seed(0)
+    chains = isir(torch.tensor([[0.0, -math.inf, -math.inf], [-math.inf, 0.0, -math.inf]]), generator)
+    assert chains.last.tolist() == [0, 1]
+    assert chains.acceptance_rate.tolist() == [0, 1]
+    assert isir(torch.zeros(2, 1), generator).acceptance_rate.isnan().all()
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(-3, 0)), min_size=1, max_size=20), st.data())
