@@ -65,7 +65,8 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
 def pareto_smoothed(log_weight: Tensor) -> Tensor:
     """The log-weights with their largest replaced by what their fitted tail expects (Vehtari et al., arXiv 1507.02646).
 
-    Less variance for some bias. Rows without a tail to fit (see [`pareto_khat`]) are returned as they are. The weights'
+    Less variance for some bias. Rows without a tail to fit (see [`pareto_khat`], or a tail of equal weights) are
+    returned as they are. The weights'
     sum is kept, so that [`log_z`] is that of the raw ones.
     """
     rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
@@ -77,7 +78,8 @@ def _smoothed(log_weight: np.ndarray) -> np.ndarray:
     if math.isnan(_khat(log_weight)):
         return log_weight
     with np.errstate(all="ignore"):
-        return np.asarray(array_stats.psislw(-log_weight)[0])
+        smooth = np.asarray(array_stats.psislw(-log_weight)[0])
+    return smooth if np.isfinite(smooth).all() else log_weight  # NaN where most of the tail is one value
 
 
 def _khat(log_weight: np.ndarray) -> float:

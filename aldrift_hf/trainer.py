@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, TrainOutput, get_last_checkpoint
 
 from . import checkpoint, diagnostics, loading, losses, prior, samplers, snapshots
 from .archive import Archive, Snapshot
@@ -400,6 +400,12 @@ class ALDRIFTTrainer(Trainer):
         rungs = self.rungs_wanted
         if rungs == -1:
             rungs = len(self.ladder) if self.args.ladder == "linear" else ADAPTIVE_RUNGS
+            if self.args.ladder == "adaptive" and self.args.lr_scheduler_type != "constant":
+                logger.warning(
+                    f"an adaptive ladder's length is not known beforehand: lr_scheduler_type="
+                    f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {ADAPTIVE_RUNGS} rungs, and so hardly "
+                    "changes the learning rate. Set num_train_epochs, the number of rungs, or use 'constant'."
+                )
         if folder is not None and self._has_ended() and self.progress.updates == self.updates_per_rung:
             rungs = self.progress.rung + 1  # the run ended with the checkpoint's rung: there is none to go on with
         self.args.num_train_epochs = rungs

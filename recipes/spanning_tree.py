@@ -13,7 +13,7 @@ Every option of ALDRIFTConfig and of TRL's ModelConfig works, here and in YAML (
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import numpy as np
 from rich.console import Console
@@ -25,7 +25,7 @@ from aldrift_hf.problems.enumeration import Enumeration
 from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, enumerate_strings, make_trainer
 from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
 from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
-from aldrift_hf.problems.spanning_tree_report import compare, draw_figure
+from aldrift_hf.problems.spanning_tree_report import compare, draw_figure, uncounted_trees
 
 
 @dataclass
@@ -51,13 +51,17 @@ class SpanningTreeConfig(RecipeConfig):
 
     output_dir: Optional[str] = field(default="out/spanning_tree", metadata={"help": "Where everything is written."})
     tau_max: float = field(default=6.0, metadata={"help": "T: with 6, p_T is 98 %% trees on the default graph."})
-    tau_step: Optional[float] = field(
-        default=0.3, metadata={"help": "Step of the ladder; finer than the paper's 1/D pays."}
+    tau_step: Optional[float] = field(default=0.6, metadata={"help": "Step of the ladder."})
+    sampler: Literal["metropolis_hastings", "archive", "top", "reweight"] = field(
+        default="archive", metadata={"help": "archive comes closest here; metropolis_hastings is the paper's."}
     )
-    num_chains: int = field(default=512, metadata={"help": "m, chains (and so samples) a rung."})
-    chain_length: Optional[int] = field(default=6, metadata={"help": "M, proposals a chain. None: m squared."})
-    learning_rate: float = field(default=5e-4, metadata={"help": "High, for a small model with a small adapter."})
-    updates_per_rung: Optional[int] = field(default=40, metadata={"help": "Optimizer updates a rung."})
+    num_chains: int = field(default=128, metadata={"help": "m; a rung draws m times M proposals."})
+    chain_length: Optional[int] = field(default=4, metadata={"help": "M, proposals a chain. None: m squared."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "High, for a small model with a small adapter."})
+    lr_scheduler_type: str = field(
+        default="warmup_stable_decay", metadata={"help": "Constant, and to 0 over the last 30 %% of the updates."}
+    )
+    updates_per_rung: Optional[int] = field(default=100, metadata={"help": "Optimizer updates a rung."})
 
 
 def main() -> None:
@@ -77,14 +81,16 @@ def main() -> None:
     result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
 
-    draws["model"] = list(trainer.sample(options.draws, chain_length=1)["completion"])
+    plain = trainer.sample(options.draws, chain_length=1)
+    uncounted = uncounted_trees(problem, plain["completion"], plain["log_model"])
+    draws["model"] = list(plain["completion"])
     draws["corrected"] = list(trainer.sample(options.draws)["completion"])
     if strings is not None:
         log_probs["model"] = strings.log_probs(base_model(trainer.model))
         log_probs["exact p_T"] = strings.target(log_probs["prior"], config.tau_max)
         draws["exact p_T"] = strings.draw(log_probs["exact p_T"], options.draws, np.random.default_rng(config.seed))
     if trainer.is_world_process_zero():
-        report(problem, draws, strings, log_probs, trainer, result.metrics)
+        report(problem, draws, strings, log_probs, uncounted, trainer, result.metrics)
 
 
 def report(
@@ -92,6 +98,7 @@ def report(
     draws: dict[str, list[str]],
     strings: Optional[Enumeration],
     log_probs: dict[str, np.ndarray],
+    uncounted: float,
     trainer: ALDRIFTTrainer,
     metrics: dict[str, float],
 ) -> None:
@@ -102,6 +109,10 @@ def report(
     table.write_markdown(folder / "spanning_tree.md")
     console.print(effort_in_words(trainer.progress.records[-1]))
     console.print(missing_mass_in_words(metrics.get("final_missing_mass")))
+    console.print(
+        f"trees: the model's draws account for {np.exp(-uncounted):.1%} of the {problem.number_of_trees():,.6g} that "
+        f"Kirchhoff counts ({uncounted:.2f} nats are missing)"
+    )
     for text in sorted({text for text in draws["corrected"] if problem.cost_of(text) == 0})[:3]:
         console.print(f"a tree: {text}", highlight=False)
     draw_figure(problem, draws, trainer.progress.records, folder / "spanning_tree.png")

@@ -108,6 +108,16 @@ def test_corrected_draws_are_from_the_target(kind, side, config, tokenizer):
             assert chi_square_p(counts, uncorrected) < 1e-5, "the model is the target: the test shows nothing"
 
 
+def test_isir_draws_are_from_the_target(config, tokenizer):
+    """One step among many proposals: its start, a draw of the model, is 1 among 400."""
+    trainer, completions, cost, priors = fixed_model("gpt2-adapter-off", config, tokenizer, None, 0)
+    names, target = text_target(trainer, completions, (priors[0] - TAU * cost).log_softmax(0))
+    for length, meets in ((400, True), (2, False)):
+        rows = trainer.sample(1000, chain_length=length, correction="isir")["completion"]
+        counts = torch.tensor([names.index(text) for text in rows]).bincount(minlength=len(names))
+        assert (chi_square_p(counts, target) > 1e-4) == meets
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_columns_of_a_draw_are_exact(kind, config, tokenizer):
     """log_prior is the passed-in model's, log_model the policy's: on tokens, in a batch with the others."""

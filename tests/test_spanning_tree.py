@@ -13,6 +13,7 @@ from conftest import chi_square_p
 from hypothesis import given, settings
 
 from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
+from aldrift_hf.problems.spanning_tree_report import uncounted_trees
 
 
 @cache
@@ -287,3 +288,17 @@ def test_names_are_made_to_fit():
 
 def test_a_node_named_by_a_superscript():
     assert small(("²", "a")).names == ["a-²"]
+
+
+def test_trees_that_a_model_does_not_draw_are_missing():
+    """Of a model that draws half of the trees, and other strings too, by the probabilities of its draws alone."""
+    problem = load_problem("florentine-core")
+    trees = [text for text in problem.all_texts() if problem.cost_of(text) == 0]
+    others = [text for text in problem.all_texts() if problem.cost_of(text) > 0][:100]
+    half = trees[: len(trees) // 2]
+    for reached, missing in ((trees, 0.0), (half, np.log(2))):
+        texts = reached * 2 + others * 4  # each exactly as often as its probability says
+        share = {text: count / len(texts) for rows, count in ((reached, 2), (others, 4)) for text in rows}
+        log_model = [np.log(share[text]) for text in texts]
+        assert uncounted_trees(problem, texts, log_model) == pytest.approx(missing, abs=1e-9)
+    assert uncounted_trees(problem, others, [0.0] * 100) == np.inf

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,24 @@ def compare(
             lambda name: total_variation(p, strings.counts(draws[name]) / len(draws[name])),
         )
     return table
+
+
+def uncounted_trees(problem: SpanningTreeProblem, texts: Sequence[str], log_model: Sequence[float]) -> float:
+    """Nats by which a model's draws fall short of counting all spanning trees: log of Kirchhoff's number over theirs.
+
+    The mean of `1/q(s)` over draws of `q`, with 0 for those that are no trees, is the number of the trees that `q`
+    reaches, whatever else it draws.
+
+    Args:
+        problem: the graph.
+        texts: plain draws of a model.
+        log_model: their log-probabilities under it, nats.
+    """
+    is_tree = np.array([problem.cost_of(text) == 0 for text in texts])
+    if not is_tree.any():
+        return math.inf
+    log_counted = float(np.logaddexp.reduce(-np.array(log_model)[is_tree])) - math.log(len(texts))
+    return math.log(problem.number_of_trees()) - log_counted
 
 
 def draw_figure(
