@@ -402,9 +402,9 @@ class ALDRIFTTrainer(Trainer):
             rungs = len(self.ladder) if self.args.ladder == "linear" else ADAPTIVE_RUNGS
             if self.args.ladder == "adaptive" and self.args.lr_scheduler_type != "constant":
                 logger.warning(
-                    f"an adaptive ladder's length is not known beforehand: lr_scheduler_type="
-                    f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {ADAPTIVE_RUNGS} rungs, and so hardly "
-                    "changes the learning rate. Set num_train_epochs, the number of rungs, or use 'constant'."
+                    "an adaptive ladder's length is not known beforehand: lr_scheduler_type="
+                    f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {ADAPTIVE_RUNGS} rungs, and "
+                    "so hardly changes the learning rate. Set num_train_epochs, the number of rungs, or use 'constant'."
                 )
         if folder is not None and self._has_ended() and self.progress.updates == self.updates_per_rung:
             rungs = self.progress.rung + 1  # the run ended with the checkpoint's rung: there is none to go on with
