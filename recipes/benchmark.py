@@ -52,6 +52,7 @@ class BenchmarkArguments:
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "The grid, the same for every method."}
     )
+    updates: int = field(default=60, metadata={"help": "On each rung, and in each round of expert iteration."})
     trl_batch_size: int = field(default=64, metadata={"help": "Proposals an update of TRL's trainers."})
     draws: int = field(default=4096, metadata={"help": "Draws among which distinct solutions are counted."})
     output_dir: str = field(default="out/benchmark", metadata={"help": "Where everything is written."})
@@ -129,7 +130,7 @@ class Bench:
             )  # fmt: skip
         else:
             model, tokenizer, calls = expert_iteration(
-                problem, self.model_config, rounds=rungs(budget), proposals=budget, updates=60, learning_rate=rate,
+                problem, self.model_config, rounds=rungs(budget), proposals=budget, updates=self.options.updates, learning_rate=rate,
                 seed=seed,
             )  # fmt: skip
         seconds = time.perf_counter() - began
@@ -159,7 +160,7 @@ class Bench:
             num_train_epochs=rungs(budget),
             num_chains=budget // (rungs(budget) * prompts * 4),
             chain_length=4,
-            updates_per_rung=60,
+            updates_per_rung=self.options.updates,
             learning_rate=rate,
             lr_scheduler_type="warmup_stable_decay",
             seed=seed,
