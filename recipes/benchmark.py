@@ -130,8 +130,8 @@ class Bench:
             )  # fmt: skip
         else:
             model, tokenizer, calls = expert_iteration(
-                problem, self.model_config, rounds=rungs(budget), proposals=budget, updates=self.options.updates, learning_rate=rate,
-                seed=seed,
+                problem, self.model_config, rounds=rungs(budget), proposals=budget, updates=self.options.updates,
+                learning_rate=rate, seed=seed,
             )  # fmt: skip
         seconds = time.perf_counter() - began
         measures = self.target(name, tokenizer).measures(base_model(model), self.options.draws, seed)
