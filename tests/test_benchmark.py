@@ -68,10 +68,18 @@ def test_distance_of_draws(tokenizer):
 
 
 def test_costs_are_counted_once():
-    counted = Counted(TwoWords())
+    paid = []
+
+    class Recorded(TwoWords):
+        def cost(self, prompts, completions):
+            paid.extend(zip(prompts, completions))
+            return super().cost(prompts, completions)
+
+    counted = Counted(Recorded())
     assert counted(["a", "b", "a"], ["a b", "a b", "a b"]) == [1, 1, 1]
-    assert counted(["a"], ["a b"]) == [1]
-    assert len(counted.known) == 2, "the same text after another prompt is another completion"
+    assert counted(["a", "b"], ["a b", "b b"]) == [1, 0]
+    assert paid == [("a", "a b"), ("b", "a b"), ("b", "b b")], "after another prompt it is another completion"
+    assert len(counted.known) == 3
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "expert_iteration"])

@@ -47,6 +47,12 @@ class RecipeModelConfig(ModelConfig):
         default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    prior_layers: int = field(
+        default=2,
+        metadata={
+            "help": "Layers of the small model. Costs that look far across a string, as on large graphs, want more."
+        },
+    )
     prior_steps: int = field(default=800, metadata={"help": "Updates that make the prior (small model or warm-up)."})
 
 
@@ -61,7 +67,7 @@ def make_prior(
     peft_config = get_peft_config(model_config)
     steps = model_config.prior_steps
     if model_config.model_name_or_path is None:
-        size = SmallPriorConfig(steps=steps)
+        size = SmallPriorConfig(layers=model_config.prior_layers, steps=steps)
         model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, size)
         if peft_config is not None:
             peft_config.fan_in_fan_out = True  # GPT-2 keeps its weights transposed
