@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from transformers.trainer_utils import get_last_checkpoint
 
 from .archive import Archive
 from .objective import Objective
@@ -53,6 +54,26 @@ class Progress:
     def complete(self) -> bool:
         """Whether the last rung begun has its record complete (true before the first)."""
         return not self.records or "sft_loss" in self.records[-1]
+
+
+def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
+    """The checkpoint's folder that `resume_from_checkpoint` means; `None` where nothing is to be resumed.
+
+    Raises:
+        ValueError: if the last checkpoint is asked for and there is none.
+    """
+    if not asked:
+        return None
+    # From the command line, where the option is text, "True" asks for the last checkpoint too.
+    if isinstance(asked, str) and asked.lower() != "true":
+        return asked
+    folder = get_last_checkpoint(output_dir)
+    if folder is None:
+        raise ValueError(
+            f"there is no checkpoint in {output_dir} to resume from. Pass its folder, or leave resume_from_checkpoint "
+            "out to start anew."
+        )
+    return str(folder)
 
 
 def save(

@@ -33,7 +33,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import SchedulerType, TrainOutput, get_last_checkpoint
+from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from . import checkpoint, diagnostics, loading, losses, prior, samplers, snapshots
 from .archive import Archive, Snapshot
@@ -384,7 +384,7 @@ class ALDRIFTTrainer(Trainer):
         Raises:
             ValueError: if there is no such checkpoint, or it belongs to other data or batch settings.
         """
-        folder = self._checkpoint_folder(resume_from_checkpoint)
+        folder = checkpoint.to_resume_from(resume_from_checkpoint, str(self.args.output_dir))
         if folder is None:
             self.progress = checkpoint.Progress(
                 objective_range=self.args.objective_range, calls_before=self.objective.calls
@@ -450,20 +450,6 @@ class ALDRIFTTrainer(Trainer):
             folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
             checkpoint.save(folder, self.progress, self.samples, self.objective, self.archive)
         super()._save_checkpoint(model, trial)
-
-    def _checkpoint_folder(self, resume_from_checkpoint: str | bool | None) -> str | None:
-        if not resume_from_checkpoint:
-            return None
-        # From the command line, where the option is text, "True" asks for the last checkpoint too.
-        if isinstance(resume_from_checkpoint, str) and resume_from_checkpoint.lower() != "true":
-            return resume_from_checkpoint
-        folder = get_last_checkpoint(str(self.args.output_dir))
-        if folder is None:
-            raise ValueError(
-                f"there is no checkpoint in {self.args.output_dir} to resume from. Pass its folder, or leave "
-                "resume_from_checkpoint out to start anew."
-            )
-        return str(folder)
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals: before the first update the policy is the prior."""
@@ -597,15 +583,8 @@ class ALDRIFTTrainer(Trainer):
             )
         asked = self.prompts if prompts is None else self._encode(check_dataset(prompts, "prompts"))
         self.objective.check_signature(asked.columns)
-        self._draws += 1
-        generator, tau = self._generator(SAMPLE, self._draws), self.args.tau_max
-        if correction == "archive":
-            proposals, acceptance_rate = cast(Archive, self.archive).mixture(), math.nan
-            index = self._resample(proposals, tau, num_samples, generator)
-        else:
-            proposals, _ = self._propose(asked, num_samples * steps, (SAMPLE, self._draws))
-            kernel = samplers.isir if correction == "isir" else samplers.metropolis_hastings
-            index, acceptance_rate = _run_chains(proposals.log_weight(tau), num_samples, generator, kernel)
+        proposals, index, acceptance_rate = self._draw_corrected(asked, num_samples, steps, correction)
+        tau = self.args.tau_max
         log_weight = proposals.log_weight(tau)
         chosen = proposals.flat(index)
         measures = proposals.measures(self.args.tau_max, self.objective.best)
@@ -629,6 +608,17 @@ class ALDRIFTTrainer(Trainer):
                 "log_model": proposals.log_model.flatten()[chosen].tolist(),
             }
         )
+
+    def _draw_corrected(self, prompts: Prompts, m: int, steps: int, correction: str) -> tuple[Proposals, Tensor, float]:
+        """Draws, which of them are samples of `p_T` (`[P, m]`, into each prompt's), and the acceptance rate."""
+        self._draws += 1
+        stream, tau = (SAMPLE, self._draws), self.args.tau_max
+        if correction == "archive":
+            pool = cast(Archive, self.archive).mixture()
+            return pool, self._resample(pool, tau, m, self._generator(*stream)), math.nan
+        proposals, _ = self._propose(prompts, m * steps, stream)
+        kernel = samplers.isir if correction == "isir" else samplers.metropolis_hastings
+        return proposals, *_run_chains(proposals.log_weight(tau), m, self._generator(*stream), kernel)
 
     # ---- Models and text --------------------------------------------------------------------------------------------
 

@@ -35,6 +35,7 @@ config = ALDRIFTConfig(
     output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_chains=32, chain_length=4,
     max_completion_length=3, generation_batch_size=16, per_device_train_batch_size=8 // world, updates_per_rung=4,
     learning_rate=1e-2, disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=6,
+    sampler="archive" if "--archive" in sys.argv else "metropolis_hastings",
 )
 trainer = ALDRIFTTrainer(
     model, cost, config, train_dataset=["", "a b"], processing_class=word_tokenizer(["a", "b", "c"], " "),
@@ -85,13 +86,13 @@ def launch(folder: Path, processes: int, *extra: str) -> subprocess.CompletedPro
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+@pytest.fixture(scope="module", params=["metropolis_hastings", "archive"])
+def runs(request, tmp_path_factory):
     """The same run on one process and on two."""
     root = tmp_path_factory.mktemp("distributed")
     folders = {processes: root / f"world-{processes}" for processes in (1, 2)}
     for processes, folder in folders.items():
-        done = launch(folder, processes)
+        done = launch(folder, processes, f"--{request.param}")
         assert done.returncode == 0, done.stderr[-3000:]
     return folders
 
@@ -109,7 +110,7 @@ def test_the_first_rungs_proposals_do_not_depend_on_how_many_draw_them(runs):
     one, two = records(runs[1])[0], records(runs[2])[0]
     for key in (
         "objective_mean",
-        "acceptance_rate",
+        "acceptance_rate",  # null of the archive, which has no chains
         "distinct_proposals",
         "distinct_samples",
         "objective_calls",
@@ -165,9 +166,10 @@ def test_the_target_is_the_same(runs, processes, tokenizer):
         assert chi_square_p(counts, target) > 1e-4
 
 
-def test_two_processes_resume_exactly(runs):
+def test_two_processes_resume_exactly(runs, request):
+    sampler = request.node.callspec.params["runs"]
     before = [load_file(runs[2] / f"rank-{rank}.safetensors") for rank in (0, 1)]
-    done = launch(runs[2], 2, "--resume")
+    done = launch(runs[2], 2, "--resume", f"--{sampler}")
     assert done.returncode == 0, done.stderr[-3000:]
     for rank in (0, 1):
         after = load_file(runs[2] / f"rank-{rank}.safetensors")
