@@ -14,8 +14,8 @@ from .tables import Comparison
 
 COLUMNS = {  # of the table: the measure, and how it is written
     "TV": ("tv", ".2f"),
-    "KL(p_T‖q)": ("kl", ".2f"),
-    "KL(q‖p_T)": ("reverse_kl", ".2f"),
+    "KL(p_T‖q)": ("kl", ".3g"),
+    "KL(q‖p_T)": ("reverse_kl", ".3g"),
     "success": ("success", ".3f"),
     "distinct solutions": ("distinct", ",.0f"),
     "TV of corrected draws": ("corrected_tv", ".2f"),

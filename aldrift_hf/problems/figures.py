@@ -46,6 +46,7 @@ def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[st
     """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order; `what` names the y-axis."""
     tau = [record["tau"] for record in records]
     lines = {label: (tau, [record.get(key, np.nan) for record in records]) for key, label in curves.items()}
+    lines = {label: line for label, line in lines.items() if not np.isnan(line[1]).all()}  # no chains, no acceptance
     plot_lines(axes, lines, "inverse temperature τ (nats per unit of cost)", what)
 
 
@@ -64,7 +65,11 @@ def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *,
     if "x" in log:
         axes.set_xscale("log")
         ticks = sorted({float(value) for across, _ in lines.values() for value in across})
-        axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        if len(ticks) > 8:  # no steps of a few settings, but measurements: round numbers then
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
         axes.xaxis.set_minor_locator(NullLocator())
     if "y" in log:
         axes.set_yscale("log")
