@@ -41,8 +41,8 @@ _COLUMNS = {
     "ess": ("ESS/n", ".2f"),
     "khat": ("k-hat", ".2f"),
     "missing_mass": ("missing mass", ".2f"),
-    "distinct_samples": ("distinct", ".2f"),
-    "sft_loss": ("loss", ".3f"),
+    "distinct_proposals": ("distinct", ".2f"),
+    "sft_loss": ("loss", ".2g"),
     "objective_calls": ("calls", "d"),
 }
 
