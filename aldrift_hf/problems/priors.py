@@ -183,7 +183,7 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
-    for _ in tqdm(range(steps), desc="fitting the prior", leave=False):
+    for _ in tqdm(range(steps), desc="fitting", leave=False):
         texts = draw(batch_size, rng)
         batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
         loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
