@@ -130,7 +130,7 @@ def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
 
 def test_a_model_in_four_bits(recipe, model_folder, capsys):
     pytest.importorskip("bitsandbytes")
-    folder = recipe("--load_in_4bit", "True", model_name_or_path=model_folder("llama"), lora_r=4)
+    folder = recipe("--load_in_4bit", "True", model_name_or_path=model_folder("llama"), lora_r=4, learning_rate=5e-4)
     check_output(capsys.readouterr().out)
     assert (folder / "prior" / "adapter_model.safetensors").is_file()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional, cast
@@ -19,6 +20,8 @@ from .enumeration import Enumeration
 from .priors import SmallPriorConfig, completion_ids, small_prior, warm_up
 from .spanning_tree import SpanningTreeProblem, load_problem
 from .text_problem import TextProblem
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -102,6 +105,11 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
         config: its `objective_range` and `max_completion_length` are filled in where they are `None`.
         model_config: which model.
     """
+    if model_config.model_name_or_path is not None and config.learning_rate >= 1e-3:
+        logger.warning(
+            f"learning_rate={config.learning_rate:g} is for the small model made on the spot; LoRA on a pretrained one "
+            "usually wants 1e-4 to 3e-4 (--learning_rate)."
+        )
     model, tokenizer, peft_config = make_prior(problem, model_config)
     if config.objective_range is None:
         config.objective_range = float(problem.worst_cost)
