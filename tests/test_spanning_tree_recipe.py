@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_gpt2
 from test_distributed import free_port
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -42,10 +43,12 @@ def rungs(folder):
     return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
 
 
-def check_output(out):
+def check_output(out, *, trees=True):
     assert re.search(r"prior.*model.*corrected", out)
-    for row in ("success", "distinct trees, of", "mean cost", "edge marginals of trees", "missing mass:", "a tree: "):
+    for row in ("success", "distinct trees, of", "mean cost", "edge marginals of trees", "missing mass:"):
         assert row in out, row
+    assert "Kirchhoff counts" in " ".join(out.split())
+    assert not trees or "a tree: " in out
 
 
 def test_small_prior_with_lora(recipe, capsys):
@@ -101,6 +104,7 @@ def model_folder(tmp_path):
         if family == "gpt2":
             model = tiny_gpt2(vocab_size=len(tokenizer), initializer_range=0.1)
         else:
+            torch.manual_seed(0)
             model = LlamaForCausalLM(
                 LlamaConfig(
                     vocab_size=len(tokenizer),
@@ -131,7 +135,7 @@ def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
 def test_a_model_in_four_bits(recipe, model_folder, capsys):
     pytest.importorskip("bitsandbytes")
     folder = recipe("--load_in_4bit", "True", model_name_or_path=model_folder("llama"), lora_r=4, learning_rate=5e-4)
-    check_output(capsys.readouterr().out)
+    check_output(capsys.readouterr().out, trees=False)  # of a random model, warmed up for a moment
     assert (folder / "prior" / "adapter_model.safetensors").is_file()
 
 
