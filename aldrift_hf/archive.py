@@ -61,7 +61,7 @@ class Archive:
         if len(self.rungs) == self.window:
             self._forget(1)
         known = [score(past, proposals) if past else proposals.log_prior for past in self.snapshots]
-        if self.rungs:  # all at once: a string that was drawn on several rungs is scored once
+        if self.rungs:  # all at once: in fuller batches, in each of which equal strings are scored once
             drawn = [rung.objective.shape[1] for rung in self.rungs]
             columns = torch.split(score(None, join_rungs(self.rungs)), drawn, dim=1)
             self.log_q = [torch.cat([log_q, new[None]]) for log_q, new in zip(self.log_q, columns, strict=True)]

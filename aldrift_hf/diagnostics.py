@@ -66,8 +66,7 @@ def pareto_smoothed(log_weight: Tensor) -> Tensor:
     """The log-weights with their largest replaced by what their fitted tail expects (Vehtari et al., arXiv 1507.02646).
 
     Less variance for some bias. Rows without a tail to fit (see [`pareto_khat`], or a tail of equal weights) are
-    returned as they are. The weights'
-    sum is kept, so that [`log_z`] is that of the raw ones.
+    returned as they are. The weights' sum is kept, so that [`log_z`] is that of the raw ones.
     """
     rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
     smooth = torch.stack([torch.as_tensor(_smoothed(row)) for row in rows]).reshape(log_weight.shape)
@@ -75,19 +74,23 @@ def pareto_smoothed(log_weight: Tensor) -> Tensor:
 
 
 def _smoothed(log_weight: np.ndarray) -> np.ndarray:
-    if math.isnan(_khat(log_weight)):
-        return log_weight
-    with np.errstate(all="ignore"):
-        smooth = np.asarray(array_stats.psislw(-log_weight)[0])
-    return smooth if np.isfinite(smooth).all() else log_weight  # NaN where most of the tail is one value
+    smooth, khat = _psis(log_weight)
+    # Not finite where most of the tail is one value.
+    return log_weight if math.isnan(khat) or not np.isfinite(smooth).all() else smooth
 
 
 def _khat(log_weight: np.ndarray) -> float:
+    return _psis(log_weight)[1]
+
+
+def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """The smoothed log-weights and k-hat, NaN where there is no tail to fit."""
     try:
         with np.errstate(all="ignore"):  # it divides by zero on weights that are all equal
-            return float(array_stats.psislw(-log_weight)[1])  # takes log-weights with the sign turned
+            smooth, khat = array_stats.psislw(-log_weight)  # takes log-weights with the sign turned
     except (ValueError, IndexError):  # how it says that the tail has fewer than 5 draws, or one value only
-        return math.nan
+        return log_weight, math.nan
+    return np.asarray(smooth), float(khat)
 
 
 def reverse_kl(log_weight: Tensor, log_z: Tensor) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import tempfile
 from typing import Any, cast
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
@@ -20,8 +19,8 @@ from ..prior import base_model
 from ..prompts import encode_prompt
 from ..proposals import generate, neutral_generation_config, stream_seed
 from ..sequences import inference
-from .priors import completion_ids, fit
-from .recipe import RecipeModelConfig, make_prior
+from .priors import fit
+from .recipe import RecipeModelConfig, longest_completion, make_prior
 from .text_problem import TextProblem
 
 Learnt = tuple[PeftModel, PreTrainedTokenizerBase, int]
@@ -83,7 +82,7 @@ def policy_gradient(
             "max_steps": proposals // (generations * len(prompts)),
             "per_device_train_batch_size": generations * len(prompts),
             "num_generations": generations,
-            "max_completion_length": _longest(problem, tokenizer),
+            "max_completion_length": longest_completion(problem, tokenizer),
             "disable_dropout": True,
             "max_grad_norm": 1.0,
             "seed": seed,
@@ -139,7 +138,7 @@ def expert_iteration(
     objective, prompts = Counted(problem), problem.prompts
     end = cast(int, tokenizer.eos_token_id)
     config = neutral_generation_config(
-        max_completion_length=_longest(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
+        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
     )
     per_prompt = proposals // (rounds * len(prompts))
     drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
@@ -165,7 +164,3 @@ def expert_iteration(
             stream_seed(seed, number),
         )
     return policy, tokenizer, len(objective.known)
-
-
-def _longest(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> int:
-    return max(map(len, completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)))

@@ -114,8 +114,7 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
     if config.objective_range is None:
         config.objective_range = float(problem.worst_cost)
     if cast(Optional[int], config.max_completion_length) is None:
-        rows = completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)
-        longest = max(map(len, rows))
+        longest = longest_completion(problem, tokenizer)
         # With one token a word all strings are as long as their words; other tokenizers have longer ones yet.
         config.max_completion_length = longest if model_config.model_name_or_path is None else longest + longest // 10
     return ALDRIFTTrainer(
@@ -126,6 +125,11 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
         processing_class=tokenizer,
         peft_config=peft_config,
     )
+
+
+def longest_completion(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest of 1,000 of the problem's strings, the end-of-text token included."""
+    return max(map(len, completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)))
 
 
 def can_enumerate(problem: TextProblem, model_config: RecipeModelConfig, at_most: int) -> bool:
