@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers.trainer_utils import get_last_checkpoint
 
 from .archive import Archive
+from .batches import Batches
 from .objective import Objective
 from .rungs import RungSamples
 from .sequences import Completions
@@ -32,6 +33,7 @@ class Progress:
         tau: the rung's inverse temperature.
         log_z: the ladder's `log Z_τ` of each prompt, nats.
         proposals: draws so far.
+        batches: how many completions fit at once.
         calls_before: objective calls made before training began.
         records: what was logged of each rung begun.
         loss_sum: the rung's training loss, summed over its micro-batches on this process.
@@ -44,6 +46,7 @@ class Progress:
     tau: float = 0.0
     log_z: list[float] = field(default_factory=list)
     proposals: int = 0
+    batches: Batches | None = None
     calls_before: int = 0
     records: list[dict[str, Any]] = field(default_factory=list)
     loss_sum: float = 0.0
@@ -101,7 +104,8 @@ def load(folder: str, samples: RungSamples, objective: Objective) -> Progress:
     missing = [name for name in (STATE_FILE, SAMPLES_FILE, OBJECTIVE_FILE) if not (path / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is not a checkpoint of ALDRIFTTrainer: it has no {', '.join(missing)}.")
-    progress = Progress(**json.loads((path / STATE_FILE).read_text()))
+    state = json.loads((path / STATE_FILE).read_text())
+    progress = Progress(**{**state, "batches": state["batches"] and Batches(**state["batches"])})
     tensors = load_file(path / SAMPLES_FILE)
     if len(progress.log_z) != len(samples.prompts) or len(tensors["order"]) != len(samples):
         raise ValueError(

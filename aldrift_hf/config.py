@@ -66,8 +66,15 @@ class ALDRIFTConfig(TrainingArguments):
 
         max_completion_length (`int`, *optional*, defaults to `256`):
             Tokens after which a completion is cut. Being cut is part of the event space, of the prior's too.
-        generation_batch_size (`int`, *optional*, defaults to `128`):
-            Completions that a process generates, scores or hands to the objective at once. The draws depend on it.
+        generation_batch_size (`int`, *optional*):
+            Completions that a process generates, scores or hands to the objective at once. `None`: as many as are
+            likely to fit into memory (up to 1,024), and half as many whenever they do not.
+        scoring_batch_tokens (`int`, *optional*, defaults to `16384`):
+            Most tokens (completions × length) in one forward pass when completions are scored, which bounds its
+            memory: logits are computed in chunks of 128 MiB, whatever the vocabulary.
+        overlap_objective (`bool`, *optional*, defaults to `True`):
+            Evaluate the objective in a thread while the next completions are generated. `False` calls it in the main
+            thread, for functions that work there alone (signals, some database connections).
 
         > Parameters that control learning
 
@@ -175,9 +182,26 @@ class ALDRIFTConfig(TrainingArguments):
     max_completion_length: int = field(
         default=256, metadata={"help": "Tokens after which a completion is cut, under the prior as under the policy."}
     )
-    generation_batch_size: int = field(
-        default=128,
-        metadata={"help": "Completions that a process generates, scores or hands to the objective at once."},
+    generation_batch_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Completions that a process generates, scores or hands to the objective at once. None: as many as "
+            "are likely to fit into memory, and half as many whenever they do not."
+        },
+    )
+    scoring_batch_tokens: int = field(
+        default=16384,
+        metadata={
+            "help": "Most tokens (completions x length) in one forward pass when completions are scored: bounds its "
+            "memory. Logits are computed in chunks of 128 MiB, whatever the vocabulary."
+        },
+    )
+    overlap_objective: bool = field(
+        default=True,
+        metadata={
+            "help": "Evaluate the objective in a thread while the next completions are generated; "
+            "--no_overlap_objective for functions that work in the main thread alone."
+        },
     )
 
     # Parameters that control learning
@@ -216,6 +240,7 @@ class ALDRIFTConfig(TrainingArguments):
             "max_objective_calls",
             "max_completion_length",
             "generation_batch_size",
+            "scoring_batch_tokens",
             "updates_per_rung",
         ):
             value = getattr(self, name)

@@ -38,6 +38,29 @@ def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftMode
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
 
 
+def check_trainable(model: PreTrainedModel, adapter: bool) -> None:
+    """Refuse a model that could not be fine-tuned towards `p_T`.
+
+    Args:
+        model: the transformers model, without adapter.
+        adapter: whether an adapter is trained, and not the model itself.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ValueError(
+            "the model's config asks for the router's auxiliary loss (output_router_logits=True). It balances the "
+            "experts' load and pulls the model away from p_T, so it is no part of what is learnt here: set "
+            "model.config.output_router_logits=False."
+        )
+    if not adapter and getattr(model, "is_quantized", False):
+        raise ValueError(
+            "a quantized model cannot be fine-tuned in full. Pass a peft_config: its adapter is trained, and the "
+            "quantized model is the prior."
+        )
+
+
 def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 

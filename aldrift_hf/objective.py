@@ -15,8 +15,10 @@ import functools
 import inspect
 import math
 import numbers
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,7 +29,12 @@ from tqdm.auto import tqdm
 
 from .prompts import Prompts, columns_of
 
+OBJECTIVE_BATCH = 128
+"""Completions a call of the objective, unless told otherwise."""
+
 CostFunction = Callable[..., Any]
+Key = tuple[str, str]
+"""A prompt row's identity and a completion."""
 
 
 class ObjectiveError(RuntimeError):
@@ -78,12 +85,16 @@ class Objective:
     rung, evaluation or process asks. Under several processes each evaluates its share of what is new, and all end up
     with the same cache.
 
+    Completions can be handed over as they are drawn ([`begin`]) and their costs asked for later ([`finish`]): the
+    functions then run in a thread, one batch after the other, while the caller goes on.
+
     Args:
         functions: one or more cost functions.
         weights: as many non-negative factors; `None` means 1 each.
         objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
         batch_size: completions a call.
-        show_progress: a bar over the calls of one evaluation.
+        overlap: whether to run beside the caller; otherwise [`finish`] does all the work, in the caller's thread.
+        show_progress: a bar over the calls that [`finish`] waits for.
     """
 
     def __init__(
@@ -91,7 +102,8 @@ class Objective:
         functions: CostFunction | Sequence[CostFunction],
         weights: Sequence[float] | None,
         objective_range: float | None,
-        batch_size: int,
+        batch_size: int = OBJECTIVE_BATCH,
+        overlap: bool = True,
         show_progress: bool = False,
     ) -> None:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
@@ -106,7 +118,9 @@ class Objective:
         self.objective_range = objective_range
         self.batch_size = batch_size
         self.show_progress = show_progress
-        self.cache: dict[tuple[str, str], list[float]] = {}
+        self.cache: dict[Key, list[float]] = {}
+        self._executor = ThreadPoolExecutor(max_workers=1) if overlap else None
+        self._begun = _Begun()
 
     @property
     def calls(self) -> int:
@@ -135,42 +149,61 @@ class Objective:
                 ) from None
 
     def __call__(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
-        """Costs `[n]` (fp64) of `n` completions, `rows[i]` being the prompt of completion `i`.
+        """Costs `[n]` (fp64) of `n` completions, `rows[i]` being the prompt of completion `i`; raises as [`finish`]."""
+        self.begin(prompts, rows, completions)
+        return self.finish(prompts, rows, completions)
+
+    def begin(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> None:
+        """Start on this process's share of the completions that are new. All processes begin with the same ones.
+
+        Raises:
+            As [`finish`], for what was begun before.
+        """
+        if any(gather_object([self._begun.error is not None])):
+            self._begun.jobs = [job for job in self._begun.jobs if isinstance(job, Future) and not job.cancel()]
+            self.finish(prompts, [], [])
+        new: dict[Key, int] = {}  # in order of first appearance, the same on every process
+        for index, key in enumerate(self._keys(prompts, rows, completions)):
+            if key not in self.cache and key not in self._begun.asked:
+                new.setdefault(key, index)
+        self._begun.asked.update(new)
+        state = PartialState()
+        mine = list(new.items())[state.process_index :: state.num_processes]
+        for start in range(0, len(mine), self.batch_size):
+            keys, indices = zip(*mine[start : start + self.batch_size], strict=True)
+            batch = (keys, prompts, [rows[i] for i in indices], [completions[i] for i in indices])
+            job = functools.partial(self._work, self._begun, *batch)
+            self._begun.jobs.append(job if self._executor is None else self._executor.submit(job))
+
+    def finish(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
+        """Costs `[n]` (fp64) of `n` completions, all of which went through [`begin`], once they are there.
 
         Raises:
             ValueError: for a value that is no cost, naming the objective, the row and the completion.
             ObjectiveError: when a function raised.
             All processes raise, whichever of them met the error; what others had evaluated is in the cache.
         """
-        keys = [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]
-        new: dict[tuple[str, str], int] = {}  # in order of first appearance, the same on every process
-        for index, key in enumerate(keys):
-            if key not in self.cache:
-                new.setdefault(key, index)
-        state = PartialState()
-        mine = list(new.items())[state.process_index :: state.num_processes]
-        found: list[tuple[tuple[str, str], list[float]]] = []
-        error: Exception | None = None
-        try:
-            for start in tqdm(
-                range(0, len(mine), self.batch_size),
-                desc="objective",
-                leave=False,
-                disable=not self.show_progress or len(mine) <= self.batch_size,
-            ):
-                batch = mine[start : start + self.batch_size]
-                indices = [index for _, index in batch]
-                values = self._evaluate(prompts, [rows[i] for i in indices], [completions[i] for i in indices])
-                found += [(key, value) for (key, _), value in zip(batch, values, strict=True)]
-        except (ValueError, ObjectiveError) as raised:
-            error = raised
-        for shared, message in gather_object([(found, None if error is None else str(error))]):
+        begun = self._begun
+        for job in tqdm(
+            begun.jobs, desc="objective", leave=False, disable=not self.show_progress or len(begun.jobs) < 2
+        ):
+            job.result() if isinstance(job, Future) else job()
+        self._begun, error = _Begun(), begun.error
+        for shared, message in gather_object([(begun.found, None if error is None else str(error))]):
             self.cache.update(shared)
             if message is not None and error is None:
                 error = ObjectiveError(f"on another process: {message}")
         if error is not None:
             raise error
+        keys = self._keys(prompts, rows, completions)
         return torch.tensor([self._total(self.cache[key]) for key in keys], dtype=torch.float64)
+
+    def abandon(self) -> None:
+        """Forget what was begun and not finished; what stands in line is not begun any more."""
+        for job in self._begun.jobs:
+            if isinstance(job, Future):
+                job.cancel()
+        self._begun = _Begun()
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
         """Mean unweighted cost of each objective over completions that were evaluated before."""
@@ -178,6 +211,19 @@ class Objective:
             [self.cache[prompts.keys[row], text] for row, text in zip(rows, completions, strict=True)]
         )
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+
+    def _keys(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> list[Key]:
+        return [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]
+
+    def _work(
+        self, begun: _Begun, keys: Sequence[Key], prompts: Prompts, rows: list[int], completions: list[str]
+    ) -> None:
+        """One batch, in whichever thread; after an error nothing more is evaluated."""
+        if begun.error is None:
+            try:
+                begun.found += zip(keys, self._evaluate(prompts, rows, completions), strict=True)
+            except (ValueError, ObjectiveError) as error:
+                begun.error = error
 
     def _total(self, values: Sequence[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(self.weights, values, strict=True))
@@ -201,6 +247,16 @@ class Objective:
                         f"{self.objective_range}: completion {text!r}. Raise objective_range, or cap the cost."
                     )
         return values
+
+
+@dataclass
+class _Begun:
+    """What was handed over since the last [`Objective.finish`]; `found` and `error` are written by the thread."""
+
+    asked: set[Key] = field(default_factory=set)
+    jobs: list[Future[None] | Callable[[], None]] = field(default_factory=list)
+    found: list[tuple[Key, list[float]]] = field(default_factory=list)
+    error: Exception | None = None
 
 
 def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
@@ -240,9 +296,15 @@ class _Named:
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if isinstance(error, Exception):
+            hint = (
+                ""
+                if threading.current_thread() is threading.main_thread()
+                else ". It ran in a thread, beside generation; what works in the main thread alone (signals, some "
+                "database connections) wants overlap_objective=False"
+            )
             raise ObjectiveError(
                 f"objective {self.name!r} raised {type(error).__name__}: {error} on a batch of "
-                f"{len(self.completions)} completions, the first being {self.completions[0]!r}"
+                f"{len(self.completions)} completions, the first being {self.completions[0]!r}{hint}"
             ) from error
 
 

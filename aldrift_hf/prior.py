@@ -7,6 +7,7 @@
 | plain model | a frozen copy of the model | the model, fine-tuned in full |
 
 Adapters are switched, never merged: merging into 4-bit weights, or merging and unmerging in bf16, moves the prior.
+And 4-bit weights stay as they are: see [`keep_four_bit_weights`].
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def split(
         ValueError: for a `peft_config` under which switching the adapter off would not give the model back, or for a
             `PeftModel` that cannot be split; the message names the remedy.
     """
+    keep_four_bit_weights(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
@@ -93,6 +95,26 @@ def split(
         return model, FrozenCopy(model)
     check_peft_config(peft_config)
     return cast(PeftModel, get_peft_model(model, peft_config)), AdapterOff()
+
+
+def keep_four_bit_weights(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    At the first forward pass in eval mode it packs them for a kernel of its own: their scales are rounded to bf16,
+    which moves the prior, and the kernel has no backward pass, so that in training no gradient comes through.
+
+    Raises:
+        ValueError: if it has happened already.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+            if getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "the 4-bit model has been used on this CPU before it was passed in, and bitsandbytes has rounded "
+                    "its weights for a kernel that cannot be trained through. Load it anew, and call "
+                    "aldrift_hf.prior.keep_four_bit_weights(model) before you use it."
+                )
 
 
 def check_peft_config(config: PeftConfig) -> None:

@@ -3,32 +3,61 @@
 The correction in step 2 needs the probability with which a proposal was really drawn. `generate` changes that
 probability in silence through anything that a checkpoint's `generation_config` carries (`top_k=50` even when it
 carries nothing), so here it runs under a configuration in which nothing is left to change.
+
+Tokens are drawn by inverse transform of uniform numbers that belong to the row: a draw depends on the model, its prompt
+and its own numbers, and not on the batch, the process or the memory that it happened to be drawn in (up to the rounding
+of logits). And a token's probability is known when it is drawn.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
 
+from .projection import LOGITS_BUDGET
 from .sequences import Completions, completion_length
+
+THIN = 8
+"""Rows of a batch below which it goes on with its finished rows."""
+
+
+class Draws(NamedTuple):
+    """`n` completions and the probabilities with which they were drawn.
+
+    Attributes:
+        completions: the `n` token sequences, on the CPU.
+        log_probs: `[n]`, `log q` as generation computed it (in nats, fp64, on the CPU). Cached keys and values make
+            it differ from the scorer's by rounding.
+    """
+
+    completions: Completions
+    log_probs: Tensor
 
 
 def neutral_generation_config(
     *, max_completion_length: int, eos_token_ids: Sequence[int], pad_token_id: int
 ) -> GenerationConfig:
-    """Sampling from the model's own distribution: temperature 1, no truncation, no penalty, no forced token."""
+    """The model's own distribution: no temperature, no truncation, no penalty, no forced token.
+
+    `do_sample` is off because a token is chosen before `generate` comes to choose: see [`generate`].
+    """
     return GenerationConfig(
-        do_sample=True,
+        do_sample=False,
         num_beams=1,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=max_completion_length,
         eos_token_id=list(eos_token_ids),
@@ -37,32 +66,111 @@ def neutral_generation_config(
     )
 
 
+def uniforms(address: Sequence[int], rows: range, width: int) -> Tensor:
+    """The numbers in [0, 1) that a stream's rows are drawn by, `[len(rows), width]`, fp64.
+
+    Any stretch of rows can be had without those before it, and is the same however the stream is cut.
+
+    Args:
+        address: of the stream (run seed, purpose, rung, …).
+        rows: consecutive rows of the stream.
+        width: tokens a row; part of the address.
+    """
+    counters = -(-width // 4)  # Philox yields four numbers a count
+    generator = np.random.Philox(key=stream_seed(*address, width)).advance(rows.start * counters)
+    return torch.from_numpy(np.random.Generator(generator).random((len(rows), 4 * counters))[:, :width])
+
+
 def generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, seed: int
-) -> Completions:
-    """One completion of every prompt, by ancestral sampling. The global random state is left as it was.
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Tensor
+) -> Draws:
+    """One completion of every prompt, by ancestral sampling. No global random state is read or changed.
+
+    Whenever half of a batch's rows have ended, the batch goes on with the others alone.
 
     Args:
         model: in eval mode, without gradients, under the autocast in which it will be scored.
         prompts: `n` lists of token ids, each of at least one token; padded on the left for generation.
         config: from [`neutral_generation_config`].
-        seed: of this batch alone. The draws depend on it, the prompts and the model, and on nothing else.
-
-    Returns:
-        `n` [`Completions`], on the CPU.
+        numbers: `[n, max_completion_length]` from [`uniforms`], one for each token.
     """
-    input_ids, attention_mask = _pad_left(prompts, cast(int, config.pad_token_id))
-    device = model.device
-    with neutralised(model, config), _seeded(seed, device):
-        output = cast(Any, model).generate(
-            input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), generation_config=config
-        )
-    new_tokens = output[:, input_ids.shape[1] :].cpu()
-    width = cast(int, config.max_new_tokens)
-    ids = torch.full((len(prompts), width), cast(int, config.pad_token_id), dtype=torch.long)
-    ids[:, : new_tokens.shape[1]] = new_tokens
+    width, pad_token_id = cast(int, config.max_new_tokens), cast(int, config.pad_token_id)
+    eos_token_ids = torch.tensor(cast(list[int], config.eos_token_id), device=model.device)
+    input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left(prompts, pad_token_id))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
+    log_probs = torch.zeros((len(prompts), width), dtype=torch.float64)
+    left, done, cache = torch.arange(len(prompts)), 0, None
+    while len(left) and done < width:
+        draw = _InverseTransform(numbers[left, done:].to(model.device), eos_token_ids)
+        with neutralised(model, config):
+            output = cast(Any, model).generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                past_key_values=cache,
+                generation_config=config,
+                max_new_tokens=width - done,
+                logits_processor=LogitsProcessorList([draw]),
+                stopping_criteria=StoppingCriteriaList([draw.half_ended]),
+                return_dict_in_generate=True,
+            )
+        new = output.sequences[:, input_ids.shape[1] :]
+        ids[left, done : done + new.shape[1]] = new.cpu()
+        log_probs[left, done : done + new.shape[1]] = torch.stack(draw.log_probs, dim=1).cpu()
+        done += new.shape[1]
+        going = (~draw.ended).nonzero()[:, 0]
+        left, input_ids = left[going.cpu()], output.sequences[going]
+        attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[going]
+        cache = _selected(output.past_key_values, going)
     # Behind a finished row `generate` pads; a row cut at the limit has no end-of-text token and counts in full.
-    return Completions(ids, completion_length(ids, cast(list[int], config.eos_token_id)))
+    length = completion_length(ids, cast(list[int], config.eos_token_id))
+    ended = torch.arange(width) >= length[:, None]
+    return Draws(Completions(ids.masked_fill(ended, pad_token_id), length), log_probs.masked_fill(ended, 0.0).sum(-1))
+
+
+class _InverseTransform(LogitsProcessor):
+    """Draws each row's next token, and leaves `generate` that token alone to choose.
+
+    Args:
+        numbers: `[n, steps]`, uniform in [0, 1).
+        eos_token_ids: tokens that end a row.
+    """
+
+    def __init__(self, numbers: Tensor, eos_token_ids: Tensor) -> None:
+        self.numbers, self.eos_token_ids = numbers, eos_token_ids
+        self.log_probs: list[Tensor] = []
+        self.ended = torch.zeros(len(numbers), dtype=torch.bool, device=numbers.device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        numbers = self.numbers[:, len(self.log_probs)]
+        size = max(1, LOGITS_BUDGET // (2 * scores.shape[-1]))
+        parts = [_draw(*part) for part in zip(torch.split(scores, size), torch.split(numbers, size), strict=True)]
+        tokens, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
+        self.log_probs.append(log_probs)
+        self.ended |= torch.isin(tokens, self.eos_token_ids)
+        return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
+
+    def half_ended(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """A stopping criterion: whether the batch had better go on with fewer rows."""
+        n = len(self.ended)
+        return (2 * self.ended.sum() >= n).expand(n) if n >= THIN else self.ended
+
+
+def _draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """`[n]` tokens of distributions `softmax(scores)`, and their log-probabilities (fp64)."""
+    weights = (scores - scores.amax(-1, keepdim=True)).exp()
+    # Summed in fp64: in fp32 the steps of rare tokens would vanish beside 1.
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    total = cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp_(max=scores.shape[-1] - 1)
+    return tokens[:, 0], (weights.gather(1, tokens).double() / total).log()[:, 0]
+
+
+def _selected(cache: Any, rows: Tensor) -> Any:
+    """A cache of these rows alone; `None`, for which `generate` makes a new one, where it cannot be cut."""
+    if not isinstance(cache, DynamicCache):
+        return None
+    cache.batch_select_indices(rows)
+    return cache
 
 
 def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig) -> None:
@@ -73,7 +181,7 @@ def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: Genera
     """
     input_ids, attention_mask = _pad_left([prompt], cast(int, config.pad_token_id))
     device = model.device
-    with neutralised(model, config), _seeded(0, device):
+    with neutralised(model, config):
         output = cast(Any, model).generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
@@ -117,14 +225,3 @@ def _pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tens
     input_ids = torch.tensor([[pad_token_id] * (width - len(prompt)) + list(prompt) for prompt in prompts])
     attention_mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     return input_ids, attention_mask
-
-
-@contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng(devices=[] if device.type == "cpu" else [device], device_type=_fork_type(device)):
-        torch.manual_seed(seed)
-        yield
-
-
-def _fork_type(device: torch.device) -> str:
-    return "cuda" if device.type == "cpu" else device.type

@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-LOGITS_BUDGET = 2**26
-"""Most logits (rows × positions × vocabulary) that scoring holds at once; 256 MiB in fp32."""
+from .projection import projected_logprobs
 
 
 class Completions(NamedTuple):
@@ -45,6 +45,10 @@ class Completions(NamedTuple):
         """From lists of token ids, padded to the longest."""
         length = torch.tensor([len(row) for row in tokens])
         return cls(_pad_right(tokens, pad_token_id), length)
+
+
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+"""Token ids of a prompt and of its completion."""
 
 
 class Padded(NamedTuple):
@@ -85,57 +89,67 @@ def join(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]],
 
 
 def sequence_logprobs(
-    model: nn.Module, prompts: Sequence[Sequence[int]], completions: Completions, *, pad_token_id: int, batch_size: int
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    batch_tokens: int = 2**14,
 ) -> Tensor:
     """`log p(completion | prompt)` of every row, in nats: the one scorer, of the prior and of the policy.
 
     Log-softmax is taken in fp32 whatever the model computes in (in bf16 it costs 0.1 to 0.2 nats a sequence), and the
-    sum over tokens in fp64. Equal rows are scored once. Call it in eval mode, without gradients and under the autocast
-    that the policy generates and trains in.
+    sum over tokens in fp64. Equal rows are scored once. Logits are computed for completions' tokens alone and
+    [`LOGITS_BUDGET`] at a time. Call it in eval mode, without gradients and under the autocast that the policy
+    generates and trains in.
 
     Args:
         model: a causal language model.
         prompts: `n` lists of token ids, each of at least one token.
         completions: `n` completions.
         pad_token_id: fills the rows; its value has no effect.
-        batch_size: most rows a forward pass, further bounded by [`LOGITS_BUDGET`].
+        batch_size: most rows a forward pass.
+        batch_tokens: most tokens a forward pass (rows × width), unless one row has more: what bounds its activations.
 
     Returns:
         `[n]`, fp64, on the CPU.
     """
-    keys: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    keys: dict[Row, int] = {}
     where = [
         keys.setdefault((tuple(prompt), tuple(completion)), len(keys))
         for prompt, completion in zip(prompts, completions.tokens(), strict=True)
     ]
-    distinct = sorted(keys.items(), key=lambda item: len(item[0][0]) + len(item[0][1]))
     scores = torch.empty(len(keys), dtype=torch.float64)
-    rows_left = distinct
+    # Sorted by length, the longest first: little padding, and what does not fit in memory fails at once.
+    rows_left = sorted(keys.items(), key=lambda item: -_width(item[0]))
     while rows_left:
-        # Sorted by length, so that a batch's last row is its widest.
-        size = min(batch_size, len(rows_left))
-        widest = len(rows_left[size - 1][0][0]) + len(rows_left[size - 1][0][1])
-        size = max(1, min(size, LOGITS_BUDGET // (widest * _vocabulary_size(model))))
+        size = max(1, min(batch_size, batch_tokens // _width(rows_left[0][0])))
         batch, rows_left = rows_left[:size], rows_left[size:]
-        slots = [slot for _, slot in batch]
-        scores[slots] = _score([key for key, _ in batch], model, pad_token_id)
+        scores[[slot for _, slot in batch]] = _score([row for row, _ in batch], model, pad_token_id)
     return scores[where]
 
 
-def _score(batch: list[tuple[tuple[int, ...], tuple[int, ...]]], model: nn.Module, pad_token_id: int) -> Tensor:
-    """`[n]` log-probabilities of (prompt, completion) rows of similar length, in one forward pass."""
+def _score(batch: list[Row], model: PreTrainedModel, pad_token_id: int) -> Tensor:
+    """`[n]` log-probabilities of rows of similar length, in one forward pass."""
     padded = join([prompt for prompt, _ in batch], [completion for _, completion in batch], pad_token_id)
-    device = next(model.parameters()).device
-    input_ids, attention_mask, completion_mask = (tensor.to(device) for tensor in padded)
-    # Logits of the shared stretch of prompt are not needed: position t-1 predicts token t.
+    input_ids, attention_mask, completion_mask = (tensor.to(model.device) for tensor in padded)
+    # Position t-1 predicts token t; the shared stretch of prompt is left out.
     first = min(len(prompt) for prompt, _ in batch)
     keep = input_ids.shape[1] - first + 1
-    extra = {"logits_to_keep": keep} if _keeps_logits(model) else {}
-    logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
-    logits = logits[:, -keep:-1].float()
-    targets = input_ids[:, first:]
-    token_logprobs = logits.gather(-1, targets[..., None])[..., 0] - logits.logsumexp(-1)
-    return torch.where(completion_mask[:, first:], token_logprobs.double(), 0.0).sum(-1).cpu()
+    predicted = completion_mask[:, first:]
+    token_logprobs = projected_logprobs(
+        model,
+        lambda hidden: hidden[:, -keep:-1][predicted],
+        input_ids[:, first:][predicted],
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        use_cache=False,
+        **({"logits_to_keep": keep} if _keeps_logits(model) else {}),
+    )
+    scores = torch.zeros(predicted.shape, dtype=torch.float64, device=token_logprobs.device)
+    scores[predicted] = token_logprobs.double()
+    return scores.sum(-1).cpu()
 
 
 @contextlib.contextmanager
@@ -161,8 +175,8 @@ def _pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
     return torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows])
 
 
-def _vocabulary_size(model: nn.Module) -> int:
-    return int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+def _width(row: Row) -> int:
+    return len(row[0]) + len(row[1])
 
 
 def _keeps_logits(model: nn.Module) -> bool:

@@ -13,15 +13,14 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from accelerate.utils import gather_object, reduce
+from accelerate.utils import reduce
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -39,12 +38,12 @@ from . import checkpoint, diagnostics, loading, losses, prior, samplers, snapsho
 from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
-from .objective import CostFunction, Objective
+from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
-from .proposals import assert_neutral, generate, neutral_generation_config, stream_seed
+from .proposals import neutral_generation_config, stream_seed
+from .proposer import TOLERANCE, Proposer
 from .report import LadderProgress, print_completions
 from .rungs import Proposals, RungSamples, SampleCollator, success_share, write_records
-from .sequences import Completions, inference, sequence_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +111,8 @@ class ALDRIFTTrainer(Trainer):
             objective,
             args.objective_weights,
             args.objective_range,
-            args.generation_batch_size,
+            batch_size=args.generation_batch_size or OBJECTIVE_BATCH,
+            overlap=args.overlap_objective,
             show_progress=not args.disable_tqdm,
         )
         for dataset in (train, evaluation):
@@ -133,13 +133,9 @@ class ALDRIFTTrainer(Trainer):
             raise ValueError(
                 "model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it."
             )
-        self.eos_token_ids = loading.eos_token_ids(prior.base_model(loaded), tokenizer)
-        self.pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
-        self.generation_config = neutral_generation_config(
-            max_completion_length=args.max_completion_length,
-            eos_token_ids=self.eos_token_ids,
-            pad_token_id=self.pad_token_id,
-        )
+        pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        adapter = peft_config is not None or isinstance(loaded, PeftModel)
+        loading.check_trainable(prior.base_model(loaded), adapter)
         self.context_length = loading.context_length(prior.base_model(loaded))
         self.processing_class = tokenizer
         self.args = args
@@ -147,19 +143,33 @@ class ALDRIFTTrainer(Trainer):
         self.eval_prompts = self._encode(evaluation)
 
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
-        policy, self.prior = prior.split(loaded, peft_config)
+        policy, frozen = prior.split(loaded, peft_config)
         if args.learns_densities:
             losses.without_dropout(policy)
         super().__init__(
             model=policy,
             args=args,
-            data_collator=SampleCollator(self.pad_token_id),
+            data_collator=SampleCollator(pad_token_id),
             train_dataset=RungSamples(1, self.prompts.token_ids),
             eval_dataset=evaluation,
             processing_class=tokenizer,
             compute_loss_func=losses.maximum_likelihood,
             callbacks=[_Rungs(self), *(callbacks or [])],
             optimizers=optimizers,
+        )
+        self.proposer = Proposer(
+            args,
+            self.accelerator,
+            self._unwrapped,
+            frozen,
+            self.objective,
+            tokenizer,
+            neutral_generation_config(
+                max_completion_length=args.max_completion_length,
+                eos_token_ids=loading.eos_token_ids(prior.base_model(loaded), tokenizer),
+                pad_token_id=pad_token_id,
+            ),
+            pad_token_id,
         )
         if self.pop_callback(ProgressCallback) is not None:
             self.add_callback(LadderProgress)
@@ -175,7 +185,6 @@ class ALDRIFTTrainer(Trainer):
         self.rungs_wanted = int(args.num_train_epochs)
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
-        self._neutral = False
 
     # ---- The algorithm ----------------------------------------------------------------------------------------------
 
@@ -183,7 +192,7 @@ class ALDRIFTTrainer(Trainer):
         """Propose and correct on rung `rung`, and lay out its samples to learn from (steps 1 and 2 of ALDRIFT)."""
         progress, args = self.progress, self.args
         # The first rung's may have been drawn already, to see the range of the objective.
-        proposals, seconds = self._first_proposals or self._propose(
+        proposals, seconds = self._first_proposals or self.proposer.propose(
             self.prompts, args.proposals_per_prompt, (PROPOSE, rung)
         )
         self._first_proposals = None
@@ -200,6 +209,7 @@ class ALDRIFTTrainer(Trainer):
         self._lay_out(pool, index, log_z, tau, rung)
         progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
         progress.proposals += len(proposals.texts)
+        progress.batches = self.proposer.batches
         progress.loss_sum, progress.updates, progress.learn_seconds = 0.0, 0, 0.0
         progress.records[rung:] = [
             {
@@ -257,71 +267,18 @@ class ALDRIFTTrainer(Trainer):
         step = args.tau_step if args.tau_step is not None else 1 / cast(float, self.progress.objective_range)
         return linear_ladder(args.tau_max, step)
 
-    def _propose(
-        self, prompts: Prompts, per_prompt: int, stream: tuple[int, ...]
-    ) -> tuple[Proposals, dict[str, float]]:
-        """`per_prompt` draws from the policy for every prompt, scored and priced; and the seconds each part took.
-
-        Batches have random streams of their own and are dealt out to the processes, so that the draws do not depend on
-        how many there are.
-        """
-        args = self.args
-        rows = torch.arange(len(prompts)).repeat_interleave(per_prompt)
-        batches = list(enumerate(torch.split(rows, args.generation_batch_size)))
-        seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
-        mine = []
-        with self._inference():
-            for number, batch in tqdm(
-                batches[args.process_index :: args.world_size],
-                desc="proposals",
-                leave=False,
-                disable=args.disable_tqdm or not self.is_world_process_zero(),
-            ):
-                token_ids = [prompts.token_ids[row] for row in batch.tolist()]
-                with _timed(seconds, "seconds_propose"):
-                    seed = stream_seed(args.seed, *stream, number)
-                    completions = generate(self._policy(token_ids[0]), token_ids, self.generation_config, seed)
-                with _timed(seconds, "seconds_score"):
-                    log_model = self._score(self._policy(token_ids[0]), token_ids, completions)
-                    with self.prior.active(self._unwrapped()) as prior_model:
-                        log_prior = self._score(prior_model, token_ids, completions)
-                mine.append((number, completions, log_model, log_prior))
-        parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
-        completions = Completions(
-            torch.cat([part[1].ids for part in parts]), torch.cat([part[1].length for part in parts])
-        )
-        texts = self._decode(completions)
-        with _timed(seconds, "seconds_objective"):
-            objective = self.objective(prompts, rows.tolist(), texts)
-        shape = (len(prompts), per_prompt)
-        log_model, log_prior = (torch.cat([part[column] for part in parts]).view(shape) for column in (2, 3))
-        return Proposals(rows, completions, texts, objective.view(shape), log_prior, log_model), seconds
-
     def _extend_archive(self, proposals: Proposals) -> Proposals:
         """Add a rung's proposals to the archive: all of its draws, with the mixture of their models as the model."""
         archive = cast(Archive, self.archive)
         policy = self._unwrapped()
-        is_prior = torch.allclose(proposals.log_model, proposals.log_prior, rtol=0.0, atol=1e-4)
+        is_prior = torch.allclose(proposals.log_model, proposals.log_prior, rtol=0.0, atol=TOLERANCE)
 
         def score(snapshot: Snapshot | None, drawn: Proposals) -> Tensor:
             with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
-                return self._score_shared(drawn)
+                return self.proposer.score(self.prompts, drawn)
 
         archive.extend(proposals, {} if is_prior else snapshots.take(policy), score)
         return archive.mixture()
-
-    def _score_shared(self, drawn: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities of draws under the policy as it is; the processes share the work."""
-        args = self.args
-        batches = list(enumerate(torch.split(torch.arange(len(drawn.rows)), args.generation_batch_size)))
-        mine = []
-        with self._inference():
-            for number, batch in batches[args.process_index :: args.world_size]:
-                token_ids = [self.prompts.token_ids[row] for row in drawn.rows[batch].tolist()]
-                log_probs = self._score(self._policy(token_ids[0]), token_ids, drawn.completions.select(batch))
-                mine.append((number, log_probs))
-        parts = sorted(gather_object(mine), key=lambda part: cast(int, part[0]))
-        return torch.cat([part[1] for part in parts]).view_as(drawn.objective)
 
     def _resample(self, pool: Proposals, tau: float, m: int, generator: torch.Generator) -> Tensor:
         """`m` draws a prompt of the archive, by their weights at `tau`, `[P, m]`."""
@@ -393,8 +350,9 @@ class ALDRIFTTrainer(Trainer):
                 self.archive = Archive(self.args.archive_window)
         else:
             self.progress = checkpoint.load(folder, self.samples, self.objective)
+            self.proposer.batches = self.progress.batches
             if self.archive is not None:
-                checkpoint.load_archive(folder, self.archive, self._decode)
+                checkpoint.load_archive(folder, self.archive, self.proposer.decode)
         if self.progress.objective_range is None:
             self._measure_objective_range()
         rungs = self.rungs_wanted
@@ -453,7 +411,7 @@ class ALDRIFTTrainer(Trainer):
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals: before the first update the policy is the prior."""
-        self._first_proposals = self._propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
+        self._first_proposals = self.proposer.propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
         worst = self._first_proposals[0].objective.max().item()
         if worst == 0:
             raise ValueError(
@@ -513,7 +471,7 @@ class ALDRIFTTrainer(Trainer):
         """The metrics of [`evaluate`], logged; and a warning where the model lost mass."""
         start = time.time()
         stream = (EVALUATE, self.state.global_step)
-        proposals, _ = self._propose(prompts, self.args.proposals_per_prompt, stream)
+        proposals, _ = self.proposer.propose(prompts, self.args.proposals_per_prompt, stream)
         tau = self.args.tau_max
         log_weight = proposals.log_weight(tau)
         log_z = diagnostics.log_z(log_weight)
@@ -616,7 +574,7 @@ class ALDRIFTTrainer(Trainer):
         if correction == "archive":
             pool = cast(Archive, self.archive).mixture()
             return pool, self._resample(pool, tau, m, self._generator(*stream)), math.nan
-        proposals, _ = self._propose(prompts, m * steps, stream)
+        proposals, _ = self.proposer.propose(prompts, m * steps, stream)
         kernel = samplers.isir if correction == "isir" else samplers.metropolis_hastings
         return proposals, *_run_chains(proposals.log_weight(tau), m, self._generator(*stream), kernel)
 
@@ -625,29 +583,6 @@ class ALDRIFTTrainer(Trainer):
     def _unwrapped(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model))
 
-    def _policy(self, prompt: list[int]) -> PreTrainedModel:
-        """The module that generates and is scored, once it is known to sample from its own distribution."""
-        model = prior.base_model(self._unwrapped())
-        if not self._neutral:
-            assert_neutral(model, prompt, self.generation_config)
-            self._neutral = True
-        return model
-
-    def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
-        return sequence_logprobs(
-            model,
-            prompts,
-            completions,
-            pad_token_id=self.pad_token_id,
-            batch_size=self.args.generation_batch_size,
-        )
-
-    @contextlib.contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Eval mode, no gradients, and the autocast of training: one precision for generating, scoring and learning."""
-        with inference(self._unwrapped()), self.accelerator.autocast():
-            yield
-
     def _encode(self, dataset: Dataset) -> Prompts:
         return encode_prompts(
             dataset,
@@ -655,13 +590,6 @@ class ALDRIFTTrainer(Trainer):
             max_completion_length=self.args.max_completion_length,
             context_length=self.context_length,
         )
-
-    def _decode(self, completions: Completions) -> list[str]:
-        tokenizer = cast(PreTrainedTokenizerBase, self.processing_class)
-        rows = [tuple(row) for row in completions.tokens()]
-        distinct = list(dict.fromkeys(rows))
-        texts = dict(zip(distinct, tokenizer.batch_decode(distinct, skip_special_tokens=True), strict=True))
-        return [texts[row] for row in rows]
 
     def _generator(self, *stream: int) -> torch.Generator:
         return torch.Generator().manual_seed(stream_seed(self.args.seed, *stream))
@@ -742,12 +670,3 @@ def _run_chains(
     chains = kernel(log_weight.view(prompts, m, n // m), generator)
     index = chains.last + (n // m) * torch.arange(m)
     return index, chains.acceptance_rate.mean().item()
-
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], key: str) -> Iterator[None]:
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[key] += time.perf_counter() - start

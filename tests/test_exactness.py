@@ -50,7 +50,7 @@ def fixed_model(kind, config, tokenizer, prompts=None, seed=0, **changes):
         peft_config=peft_config,
     )
     completions = every_completion()
-    cost = torch.tensor(count_a([], trainer._decode(completions)), dtype=torch.float64)
+    cost = torch.tensor(count_a([], trainer.proposer.decode(completions)), dtype=torch.float64)
     priors = [log_probs(reference, ids, completions) for ids in trainer.prompts.token_ids]
     move_within_reach(trainer, completions, cost, priors)
     return trainer, completions, cost, priors
@@ -75,7 +75,7 @@ def move_within_reach(trainer, completions, cost, priors):
 
 def text_target(trainer, completions, log_p):
     """The distribution over decoded texts: what a sample's row shows of its token sequence."""
-    texts = trainer._decode(completions)
+    texts = trainer.proposer.decode(completions)
     names = sorted(set(texts))
     probability = torch.zeros(len(names), dtype=torch.float64)
     for text, value in zip(texts, log_p.exp()):
@@ -123,7 +123,7 @@ def test_the_columns_of_a_draw_are_exact(kind, config, tokenizer):
     """log_prior is the passed-in model's, log_model the policy's: on tokens, in a batch with the others."""
     trainer, completions, cost, priors = fixed_model(kind, config, tokenizer, PROMPTS)
     drawn = trainer.sample(200, chain_length=2)
-    texts = trainer._decode(completions)
+    texts = trainer.proposer.decode(completions)
     for number, log_prior in enumerate(priors):
         log_model = log_probs(base_model(trainer.model), trainer.prompts.token_ids[number], completions)
         for row in drawn.select(range(200 * number, 200 * number + 200)):
@@ -139,7 +139,7 @@ def test_the_columns_of_a_draw_are_exact(kind, config, tokenizer):
 
 def test_log_z_meets_the_exact_sum(config, tokenizer):
     trainer, _, cost, priors = fixed_model("gpt2-adapter-off", config, tokenizer, PROMPTS)
-    proposals, _ = trainer._propose(trainer.prompts, 8000, (99,))
+    proposals, _ = trainer.proposer.propose(trainer.prompts, 8000, (99,))
     log_weight = proposals.log_weight(TAU)
     exact = torch.stack([(log_prior - TAU * cost).logsumexp(0) for log_prior in priors])
     w = log_weight.exp()
@@ -158,7 +158,7 @@ def test_evaluation_meets_the_exact_divergences(config, tokenizer):
     assert metrics["eval_log_z"] == pytest.approx((log_prior - TAU * cost).logsumexp(0).item(), abs=0.03)
     assert metrics["eval_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), abs=0.03)
     assert metrics["eval_kl_forward"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=0.03)
-    texts = trainer._decode(completions)
+    texts = trainer.proposer.decode(completions)
     success = sum(value.item() for value, text in zip(log_q.exp(), texts) if count_a([], [text]) == [0.0])
     assert metrics["eval_success"] == pytest.approx(success, abs=0.02)
 
@@ -184,7 +184,7 @@ def test_only_the_correction_meets_the_target(sampler, meets, config, tokenizer)
 def test_two_token_sequences_of_one_text_keep_their_own_weights(config, tokenizer):
     """The unknown token decodes to nothing, so many sequences share a text. Weights are the sequences' own."""
     trainer, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
-    proposals, _ = trainer._propose(trainer.prompts, 2000, (1,))
+    proposals, _ = trainer.proposer.propose(trainer.prompts, 2000, (1,))
     by_text: dict[str, set[float]] = {}
     for text, value in zip(proposals.texts, proposals.log_prior.flatten().tolist()):
         by_text.setdefault(text, set()).add(round(value, 6))

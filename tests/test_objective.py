@@ -3,6 +3,9 @@
 import asyncio
 import functools
 import math
+import signal
+import threading
+import time
 
 import pytest
 import torch
@@ -211,3 +214,86 @@ def test_trls_own_rewards_work_on_text_and_on_chat():
     chat = [{"role": "user", "content": "?"}]
     data = Dataset.from_dict({"prompt": [chat, chat]})
     assert cost(list(data["prompt"]), [good, "no"]) == [0.0, 1.0]
+
+
+def test_costs_are_computed_while_the_caller_goes_on():
+    """Begun in a thread, one batch after the other; what is asked for twice is evaluated once."""
+    go, calls = threading.Event(), []
+
+    def slow(prompts, completions):
+        assert go.wait(10)
+        calls.append((list(completions), threading.current_thread()))
+        return [float(len(text)) for text in completions]
+
+    where, batch = prompts("x"), objective(slow, batch_size=2)
+    batch.begin(where, [0, 0, 0], ["a", "bb", "ccc"])
+    batch.begin(where, [0, 0], ["bb", "dddd"])
+    assert not calls, "the caller had to wait"
+    go.set()
+    texts = ["a", "bb", "ccc", "bb", "dddd"]
+    assert batch.finish(where, [0] * 5, texts).tolist() == [1, 2, 3, 2, 4]
+    assert [completions for completions, _ in calls] == [["a", "bb"], ["ccc"], ["dddd"]]
+    assert all(thread is not threading.main_thread() for _, thread in calls)
+    assert batch.calls == 4
+
+
+def test_without_overlap_the_objective_stays_in_the_main_thread():
+    threads = []
+
+    def cost(prompts, completions):
+        threads.append(threading.current_thread())
+        signal.setitimer(signal.ITIMER_REAL, 0)  # works in the main thread alone
+        return [0.0] * len(completions)
+
+    where = prompts("x")
+    alone = Objective(cost, None, 10.0, overlap=False)
+    alone.begin(where, [0], ["a"])
+    assert not threads
+    alone.finish(where, [0], ["a"])
+    assert threads == [threading.main_thread()]
+    signal_handler = signal.getsignal(signal.SIGALRM)
+
+    def timed(prompts, completions):
+        signal.signal(signal.SIGALRM, signal_handler)
+        return [0.0] * len(completions)
+
+    with pytest.raises(ObjectiveError, match="overlap_objective=False"):
+        objective(timed)(where, [0], ["a"])
+
+
+def test_an_error_is_raised_at_the_next_beginning_and_what_was_paid_for_is_kept():
+    begun = []
+
+    def cost(prompts, completions):
+        begun.append(list(completions))
+        if "bad" in completions:
+            raise RuntimeError("no more")
+        return [1.0] * len(completions)
+
+    where, batch = prompts("x"), objective(cost, batch_size=1)
+    batch.begin(where, [0, 0, 0], ["good", "bad", "never"])
+    while batch._begun.error is None:
+        time.sleep(0.01)
+    with pytest.raises(ObjectiveError, match="no more"):
+        batch.begin(where, [0], ["later"])
+    assert begun == [["good"], ["bad"]]
+    assert batch.calls == 1, "what was evaluated before the error is lost"
+    assert batch(where, [0], ["good"]).tolist() == [1.0], "the error sticks"
+
+
+def test_what_is_abandoned_is_not_evaluated():
+    go, begun = threading.Event(), []
+
+    def cost(prompts, completions):
+        begun.append(list(completions))
+        assert go.wait(10)
+        return [1.0] * len(completions)
+
+    where, batch = prompts("x"), objective(cost, batch_size=1)
+    batch.begin(where, [0, 0, 0], ["a", "b", "c"])
+    while not begun:
+        time.sleep(0.01)
+    batch.abandon()
+    go.set()
+    assert batch(where, [0], ["d"]).tolist() == [1.0]
+    assert begun == [["a"], ["d"]]

@@ -9,12 +9,13 @@ from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
 from aldrift_hf import ALDRIFTTrainer, prior
 from aldrift_hf.prior import base_model
+from aldrift_hf.sequences import inference
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
 def prior_scores(trainer):
-    with trainer._inference(), trainer.prior.active(trainer.model) as model:
+    with inference(trainer.model), trainer.proposer.prior.active(trainer.model) as model:
         return log_probs(model, [EOS], every_completion())
 
 
@@ -113,28 +114,3 @@ def test_ambiguous_adapters_are_refused():
     taken = get_peft_model(tiny_gpt2(), lora_config(tiny_gpt2()), adapter_name=prior.PRIOR_ADAPTER)
     with pytest.raises(ValueError, match="already has an adapter called 'prior'"):
         prior.split(taken, None)
-
-
-def test_four_bit_prior_is_the_quantised_model_bit_for_bit(config, tokenizer, tmp_path):
-    """NF4 on the CPU: the 4-bit base is never merged into, so its scores are the same before and after training."""
-    pytest.importorskip("bitsandbytes")
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    tiny = LlamaConfig(
-        vocab_size=5, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=16, initializer_range=0.2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    LlamaForCausalLM(tiny).save_pretrained(tmp_path / "model")
-    quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", quantization_config=quantization, dtype=torch.float32
-    )
-    before = log_probs(model, [EOS], every_completion())
-    assert before.exp().sum().item() == pytest.approx(1, abs=1e-5)
-    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model))
-    trainer.train()
-    assert torch.equal(prior_scores(trainer), before)
-    assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - before).abs().max() > 0.05

@@ -1,5 +1,6 @@
 """The scorer and the generator against enumeration: every way to get a sequence's log-probability subtly wrong."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,7 +8,6 @@ import torch
 from conftest import (
     EOS,
     MAX_LENGTH,
-    VOCABULARY,
     chi_square_p,
     every_completion,
     log_probs,
@@ -15,9 +15,10 @@ from conftest import (
     tiny_gpt2,
     tiny_llama,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, stream_seed
+from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, stream_seed, uniforms
 from aldrift_hf.sequences import Completions, completion_length, inference, join, sequence_logprobs
 
 MODELS = {
@@ -36,6 +37,16 @@ def model(request):
 
 def neutral(length=MAX_LENGTH, eos=(EOS,), pad=EOS):
     return neutral_generation_config(max_completion_length=length, eos_token_ids=eos, pad_token_id=pad)
+
+
+def draw(model, prompts, config=None, seed=0):
+    config = config or neutral()
+    return generate(model, prompts, config, uniforms((seed,), range(len(prompts)), config.max_new_tokens))
+
+
+def log_probs_of(model, prompts, completions):
+    with inference(model):
+        return sequence_logprobs(model, prompts, completions, pad_token_id=EOS, batch_size=64)
 
 
 def base(model):
@@ -118,8 +129,8 @@ def test_generation_draws_from_the_scored_distribution(model, seed):
     index = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
     batch = [prompt for prompt in PROMPTS for _ in range(3000)]
     with inference(model):
-        drawn = generate(base(model), batch, neutral(), seed)
-    tokens = drawn.tokens()
+        drawn = generate(base(model), batch, neutral(), uniforms((seed,), range(len(batch)), MAX_LENGTH))
+    tokens = drawn.completions.tokens()
     for number, prompt in enumerate(PROMPTS):
         rows = range(number * 3000, (number + 1) * 3000)
         counts = torch.tensor([index[tuple(tokens[row])] for row in rows]).bincount(minlength=len(index))
@@ -230,7 +241,7 @@ def test_any_of_several_eos_tokens_ends_a_completion():
     assert probabilities.sum().item() == pytest.approx(1.0, abs=1e-6)
     index = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
     with inference(model):
-        drawn = generate(model, [[2]] * 4000, neutral(eos=(0, 1)), 0)
+        drawn = draw(model, [[2]] * 4000, neutral(eos=(0, 1))).completions
     counts = torch.tensor([index[tuple(tokens)] for tokens in drawn.tokens()]).bincount(minlength=len(index))
     assert chi_square_p(counts, probabilities) > 1e-3
 
@@ -239,25 +250,88 @@ def test_padding_with_the_eos_token_is_not_taken_for_an_end():
     """A cut completion whose padding token is EOS keeps its full length, and an ended one does not grow."""
     model = tiny_gpt2()
     with inference(model):
-        drawn = generate(model, [[2]] * 500, neutral(), 0)
+        drawn = draw(model, [[2]] * 500).completions
     assert set(drawn.length.tolist()) == {1, 2, 3}
     for tokens in drawn.tokens():
         assert EOS not in tokens[:-1]
         assert len(tokens) == MAX_LENGTH or tokens[-1] == EOS
 
 
-def test_draws_depend_on_their_seed_alone():
-    model = tiny_gpt2()
+def test_draws_depend_on_their_rows_numbers_alone(model):
+    """Not on the batch that they are drawn in, nor on any global random state."""
+    prompts = [PROMPTS[row % 3] for row in range(60)]
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
     with inference(model):
-        torch.manual_seed(1)
-        state = torch.get_rng_state()
-        first = generate(model, [[2]] * 50, neutral(), 7)
-        assert torch.equal(torch.get_rng_state(), state)
-        torch.manual_seed(2)
-        second = generate(model, [[2]] * 50, neutral(), 7)
-        other = generate(model, [[2]] * 50, neutral(), 8)
-    assert torch.equal(first.ids, second.ids)
-    assert not torch.equal(first.ids, other.ids)
+        whole = draw(base(model), prompts, seed=7)
+        parts = [
+            generate(base(model), prompts[start:stop], neutral(), uniforms((7,), range(start, stop), MAX_LENGTH))
+            for start, stop in ((0, 1), (1, 20), (20, 60))
+        ]
+        other = draw(base(model), prompts, seed=8)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.cat([part.completions.ids for part in parts]), whole.completions.ids)
+    assert torch.allclose(torch.cat([part.log_probs for part in parts]), whole.log_probs, atol=1e-5)
+    assert not torch.equal(other.completions.ids, whole.completions.ids)
+
+
+def test_any_stretch_of_a_stream_can_be_had_alone():
+    whole = uniforms((3, 1), range(100), 5)
+    assert torch.equal(uniforms((3, 1), range(30, 70), 5), whole[30:70])
+    assert whole.min() >= 0
+    assert whole.max() < 1
+    assert len(whole.unique()) == 500, "rows must not share numbers"
+    assert not torch.equal(uniforms((3, 2), range(100), 5), whole)
+
+
+@pytest.mark.parametrize("adapter", ["on", "off"])
+def test_generation_knows_what_it_drew_with(model, adapter):
+    """`log q` comes with the draws, and is the scorer's up to rounding: also where rows end at different lengths."""
+    if adapter == "off" and not hasattr(model, "disable_adapter"):
+        pytest.skip("no adapter")
+    prompts = [PROMPTS[row % 3] for row in range(300)]
+    with inference(model), model.disable_adapter() if adapter == "off" else contextlib.nullcontext():
+        drawn = draw(base(model), prompts)
+        scored = sequence_logprobs(base(model), prompts, drawn.completions, pad_token_id=EOS, batch_size=64)
+    assert len(drawn.completions.length.unique()) == MAX_LENGTH
+    assert torch.allclose(drawn.log_probs, scored, atol=1e-5)
+
+
+def test_finished_rows_leave_the_batch(monkeypatch):
+    """Half of the rows have ended: the rest goes on without them, from the cache that is there."""
+    model, widths = tiny_gpt2(), []
+    forward = model.forward
+
+    def watched(*args, **kwargs):
+        widths.append(tuple(kwargs["input_ids"].shape))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model, "forward", watched)
+    with inference(model):
+        drawn = draw(model, [[2]] * 400, neutral(length=12))
+    rows = [rows for rows, _ in widths]
+    assert rows[0] == 400
+    assert rows[-1] < 100
+    assert len(widths) == 12, "a prompt was computed again"
+    assert all(tokens == 1 for _, tokens in widths)
+    monkeypatch.undo()
+    scored = log_probs_of(model, [[2]] * 400, drawn.completions)
+    assert torch.allclose(drawn.log_probs, scored, atol=1e-5)
+
+
+def test_a_token_is_as_likely_as_its_share_of_the_numbers():
+    """Inverse transform, on a grid of numbers instead of random ones: every token's share to within one step."""
+    from aldrift_hf.proposals import _draw
+
+    scores = torch.tensor([[0.0, -math.inf, 3.0, -9.0, 1.0]])
+    grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    tokens, log_probs = _draw(scores.expand(len(grid), -1), grid)
+    shares = tokens.bincount(minlength=5) / len(grid)
+    assert torch.allclose(shares.double(), scores[0].double().softmax(0), atol=1e-5)
+    assert shares[1] == 0
+    assert torch.allclose(log_probs, scores[0].double().log_softmax(0)[tokens], atol=1e-6)
+    last = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert _draw(scores, last)[0].item() == 4
 
 
 def test_streams_of_different_addresses_differ():
@@ -276,23 +350,57 @@ def test_rows_are_joined_without_a_gap():
     assert padded.completion_mask.tolist() == [[False, True, True, True], [False, False, True, False]]
 
 
-def test_scoring_never_holds_more_logits_than_its_budget(monkeypatch):
-    from aldrift_hf import sequences
+class _Largest(TorchDispatchMode):
+    """The most elements of any tensor that an operation returns."""
 
-    model, seen = tiny_gpt2(), []
-    forward = model.forward
+    elements = 0
 
-    def watched(*args, **kwargs):
-        output = forward(*args, **kwargs)
-        seen.append(output.logits.numel())
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        for tensor in output if isinstance(output, (tuple, list)) else [output]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
         return output
 
-    model.forward = watched
-    unbounded = log_probs(model, [2], every_completion())
-    assert max(seen) > 8 * VOCABULARY * 4
-    seen.clear()
-    monkeypatch.setattr(sequences, "LOGITS_BUDGET", 8 * VOCABULARY * 4)
-    bounded = log_probs(model, [2], every_completion())
-    assert max(seen) <= 8 * VOCABULARY * 4
-    assert torch.allclose(bounded, unbounded, atol=1e-6)
-    assert math.isclose(bounded.exp().sum().item(), 1.0, abs_tol=1e-6)
+
+@pytest.mark.parametrize("make", [tiny_gpt2, lambda: lora(tiny_gpt2(vocab_size=1000), seed=1)])
+def test_scoring_never_holds_more_logits_than_its_budget(monkeypatch, make):
+    from aldrift_hf import projection
+
+    model = make()
+    vocabulary = base(model).config.vocab_size
+    rows = torch.randint(1, vocabulary, (100, 7), generator=torch.Generator().manual_seed(0))
+    completions = Completions(rows, torch.arange(100) % 7 + 1)
+    whole = log_probs_of(base(model), [[2]] * 100, completions)
+    budget = 9 * vocabulary
+    monkeypatch.setattr(projection, "LOGITS_BUDGET", budget)
+    largest_weight = max(parameter.numel() for parameter in model.parameters())
+    with inference(model), _Largest() as seen:
+        chunked = sequence_logprobs(
+            base(model), [[2]] * 100, completions, pad_token_id=EOS, batch_size=100, batch_tokens=64
+        )
+    assert torch.allclose(chunked, whole, atol=1e-5)
+    assert seen.elements <= max(budget, 64 * 4 * base(model).config.n_embd, largest_weight)
+    monkeypatch.undo()
+    with inference(model), _Largest() as seen:
+        sequence_logprobs(base(model), [[2]] * 100, completions, pad_token_id=EOS, batch_size=100)
+    assert seen.elements > 2 * budget, "all at once is no more: the test shows nothing"
+
+
+def test_logits_changed_behind_the_output_embedding_are_seen(caplog):
+    """A model that does to its logits what nobody knows of is scored from its own logits."""
+    model = tiny_gpt2()
+    plain = log_probs(model, [2], every_completion())
+    other = tiny_gpt2()
+    forward = other.forward
+
+    def odd(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.logits = 2 * output.logits
+        return output
+
+    other.forward = odd
+    doubled = log_probs(other, [2], every_completion())
+    assert doubled.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
+    assert (doubled - plain).abs().max() > 0.1
+    assert "whole batches of logits" in caplog.text

@@ -127,7 +127,7 @@ def model_folder(tmp_path):
 
 def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
     folder = recipe(model_name_or_path=model_folder("gpt2"), lora_r=4)
-    check_output(capsys.readouterr().out)
+    check_output(capsys.readouterr().out, trees=False)  # of a random model, warmed up for a moment
     assert (folder / "prior" / "adapter_model.safetensors").is_file()
     assert rungs(folder)[0]["missing_mass"] == pytest.approx(0, abs=1e-4), "the first rung's policy is the prior"
 

@@ -47,7 +47,7 @@ def test_training_brings_the_model_closer_to_the_target(make, family):
     model = family()
     log_prior = log_probs(model, [EOS], every_completion())
     trainer = make(model=model, settings={"num_chains": 128, "chain_length": 8, "updates_per_rung": 16})
-    cost = torch.tensor(count_a([], trainer._decode(every_completion())), dtype=torch.float64)
+    cost = torch.tensor(count_a([], trainer.proposer.decode(every_completion())), dtype=torch.float64)
     log_p = (log_prior - 1.5 * cost).log_softmax(0)
 
     def kl():
@@ -331,8 +331,8 @@ def test_dropout_does_not_reach_scores_or_draws(make):
     """Scores in the middle of training, with the model in train mode and LoRA dropout on."""
     trainer = make(model=tiny_gpt2(dropout=0.5), peft_config=lora_config(tiny_gpt2(), dropout=0.5))
     trainer.model.train()
-    first, _ = trainer._propose(trainer.prompts, 50, (1,))
-    second, _ = trainer._propose(trainer.prompts, 50, (1,))
+    first, _ = trainer.proposer.propose(trainer.prompts, 50, (1,))
+    second, _ = trainer.proposer.propose(trainer.prompts, 50, (1,))
     assert trainer.model.training
     assert torch.equal(first.log_model, second.log_model)
     assert torch.equal(first.log_prior, second.log_prior)

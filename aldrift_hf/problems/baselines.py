@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from ..prior import base_model
 from ..prompts import encode_prompt
-from ..proposals import generate, neutral_generation_config, stream_seed
+from ..proposals import generate, neutral_generation_config, stream_seed, uniforms
 from ..sequences import inference
 from .priors import fit
 from .recipe import RecipeModelConfig, longest_completion, make_prior
@@ -146,8 +146,9 @@ def expert_iteration(
         for index, prompt in enumerate(prompts):
             starts = [encode_prompt(prompt, index, tokenizer)] * per_prompt
             with inference(policy):
-                completions = generate(base_model(policy), starts, config, stream_seed(seed, number, index))
-            texts = tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)
+                numbers = uniforms((seed, number, index), range(per_prompt), cast(int, config.max_new_tokens))
+                draws = generate(base_model(policy), starts, config, numbers)
+            texts = tokenizer.batch_decode(draws.completions.tokens(), skip_special_tokens=True)
             drawn[prompt] += zip(objective([prompt] * per_prompt, texts), texts, strict=True)
         best = [
             problem.separator.join(filter(None, (prompt, text)))

@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import ALDRIFTConfig
+from ..prior import keep_four_bit_weights
 from ..trainer import ALDRIFTTrainer
 from .enumeration import Enumeration
 from .priors import SmallPriorConfig, completion_ids, small_prior, warm_up
@@ -33,7 +34,9 @@ class RecipeConfig(ALDRIFTConfig):
     max_completion_length: Optional[int] = field(  # type: ignore[assignment]
         default=None, metadata={"help": "Tokens; None: the longest of 1,000 strings, and a tenth more."}
     )
-    generation_batch_size: int = field(default=1024, metadata={"help": "Completions a process works on at once."})
+    generation_batch_size: Optional[int] = field(
+        default=1024, metadata={"help": "Completions a process works on at once."}
+    )
 
     def __post_init__(self) -> None:
         if self.ladder == "adaptive":
@@ -88,6 +91,7 @@ def make_prior(
         attn_implementation=model_config.attn_implementation,
         quantization_config=quantization,
     )
+    keep_four_bit_weights(model)
     if quantization is not None:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     peft_config.fan_in_fan_out = model.config.model_type == "gpt2"

@@ -1,0 +1,108 @@
+"""From hidden states to token log-probabilities, without ever holding the logits of a whole batch.
+
+The logits of 16,384 tokens over a vocabulary of 128,256 are 8 GiB in fp32. Nothing needs them all at once: a token's
+log-probability wants its own row alone. So while a model's forward pass stands at its output embedding, the hidden
+states are projected in chunks, and the model goes on with a single position. Inside the forward pass, because that is
+where sharded weights (FSDP, ZeRO-3) are whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LOGITS_BUDGET = 2**25
+"""Most logits (tokens × vocabulary) that are computed at once: 128 MiB in fp32, of which there are up to three."""
+
+Finish = Callable[[Tensor], Tensor]
+"""What a model does to the output embedding's logits, element by element."""
+
+_known: WeakKeyDictionary[nn.Module, Finish | None] = WeakKeyDictionary()
+
+
+def projected_logprobs(
+    model: PreTrainedModel, select: Callable[[Tensor], Tensor], targets: Tensor, **inputs: Any
+) -> Tensor:
+    """Log-probabilities of chosen tokens, from one forward pass.
+
+    Args:
+        model: a causal language model.
+        select: takes hidden states, as the output embedding is given them, `[n, positions, hidden]`, to those that
+            predict the targets, `[N, hidden]`.
+        targets: `[N]`, token ids.
+        inputs: of the forward pass.
+
+    Returns:
+        `[N]`, fp32.
+    """
+    if model not in _known:
+        _known[model] = _finish_of(model, targets)
+    finish = _known[model]
+    if finish is None:
+        return _logprobs(select(model(**inputs).logits), targets)
+    found: list[Tensor] = []
+
+    def project(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        states = select(args[0])
+        size = max(1, LOGITS_BUDGET // int(model.config.get_text_config().vocab_size))
+        # `forward`, not a call: this hook must not meet itself.
+        for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
+            found.append(_logprobs(finish(head.forward(chunk)), wanted))
+        return (args[0][:1, -1:],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(project)
+    try:
+        model(**inputs)
+    finally:
+        handle.remove()
+    return torch.cat(found)
+
+
+def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[N]`, from logits `[N, vocabulary]`; in fp32 whatever the model computes in."""
+    logits = logits.float()
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
+    """Which of [`_finishes`] this model applies, seen on one token; `None` if it is none of them."""
+    raw: list[Tensor] = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output))
+    try:
+        logits = model(input_ids=targets[:1, None], use_cache=False).logits
+    finally:
+        handle.remove()
+    for finish in _finishes(model.config.get_text_config()):
+        if torch.allclose(finish(raw[0]).float(), logits.float(), rtol=1e-4, atol=1e-4):
+            return finish
+    logger.warning(
+        f"{type(model).__name__} changes its logits in a way that is not known here, so whole batches of logits are "
+        "computed when completions are scored. If memory runs out, lower generation_batch_size."
+    )
+    return None
+
+
+def _finishes(config: PreTrainedConfig) -> Iterator[Finish]:
+    """What models are known to do, as far as the config has it; the most that it has, first."""
+    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
+    if cap is not None:
+        yield lambda logits: torch.tanh(logits / cap) * cap
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, …, Falcon-H1
+        yield from (_times(factor) for factor in [getattr(config, name, None)] if factor is not None)
+    scaling = getattr(config, "logits_scaling", None)  # Granite divides, HyperCLOVA X multiplies
+    if scaling is not None:
+        yield _times(1 / scaling)
+        yield _times(scaling)
+    yield lambda logits: logits
+
+
+def _times(factor: float) -> Finish:
+    return lambda logits: logits * factor

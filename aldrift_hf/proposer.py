@@ -1,0 +1,223 @@
+"""Step 1 of ALDRIFT on however many processes: draws from the policy, scored under policy and prior, and priced."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from .batches import Batches, fitting
+from .config import ALDRIFTConfig
+from .objective import Objective
+from .prior import Prior, base_model
+from .prompts import Prompts
+from .proposals import assert_neutral, generate, uniforms
+from .rungs import Proposals
+from .sequences import Completions, inference, sequence_logprobs
+
+Result = TypeVar("Result")
+
+TOLERANCE = 1e-3
+"""Most nats by which generation's `log q` may differ from the scorer's to be taken for it: 0.1 % of a weight."""
+
+
+class _Part(NamedTuple):
+    """Draws of consecutive rows, their texts, `log q` and `log L`."""
+
+    completions: Completions
+    texts: list[str]
+    log_model: Tensor
+    log_prior: Tensor
+
+
+class Proposer:
+    """What draws, scores and prices.
+
+    Args:
+        args: the run's settings.
+        accelerator: the trainer's; its autocast is that of training: one precision for all three.
+        policy: gives the module that is trained, adapter layers in place, without the wrappers of distributed training.
+        prior: turns it into the prior.
+        objective: the cost.
+        tokenizer: makes texts of completions.
+        generation_config: a neutral one.
+        pad_token_id: fills rows.
+
+    Attributes:
+        batches: how many rows at once were found to fit; `None` where `args` says it, or none were drawn yet.
+    """
+
+    def __init__(
+        self,
+        args: ALDRIFTConfig,
+        accelerator: Accelerator,
+        policy: Callable[[], nn.Module],
+        prior: Prior,
+        objective: Objective,
+        tokenizer: PreTrainedTokenizerBase,
+        generation_config: GenerationConfig,
+        pad_token_id: int,
+    ) -> None:
+        self.args, self.accelerator = args, accelerator
+        self.policy, self.prior, self.objective = policy, prior, objective
+        self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
+        self.batches: Batches | None = None
+        self._neutral = False
+        self._log_q_is_exact: bool | None = None
+
+    def propose(self, prompts: Prompts, per_prompt: int, stream: Sequence[int]) -> tuple[Proposals, dict[str, float]]:
+        """`per_prompt` draws for every prompt, scored and priced; and the seconds that each part took.
+
+        What a row draws depends on its place in the stream, and not on how many rows or processes there are at once.
+        The objective works on one round of blocks while the next one is drawn.
+        """
+        rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
+        seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
+        parts: list[_Part] = []
+        self._log_q_is_exact = None  # to be seen anew: the model has learnt since
+        with self._inference(), self._objective_abandoned_on_error():
+            for drawn in self._deal(prompts, rows, functools.partial(self._draw, stream, seconds), "proposals"):
+                begun = sum(len(part.texts) for part in parts)
+                texts = [text for part in drawn for text in part.texts]
+                self.objective.begin(prompts, rows[begun : begun + len(texts)], texts)
+                parts += drawn
+        with self._objective_abandoned_on_error():
+            texts = [text for part in parts for text in part.texts]
+            with timed(seconds, "seconds_objective"):
+                objective = self.objective.finish(prompts, rows, texts)
+        shape = (len(prompts), per_prompt)
+        ids, length, log_model, log_prior = (
+            torch.cat(column)
+            for column in zip(*((*part.completions, part.log_model, part.log_prior) for part in parts), strict=True)
+        )
+        return (
+            Proposals(
+                rows=torch.tensor(rows),
+                completions=Completions(ids, length),
+                texts=texts,
+                objective=objective.view(shape),
+                log_prior=log_prior.view(shape),
+                log_model=log_model.view(shape),
+            ),
+            seconds,
+        )
+
+    def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
+        """`[P, n]` log-probabilities of draws under the policy as it is; the processes share the work."""
+
+        def scores(rows: range, token_ids: list[list[int]]) -> Tensor:
+            completions = drawn.completions.select(torch.arange(rows.start, rows.stop))
+            return self._score(base_model(self.policy()), token_ids, completions)
+
+        with self._inference():
+            rounds = list(self._deal(prompts, drawn.rows.tolist(), scores))
+        return torch.cat([part for parts in rounds for part in parts]).view_as(drawn.objective)
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Texts, without special tokens; equal completions are decoded once."""
+        rows = [tuple(row) for row in completions.tokens()]
+        distinct = list(dict.fromkeys(rows))
+        texts = dict(zip(distinct, self.tokenizer.batch_decode(distinct, skip_special_tokens=True), strict=True))
+        return [texts[row] for row in rows]
+
+    def _deal(
+        self,
+        prompts: Prompts,
+        rows: Sequence[int],
+        work: Callable[[range, list[list[int]]], Result],
+        description: str | None = None,
+    ) -> Iterator[list[Result]]:
+        """Deal blocks of rows out to the processes, one each a round, and yield every round's results in rows' order.
+
+        Args:
+            prompts: whose token ids `work` is given.
+            rows: the prompt of each row.
+            work: takes a stretch of rows and their prompts' token ids.
+            description: of a progress bar.
+        """
+        args, batches = self.args, self._fitting(max(map(len, prompts.token_ids)))
+        blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
+        for first in tqdm(
+            range(0, len(blocks), args.world_size),
+            desc=description,
+            leave=False,
+            disable=args.disable_tqdm or description is None or args.process_index > 0,
+        ):
+            mine = [
+                result
+                for block in blocks[first + args.process_index :][:1]
+                for result in batches.over(
+                    block, lambda stretch: work(stretch, [prompts.token_ids[rows[row]] for row in stretch])
+                )
+            ]
+            yield [result for results in gather_object([mine]) for result in results]
+
+    def _draw(self, stream: Sequence[int], seconds: dict[str, float], rows: range, token_ids: list[list[int]]) -> _Part:
+        model = base_model(self.policy())
+        if not self._neutral:
+            assert_neutral(model, token_ids[0], self.generation_config)
+            self._neutral = True
+        with timed(seconds, "seconds_propose"):
+            numbers = uniforms((self.args.seed, *stream), rows, self.args.max_completion_length)
+            completions, log_model = generate(model, token_ids, self.generation_config, numbers)
+        with timed(seconds, "seconds_score"):
+            if not self._log_q_is_exact:
+                scored = self._score(model, token_ids, completions)
+                if self._log_q_is_exact is None:
+                    self._log_q_is_exact = torch.allclose(log_model, scored, rtol=0.0, atol=TOLERANCE)
+                log_model = scored
+            with self.prior.active(self.policy()) as prior_model:
+                log_prior = self._score(prior_model, token_ids, completions)
+        return _Part(completions, self.decode(completions), log_model, log_prior)
+
+    def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
+        return sequence_logprobs(
+            model,
+            prompts,
+            completions,
+            pad_token_id=self.pad_token_id,
+            batch_size=len(prompts),
+            batch_tokens=self.args.scoring_batch_tokens,
+        )
+
+    def _fitting(self, prompt_length: int) -> Batches:
+        if self.args.generation_batch_size is not None:
+            return Batches(self.args.generation_batch_size, fixed=True)
+        if self.batches is None:
+            tokens = prompt_length + self.args.max_completion_length
+            guess = [fitting(base_model(self.policy()), tokens)]
+            broadcast_object_list(guess)  # blocks are the same for all
+            self.batches = Batches(guess[0], fixed=False)
+        return self.batches
+
+    @contextlib.contextmanager
+    def _inference(self) -> Iterator[None]:
+        with inference(self.policy()), self.accelerator.autocast():
+            yield
+
+    @contextlib.contextmanager
+    def _objective_abandoned_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.objective.abandon()
+            raise
+
+
+@contextlib.contextmanager
+def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
+    """Adds the seconds of a `with` block."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds[key] += time.perf_counter() - start
