@@ -1,0 +1,106 @@
+"""bf16: one autocast for generation, scoring and training; what its rounding does to the draws, and no more."""
+
+import math
+
+import pytest
+import torch
+from conftest import EOS, every_completion, log_probs, tiny_gpt2
+from scipy import stats
+from test_exactness import STEPS, TAU, fixed_model
+
+from aldrift_hf import proposals, proposer
+from aldrift_hf.prior import base_model
+from aldrift_hf.sequences import inference, sequence_logprobs
+
+
+def cached_log_probs(model, prompt, completions):
+    """`log q` as generation has it: one token after the other, from cached keys and values."""
+    ids = torch.tensor([prompt + row for row in completions.ids.tolist()])
+    total, cache = torch.zeros(len(ids), dtype=torch.float64), None
+    steps = torch.arange(completions.ids.shape[1]) < completions.length[:, None]
+    tokens = ids[:, : len(prompt)]
+    for step in range(completions.ids.shape[1]):
+        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        cache, tokens = output.past_key_values, ids[:, len(prompt) + step, None]
+        total += torch.where(
+            steps[:, step], output.logits[:, -1].float().log_softmax(-1).gather(1, tokens)[:, 0].double(), 0.0
+        )
+    return total
+
+
+def chi_square_excess(counts, target, ratio):
+    """p-value of counts under a law whose probabilities are within a factor `ratio` of the target's.
+
+    Its chi-square statistic is noncentral, with Σ n(π - p)²/p ≤ n(ratio - 1)².
+    """
+    order = target.argsort()
+    expected, counts = target[order] * counts.sum(), counts[order].double()
+    pooled = int((expected.cumsum(0) < 10).sum()) + 1
+    expected = torch.cat([expected[:pooled].sum()[None], expected[pooled:]])
+    counts = torch.cat([counts[:pooled].sum()[None], counts[pooled:]])
+    statistic = ((counts - expected) ** 2 / expected).sum().item()
+    return float(stats.ncx2.sf(statistic, len(counts) - 1, counts.sum().item() * (ratio - 1) ** 2))
+
+
+@pytest.mark.parametrize("kind", ["gpt2-adapter-off", "llama-adapter-off", "gpt2-peft-model", "gpt2-full"])
+def test_corrected_draws_are_from_the_target_up_to_rounding(kind, config, tokenizer):
+    """Chains weigh by the scorer's log q, but generation drew by its own, δ away: they settle at p·e^δ.
+
+    δ is known for every completion, and with it the most that the draws may be off.
+    """
+    for seed in range(3):
+        trainer, completions, cost, _ = fixed_model(kind, config, tokenizer, ["", "b"], seed, bf16=True)
+        drawn = trainer.sample(1000, chain_length=STEPS)
+        texts = trainer.proposer.decode(completions)
+        names = sorted(set(texts))
+        place = torch.tensor([names.index(text) for text in texts])
+        for number, prompt in enumerate(trainer.prompts.token_ids):
+            with inference(trainer.model), trainer.accelerator.autocast():
+                log_q = log_probs(base_model(trainer.model), prompt, completions)
+                delta = cached_log_probs(base_model(trainer.model), prompt, completions) - log_q
+                with trainer.proposer.prior.active(trainer.model) as prior_model:
+                    log_prior = log_probs(prior_model, prompt, completions)
+            target = torch.zeros(len(names), dtype=torch.float64)
+            target.index_add_(0, place, (log_prior - TAU * cost).softmax(0))
+            ratio = math.exp(2 * delta.abs().max().item())
+            assert ratio < 1.2, "rounding is larger than the test can stand"
+            rows = drawn["completion"][1000 * number : 1000 * (number + 1)]
+            counts = torch.tensor([names.index(text) for text in rows]).bincount(minlength=len(names))
+            assert chi_square_excess(counts, target, ratio) > 1e-4
+            model = torch.zeros(len(names), dtype=torch.float64).index_add_(0, place, log_q.exp())
+            assert chi_square_excess(counts, model, ratio) < 1e-4, "the model is the target: the test shows nothing"
+
+
+@pytest.mark.parametrize(("off_by", "exact"), [(0.0, True), (5e-4, True), (2e-3, False)])
+def test_log_q_is_generations_only_where_it_is_the_scorers(config, tokenizer, monkeypatch, off_by, exact):
+    """To a thousandth of a nat, seen on the first rows; otherwise all rows are scored, as bf16 may need it."""
+    trainer, completions, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
+    trainer.args.generation_batch_size = 100
+    scored = []
+
+    def off(*args):
+        drawn = proposals.generate(*args)
+        return drawn._replace(log_probs=drawn.log_probs + off_by)
+
+    def counted(model, prompts, *args, **kwargs):
+        scored.append(len(prompts))
+        return sequence_logprobs(model, prompts, *args, **kwargs)
+
+    monkeypatch.setattr(proposer, "generate", off)
+    monkeypatch.setattr(proposer, "sequence_logprobs", counted)
+    drawn, _ = trainer.proposer.propose(trainer.prompts, 400, (1,))
+    assert len(scored) == (4 + 1 if exact else 4 + 4), "the prior scores 4 batches, the policy the first or all"
+    log_q = log_probs(base_model(trainer.model), [EOS], completions)
+    place = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
+    known = torch.stack([log_q[place[tuple(tokens)]] for tokens in drawn.completions.tokens()])
+    assert torch.allclose(drawn.log_model[0, :100], known[:100], atol=1e-5)
+    assert torch.allclose(drawn.log_model[0, 100:], known[100:] + (off_by if exact else 0.0), atol=1e-5)
+
+
+def test_scores_under_autocast_are_normalised_and_are_not_those_of_fp32():
+    model, completions = tiny_gpt2(), every_completion()
+    full = log_probs(model, [2], completions)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = log_probs(model, [2], completions)
+    assert half.exp().sum().item() == pytest.approx(1.0, abs=0.02)
+    assert 1e-3 < (half - full).abs().max() < 0.2
