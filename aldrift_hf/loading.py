@@ -10,6 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
 
+from . import sharding
 from .config import ALDRIFTConfig
 from .prior import base_model
 
@@ -88,7 +89,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     own = getattr(model.generation_config, "eos_token_id", None)
     ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
     # A configuration class can carry its family's default id into a model with a smaller vocabulary.
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    vocabulary = sharding.vocabulary_size(model)
     return sorted(token for token in ids if token < vocabulary)
 
 

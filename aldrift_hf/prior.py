@@ -21,6 +21,8 @@ from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 from transformers import PreTrainedModel
 
+from . import sharding
+
 PRIOR_ADAPTER = "prior"
 """Name of the frozen adapter that holds the prior of a `PeftModel`."""
 
@@ -66,6 +68,11 @@ class FrozenCopy:
     """`L` is a copy of the model, made before the first update."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        if sharding.is_sharded(model):
+            raise ValueError(
+                "full fine-tuning keeps a frozen copy of the model beside it, and this model was spread over the "
+                "processes as it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
+            )
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextlib.contextmanager

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from . import sharding
+
 logger = logging.getLogger(__name__)
 
 LOGITS_BUDGET = 2**25
@@ -52,7 +54,7 @@ def projected_logprobs(
 
     def project(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         states = select(args[0])
-        size = max(1, LOGITS_BUDGET // int(model.config.get_text_config().vocab_size))
+        size = max(1, LOGITS_BUDGET // sharding.vocabulary_size(model))
         # `forward`, not a call: this hook must not meet itself.
         for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
             found.append(_logprobs(finish(head.forward(chunk)), wanted))

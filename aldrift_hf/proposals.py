@@ -12,6 +12,7 @@ of logits). And a token's probability is known when it is drawn.
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, cast
@@ -102,16 +103,16 @@ def generate(
     left, done, cache = torch.arange(len(prompts)), 0, None
     while len(left) and done < width:
         draw = _InverseTransform(numbers[left, done:].to(model.device), eos_token_ids)
-        with neutralised(model, config):
+        rest = _with(config, max_new_tokens=width - done, return_dict_in_generate=True)
+        with neutralised(model, rest):
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 past_key_values=cache,
-                generation_config=config,
-                max_new_tokens=width - done,
+                generation_config=rest,
                 logits_processor=LogitsProcessorList([draw]),
                 stopping_criteria=StoppingCriteriaList([draw.half_ended]),
-                return_dict_in_generate=True,
+                synced_gpus=False,  # parameters are whole (sharding.py): no process waits for another's tokens
             )
         new = output.sequences[:, input_ids.shape[1] :]
         ids[left, done : done + new.shape[1]] = new.cpu()
@@ -165,6 +166,12 @@ def _draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     return tokens[:, 0], (weights.gather(1, tokens).double() / total).log()[:, 0]
 
 
+def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:
+    changed = copy.deepcopy(config)
+    changed.update(**changes)
+    return changed
+
+
 def _selected(cache: Any, rows: Tensor) -> Any:
     """A cache of these rows alone; `None`, for which `generate` makes a new one, where it cannot be cut."""
     if not isinstance(cache, DynamicCache):
@@ -180,16 +187,14 @@ def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: Genera
         RuntimeError: if anything stands between the two, for then the log-weights would be wrong.
     """
     input_ids, attention_mask = _pad_left([prompt], cast(int, config.pad_token_id))
-    device = model.device
-    with neutralised(model, config):
+    device, tokens = model.device, min(2, cast(int, config.max_new_tokens))
+    seen = _with(config, max_new_tokens=tokens, return_dict_in_generate=True, output_scores=True, output_logits=True)
+    with neutralised(model, seen):
         output = cast(Any, model).generate(
             input_ids=input_ids.to(device),
             attention_mask=attention_mask.to(device),
-            generation_config=config,
-            max_new_tokens=min(2, cast(int, config.max_new_tokens)),
-            return_dict_in_generate=True,
-            output_scores=True,
-            output_logits=True,
+            generation_config=seen,
+            synced_gpus=False,
         )
     for scores, logits in zip(output.scores, output.logits, strict=True):
         if not torch.equal(scores.float(), logits.float()):

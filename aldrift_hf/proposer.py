@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -44,7 +43,7 @@ class Proposer:
 
     Args:
         args: the run's settings.
-        accelerator: the trainer's; its autocast is that of training: one precision for all three.
+        running: a context in which models may be run: in the precision of training, all parameters in place.
         policy: gives the module that is trained, adapter layers in place, without the wrappers of distributed training.
         prior: turns it into the prior.
         objective: the cost.
@@ -59,7 +58,7 @@ class Proposer:
     def __init__(
         self,
         args: ALDRIFTConfig,
-        accelerator: Accelerator,
+        running: Callable[[], contextlib.AbstractContextManager[None]],
         policy: Callable[[], nn.Module],
         prior: Prior,
         objective: Objective,
@@ -67,7 +66,7 @@ class Proposer:
         generation_config: GenerationConfig,
         pad_token_id: int,
     ) -> None:
-        self.args, self.accelerator = args, accelerator
+        self.args, self.running = args, running
         self.policy, self.prior, self.objective = policy, prior, objective
         self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
         self.batches: Batches | None = None
@@ -201,7 +200,7 @@ class Proposer:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        with inference(self.policy()), self.accelerator.autocast():
+        with self.running(), inference(self.policy()):
             yield
 
     @contextlib.contextmanager

@@ -5,17 +5,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
+
+from . import sharding
 
 
 def take(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of the trainable parameters, on the CPU."""
-    return {
-        name: parameter.detach().to("cpu", copy=True)
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
-    }
+    """Copies of the trainable parameters, whole and on the CPU; all processes call it."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    with sharding.writable(list(trained.values())):
+        return {name: sharding.whole(parameter) for name, parameter in trained.items()}
 
 
 @contextlib.contextmanager
@@ -31,6 +30,6 @@ def loaded(model: nn.Module, snapshot: Mapping[str, Tensor]) -> Iterator[None]:
 
 def _put(model: nn.Module, snapshot: Mapping[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
-    with torch.no_grad():
+    with sharding.writable([parameters[name] for name in snapshot]):
         for name, value in snapshot.items():
-            parameters[name].copy_(value)
+            sharding.put(parameters[name], value)

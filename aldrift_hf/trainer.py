@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
-from . import checkpoint, diagnostics, loading, losses, prior, samplers, snapshots
+from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots
 from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
@@ -157,9 +157,10 @@ class ALDRIFTTrainer(Trainer):
             callbacks=[_Rungs(self), *(callbacks or [])],
             optimizers=optimizers,
         )
+        sharding.check(self.accelerator, prior.base_model(loaded))
         self.proposer = Proposer(
             args,
-            self.accelerator,
+            self._running,
             self._unwrapped,
             frozen,
             self.objective,
@@ -582,6 +583,17 @@ class ALDRIFTTrainer(Trainer):
 
     def _unwrapped(self) -> nn.Module:
         return cast(nn.Module, self.accelerator.unwrap_model(self.model))
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Where models may be run outside of training steps: parameters whole, and under the autocast of those."""
+        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._is_wrapped():
+            self.model.to(self.args.device)  # the Trainer leaves that to the wrapping, when training begins
+        with sharding.gathered(self.model_wrapped, self.accelerator), self.accelerator.autocast():
+            yield
+
+    def _is_wrapped(self) -> bool:
+        return self.model_wrapped is not self.model or sharding.is_sharded(self.model)
 
     def _encode(self, dataset: Dataset) -> Prompts:
         return encode_prompts(

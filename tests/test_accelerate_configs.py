@@ -17,6 +17,9 @@ EXPECTED = {
     "multi_cpu": ("MULTI_GPU", 2, "no", True),
     "single_gpu": ("NO", 1, "bf16", False),
     "multi_gpu": ("MULTI_GPU", 8, "bf16", False),
+    "fsdp2": ("FSDP", 8, "bf16", False),
+    "zero2": ("DEEPSPEED", 8, "bf16", False),
+    "zero3": ("DEEPSPEED", 8, "bf16", False),
 }
 SCRIPT = """
 from accelerate import PartialState
@@ -30,7 +33,7 @@ state.destroy_process_group()
 
 
 def test_which_there_are():
-    assert {path.stem for path in FOLDER.glob("*.yaml")} >= EXPECTED.keys()
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
@@ -38,9 +41,19 @@ def test_accelerate_reads_it(path):
     config = load_config_from_file(str(path))
     assert config.num_machines == 1
     assert re.match(r"# \w.*\.\n", path.read_text()), "a first line that says when to use it"
-    if path.stem in EXPECTED:
-        found = (config.distributed_type.value, config.num_processes, config.mixed_precision, config.use_cpu)
-        assert found == EXPECTED[path.stem]
+    found = (config.distributed_type.value, config.num_processes, config.mixed_precision, config.use_cpu)
+    assert found == EXPECTED[path.stem]
+
+
+def test_what_sharding_needs_of_them():
+    """Checkpoints of whole tensors, and weights that are there when the model is split into prior and policy."""
+    fsdp2 = load_config_from_file(str(FOLDER / "fsdp2.yaml")).fsdp_config
+    assert fsdp2["fsdp_version"] == 2
+    assert fsdp2["fsdp_state_dict_type"] == "FULL_STATE_DICT"
+    assert fsdp2["fsdp_cpu_ram_efficient_loading"] is False
+    for stage in (2, 3):
+        zero = load_config_from_file(str(FOLDER / f"zero{stage}.yaml")).deepspeed_config
+        assert (zero["zero_stage"], zero["zero3_init_flag"]) == (stage, False)
 
 
 @pytest.mark.parametrize(

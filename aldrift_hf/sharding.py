@@ -1,0 +1,128 @@
+"""Models whose parameters are spread over the processes: FSDP2 and DeepSpeed ZeRO-3.
+
+Proposing and scoring need whole parameters on every process, for processes run different numbers of forward passes, of
+different lengths, and a forward pass of a sharded model waits for all of them. So parameters are gathered once a phase
+([`gathered`]), inside which no process waits for another; training steps run sharded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import types
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, StateDictType, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from trl.models import unwrap_model_for_generation
+
+logger = logging.getLogger(__name__)
+
+
+def check(accelerator: Accelerator, model: Any) -> None:
+    """Refuse what is known not to work, before anything is computed.
+
+    Raises:
+        ValueError: with the setting to change.
+    """
+    state = accelerator.state
+    plugin = getattr(state, "fsdp_plugin", None)
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and plugin is None:
+        logger.warning("FSDP was asked for, but Accelerate has it on accelerators alone: this run is plain DDP.")
+    if plugin is not None and plugin.fsdp_version != 2:
+        raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 (accelerate_configs/fsdp2.yaml).")
+    if plugin is not None and plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
+        raise ValueError("checkpoints would miss the adapter: set fsdp_state_dict_type: FULL_STATE_DICT.")
+    zero = getattr(state, "deepspeed_plugin", None)
+    if (plugin is not None or (zero is not None and zero.zero_stage == 3)) and getattr(model, "is_quantized", False):
+        raise ValueError(
+            "quantized weights are not shared out among processes here: each holds them all (in 4 bits an eighth of "
+            "fp32). Launch with accelerate_configs/multi_gpu.yaml."
+        )
+
+
+@contextlib.contextmanager
+def gathered(wrapped: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Whole parameters on every process for the time of a `with` block, which all processes enter and leave."""
+    shards = _fsdp_modules(wrapped)
+    if not shards:
+        # Nothing to do but under ZeRO-3, which gathers, and takes its hooks off the modules.
+        with unwrap_model_for_generation(wrapped, accelerator):
+            yield
+        return
+    root = cast(Any, wrapped)
+    reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
+    _touch(root)
+    root.set_reshard_after_forward(False)
+    # Transformers makes `generate` a forward pass of its own, around those it runs: FSDP reshards at the end of it,
+    # whatever it was told, and the next call would wait for all processes.
+    as_forward = {module: module.__dict__.pop("generate") for module in shards if "generate" in module.__dict__}
+    try:
+        for module in shards:
+            module.unshard()
+        yield
+    finally:
+        for module, generate in as_forward.items():
+            module.generate = generate
+        root.set_reshard_after_forward(reshards)
+        root.set_reshard_after_forward(False, recurse=False)  # as FSDP itself has it for the root
+        for module in shards:
+            module.reshard()
+
+
+@contextlib.contextmanager
+def writable(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Parameters that ZeRO-3 has partitioned, whole for the time of a `with` block; what rank 0 writes is kept."""
+    if any(hasattr(parameter, "ds_id") for parameter in parameters):
+        import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+            yield
+    else:
+        yield
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 or ZeRO-3 has its hands on the parameters."""
+    return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
+
+
+def vocabulary_size(model: Any) -> int:
+    """Rows of the output embeddings, also where ZeRO-3 has left nothing of them here."""
+    weight = model.get_output_embeddings().weight
+    return int(getattr(weight, "ds_shape", weight.shape)[0])
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter in full, on the CPU; all processes call it."""
+    parameter = parameter.detach()
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor().cpu()
+    return parameter.to("cpu", copy=True)
+
+
+def put(parameter: nn.Parameter, value: Tensor) -> None:
+    """Write a whole value, the same on all processes, into a parameter, each process into its part."""
+    value = value.to(parameter.device)
+    if isinstance(parameter, DTensor):
+        # Every process has the whole value: no need to send it around.
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    with torch.no_grad():
+        parameter.copy_(value)
+
+
+def _fsdp_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def _touch(root: Any) -> None:
+    """A forward pass of the root that computes nothing: FSDP takes the first module to run for the root."""
+    if not hasattr(root, "_aldrift_touch"):
+        root._aldrift_touch = types.MethodType(lambda self: None, root)
+        register_fsdp_forward_method(root, "_aldrift_touch")
+    root._aldrift_touch()

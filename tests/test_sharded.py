@@ -1,0 +1,191 @@
+"""FSDP2 on two processes on the CPU (gloo) against DDP: the same proposals, the same model.
+
+With GPUs the same runs go through the configs that are shipped, FSDP2's and DeepSpeed's.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin
+from conftest import tiny_gpt2
+from safetensors.torch import load_file
+
+from aldrift_hf import sharding
+
+SCRIPT = """
+import json, os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import count_a, lora_config, tiny_gpt2, tiny_llama
+from safetensors.torch import save_file
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.problems.priors import word_tokenizer
+
+torch.set_num_threads(1)
+output, flags = sys.argv[1], sys.argv[2:]
+fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+model = tiny_gpt2() if "--gpt2" in flags else tiny_llama()
+config = ALDRIFTConfig(
+    output_dir=output, tau_max=1.5, objective_range=None if "--range" in flags else 3.0, tau_step=0.5, num_chains=20,
+    chain_length=4, max_completion_length=3, generation_batch_size=16, per_device_train_batch_size=4,
+    updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True, use_cpu="--gpu" not in flags, save_strategy="steps",
+    save_steps=6, sampler="archive",
+)
+if fsdp and "--gpu" not in flags:
+    # Accelerate has FSDP on accelerators alone, and gives DDP on the CPU without a word; its code runs on gloo as well.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+peft_config = None
+if "--full" not in flags:
+    peft_config = lora_config(model)
+    if "--head" in flags:
+        peft_config.target_modules = [*peft_config.target_modules, "lm_head"]
+trainer = ALDRIFTTrainer(
+    model, count_a, config, train_dataset=["", "a b", "c"], processing_class=word_tokenizer(["a", "b", "c"], " "),
+    peft_config=peft_config,
+)
+assert trainer.is_fsdp_enabled == fsdp, (trainer.is_fsdp_enabled, fsdp)
+assert trainer.args.world_size == 2
+before = trainer.sample(7)
+trainer.evaluate()
+resume = os.path.join(output, "checkpoint-6") if "--resume" in flags else None
+trainer.train(resume_from_checkpoint=resume)
+if fsdp:
+    assert "DTensor" in str({{type(p) for p in trainer.model.parameters()}}), "sharded again"
+    assert all(p.requires_grad == ("lora_" in n and ".prior." not in n or "--full" in flags)
+               for n, p in trainer.model.named_parameters())
+after = trainer.sample(50, chain_length=5)
+metrics = trainer.evaluate()
+trainer.save_model(os.path.join(output, "final"))
+with open(os.path.join(output, f"rank-{{trainer.args.process_index}}.json"), "w") as file:
+    json.dump({{"before": before.to_dict(), "after": after.to_dict(), "metrics": metrics}}, file)
+PartialState().destroy_process_group()
+"""
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def launch(folder: Path, config: str, *flags: str) -> subprocess.CompletedProcess:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    script = folder.parent / f"{folder.name}.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    folder_of_config = Path(__file__).parent if config == "fsdp2_cpu" else CONFIGS
+    how = ["--config_file", str(folder_of_config / f"{config}.yaml"), "--main_process_port", str(free_port())]
+    how += ["--num_processes", "2", *(["--mixed_precision", "no"] if "--gpu" in flags else [])]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *how, str(script), str(folder), *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+
+
+KINDS = {
+    "head": ["--head"],  # the output embedding is adapted, and so no longer tied to FSDP's root alone
+    "full": ["--gpt2", "--full", "--range"],
+}
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def runs(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("sharded")
+    folders = {name: root / name for name in ("multi_cpu", "fsdp2_cpu")}
+    for name, folder in folders.items():
+        done = launch(folder, name, *KINDS[request.param])
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
+    return folders
+
+
+def records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
+
+
+def result(folder: Path, rank: int = 0) -> dict:
+    return json.loads((folder / f"rank-{rank}.json").read_text())
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (path,) = [*folder.glob("adapter_model.safetensors"), *folder.glob("model.safetensors")]
+    return load_file(path)
+
+
+def test_the_run_is_that_of_ddp(runs):
+    ddp, fsdp = (records(folder) for folder in runs.values())
+    assert len(ddp) == len(fsdp) >= 3
+    for one, two in zip(ddp, fsdp):
+        assert one.keys() == two.keys()
+        for key in one:
+            if not key.startswith("seconds_"):
+                same = one[key] is None or pytest.approx(one[key], rel=1e-3, abs=1e-5)
+                assert two[key] == same if one[key] is not None else two[key] is None, key
+    assert result(runs["multi_cpu"])["before"] == result(runs["fsdp2_cpu"])["before"]
+    assert result(runs["fsdp2_cpu"], 0)["after"] == result(runs["fsdp2_cpu"], 1)["after"]
+    one, two = result(runs["multi_cpu"])["after"], result(runs["fsdp2_cpu"])["after"]
+    assert one["completion"] == two["completion"]
+    assert one["log_model"] == pytest.approx(two["log_model"], abs=1e-4)
+
+
+def test_the_model_is_that_of_ddp(runs):
+    ddp, fsdp = (weights(folder / "final") for folder in runs.values())
+    assert ddp.keys() == fsdp.keys()
+    for name in ddp:
+        assert torch.allclose(ddp[name], fsdp[name], rtol=0, atol=1e-5), name
+
+
+def test_it_resumes(runs, request):
+    kind = request.node.callspec.params["runs"]
+    folder = runs["fsdp2_cpu"]
+    kept, saved = result(folder), weights(folder / "final")
+    done = launch(folder, "fsdp2_cpu", "--resume", *KINDS[kind])
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
+    again = weights(folder / "final")
+    for name in saved:
+        assert torch.equal(saved[name], again[name]), name
+    assert result(folder)["after"]["completion"] == kept["after"]["completion"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="two GPUs")
+@pytest.mark.parametrize("config", ["fsdp2", "zero2", "zero3"])
+def test_the_shipped_configs_on_two_gpus(config, tmp_path):
+    if config.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    for name in ("multi_gpu", config):
+        done = launch(tmp_path / name, name, "--gpu", *KINDS["head"])
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
+    ddp, other = (weights(tmp_path / name / "final") for name in ("multi_gpu", config))
+    for name in ddp:
+        assert torch.allclose(ddp[name], other[name], rtol=0, atol=1e-4), name
+
+
+def accelerator(**state):
+    return SimpleNamespace(state=SimpleNamespace(**state))
+
+
+def test_what_cannot_work_is_refused(monkeypatch, caplog):
+    model = tiny_gpt2()
+    sharding.check(accelerator(), model)
+    whole = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
+    sharding.check(accelerator(fsdp_plugin=whole), model)
+    old = FullyShardedDataParallelPlugin(fsdp_version=1, state_dict_type="FULL_STATE_DICT")
+    with pytest.raises(ValueError, match="fsdp_version: 2"):
+        sharding.check(accelerator(fsdp_plugin=old), model)
+    parts = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    with pytest.raises(ValueError, match="FULL_STATE_DICT"):
+        sharding.check(accelerator(fsdp_plugin=parts), model)
+    model.is_quantized = True
+    sharding.check(accelerator(deepspeed_plugin=SimpleNamespace(zero_stage=2)), model)
+    for state in ({"fsdp_plugin": whole}, {"deepspeed_plugin": SimpleNamespace(zero_stage=3)}):
+        with pytest.raises(ValueError, match=r"multi_gpu\.yaml"):
+            sharding.check(accelerator(**state), model)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    sharding.check(accelerator(), model)
+    assert "plain DDP" in caplog.text
