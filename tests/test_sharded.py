@@ -94,16 +94,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=sorted(KINDS))
-def runs(request, tmp_path_factory):
-    root = tmp_path_factory.mktemp("sharded")
-    folders = {name: root / name for name in ("multi_cpu", "fsdp2_cpu")}
-    for name, folder in folders.items():
-        done = launch(folder, name, *KINDS[request.param])
-        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
-    return folders
-
-
 def records(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
 
@@ -117,39 +107,35 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
-def test_the_run_is_that_of_ddp(runs):
-    ddp, fsdp = (records(folder) for folder in runs.values())
-    assert len(ddp) == len(fsdp) >= 3
-    for one, two in zip(ddp, fsdp):
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_is_that_of_ddp_and_resumes(kind, tmp_path):
+    ddp, fsdp = (tmp_path / name for name in ("multi_cpu", "fsdp2_cpu"))
+    for folder in (ddp, fsdp):
+        done = launch(folder, folder.name, *KINDS[kind])
+        assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
+
+    for one, two in zip(records(ddp), records(fsdp), strict=True):
         assert one.keys() == two.keys()
         for key in one:
-            if not key.startswith("seconds_"):
-                same = one[key] is None or pytest.approx(one[key], rel=1e-3, abs=1e-5)
-                assert two[key] == same if one[key] is not None else two[key] is None, key
-    assert result(runs["multi_cpu"])["before"] == result(runs["fsdp2_cpu"])["before"]
-    assert result(runs["fsdp2_cpu"], 0)["after"] == result(runs["fsdp2_cpu"], 1)["after"]
-    one, two = result(runs["multi_cpu"])["after"], result(runs["fsdp2_cpu"])["after"]
-    assert one["completion"] == two["completion"]
-    assert one["log_model"] == pytest.approx(two["log_model"], abs=1e-4)
+            if not key.startswith("seconds_") and "khat" not in key:  # a fit to a few extremes multiplies rounding
+                assert two[key] == (None if one[key] is None else pytest.approx(one[key], rel=1e-3, abs=1e-5)), key
+    one, two = result(ddp), result(fsdp)
+    assert one["before"] == two["before"]
+    assert two["after"] == result(fsdp, rank=1)["after"]
+    assert one["after"]["completion"] == two["after"]["completion"]
+    assert one["after"]["log_model"] == pytest.approx(two["after"]["log_model"], abs=1e-4)
+    one, saved = weights(ddp / "final"), weights(fsdp / "final")
+    assert one.keys() <= saved.keys()  # FSDP writes a tied output embedding twice
+    for name in one:
+        if not name.endswith("c_attn.bias"):  # a key's bias has no gradient but rounding, which Adam blows up
+            assert torch.allclose(one[name], saved[name], rtol=0, atol=1e-5), name
 
-
-def test_the_model_is_that_of_ddp(runs):
-    ddp, fsdp = (weights(folder / "final") for folder in runs.values())
-    assert ddp.keys() == fsdp.keys()
-    for name in ddp:
-        assert torch.allclose(ddp[name], fsdp[name], rtol=0, atol=1e-5), name
-
-
-def test_it_resumes(runs, request):
-    kind = request.node.callspec.params["runs"]
-    folder = runs["fsdp2_cpu"]
-    kept, saved = result(folder), weights(folder / "final")
-    done = launch(folder, "fsdp2_cpu", "--resume", *KINDS[kind])
+    done = launch(fsdp, "fsdp2_cpu", "--resume", *KINDS[kind])
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
-    again = weights(folder / "final")
+    again = weights(fsdp / "final")
     for name in saved:
         assert torch.equal(saved[name], again[name]), name
-    assert result(folder)["after"]["completion"] == kept["after"]["completion"]
+    assert result(fsdp)["after"] == two["after"]
 
 
 @pytest.mark.gpu
