@@ -47,13 +47,23 @@ def check(accelerator: Accelerator, model: Any) -> None:
 
 
 @contextlib.contextmanager
-def gathered(wrapped: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """Whole parameters on every process for the time of a `with` block, which all processes enter and leave."""
-    shards = _fsdp_modules(wrapped)
-    if not shards:
-        # Nothing to do but under ZeRO-3, which gathers, and takes its hooks off the modules.
-        with unwrap_model_for_generation(wrapped, accelerator):
+def gathered(
+    wrapped: nn.Module, accelerator: Accelerator, checkpointing: dict[str, Any] | None = None
+) -> Iterator[None]:
+    """Whole parameters on every process for the time of a `with` block, which all processes enter and leave.
+
+    Args:
+        wrapped: the model as the Trainer trains it.
+        accelerator: the Trainer's.
+        checkpointing: the run's `gradient_checkpointing_kwargs`, for TRL sets them anew.
+    """
+    shards = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
+    if not shards and is_sharded(wrapped):  # ZeRO-3: gathered, and DeepSpeed's hooks off the modules
+        with unwrap_model_for_generation(wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing):
             yield
+        return
+    if not shards:
+        yield
         return
     root = cast(Any, wrapped)
     reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
@@ -114,10 +124,6 @@ def put(parameter: nn.Parameter, value: Tensor) -> None:
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     with torch.no_grad():
         parameter.copy_(value)
-
-
-def _fsdp_modules(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def _touch(root: Any) -> None:

@@ -589,7 +589,8 @@ class ALDRIFTTrainer(Trainer):
         """Where models may be run outside of training steps: parameters whole, and under the autocast of those."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._is_wrapped():
             self.model.to(self.args.device)  # the Trainer leaves that to the wrapping, when training begins
-        with sharding.gathered(self.model_wrapped, self.accelerator), self.accelerator.autocast():
+        checkpointing = cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
+        with sharding.gathered(self.model_wrapped, self.accelerator, checkpointing), self.accelerator.autocast():
             yield
 
     def _is_wrapped(self) -> bool:

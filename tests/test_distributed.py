@@ -12,7 +12,7 @@ from conftest import chi_square_p, count_a, every_completion, log_probs, tiny_gp
 from safetensors.torch import load_file
 
 SCRIPT = """
-import json, os, sys
+import json, os, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
 from conftest import count_a, lora_config, perturb, tiny_gpt2
@@ -25,6 +25,8 @@ output, world = sys.argv[1], int(sys.argv[2])
 asked = []
 
 def cost(prompts, completions):
+    if "--die" in sys.argv and int(os.environ.get("RANK", 0)) == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
     if "--fail" in sys.argv and int(os.environ.get("RANK", 0)) == 1:
         raise RuntimeError("no service on this rank")
     asked.extend(zip(prompts, completions))
@@ -182,3 +184,11 @@ def test_an_objective_that_fails_on_one_rank_ends_all_with_its_message(tmp_path)
     assert done.returncode != 0
     assert "'cost' raised RuntimeError: no service on this rank" in done.stderr
     assert "on another process" in done.stderr
+
+
+def test_a_rank_that_dies_takes_the_run_down(tmp_path):
+    """Out of memory, say: the launcher ends the others, and says which one it was."""
+    done = launch(tmp_path / "out", 2, "--die")
+    assert done.returncode != 0
+    assert "ChildFailedError" in done.stderr
+    assert "Signal 9 (SIGKILL)" in done.stderr

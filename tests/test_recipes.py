@@ -211,6 +211,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
     text = capsys.readouterr().out
     own = {  # the others take all of ALDRIFT's and TRL's
         "coarse_learnability": (),  # theory without a model
+        "speed": ("--sizes", "--rungs", "--mean_length"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
     all_of_them = ("--tau_max", "--num_chains", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps")

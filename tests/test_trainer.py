@@ -11,7 +11,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, proposer
 from aldrift_hf.prior import base_model
 
 RECORD = {
@@ -337,6 +337,45 @@ def test_dropout_does_not_reach_scores_or_draws(make):
     assert torch.equal(first.log_model, second.log_model)
     assert torch.equal(first.log_prior, second.log_prior)
     assert torch.allclose(first.log_prior, first.log_model, atol=1e-5)
+
+
+def test_an_exception_leaves_the_model_as_it_was(make, monkeypatch):
+    """Train mode, gradient checkpointing, the generation config and the adapter: also if scoring the prior fails."""
+    trainer = make(settings={"gradient_checkpointing": True}, peft_config=lora_config(tiny_gpt2()))
+    trainer.train()
+    own = base_model(trainer.model).generation_config
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("no more")
+
+    for name in ("generate", "sequence_logprobs"):
+        trainer.model.train()
+        with monkeypatch.context() as patch:
+            patch.setattr(proposer, name, broken)
+            with pytest.raises(RuntimeError, match="no more"):
+                trainer.proposer.propose(trainer.prompts, 10, (1,))
+        assert all(module.training for module in trainer.model.modules())
+        assert trainer.model.is_gradient_checkpointing
+        assert torch.is_grad_enabled()
+        assert base_model(trainer.model).generation_config is own
+        assert trainer.model.active_adapters == ["default"]
+        assert any(parameter.requires_grad for parameter in trainer.model.parameters())
+        assert not base_model(trainer.model).get_output_embeddings()._forward_pre_hooks
+    assert len(trainer.sample(5)) == 5
+
+
+def test_an_adapter_costs_no_second_copy_of_the_weights(make):
+    """With PEFT the prior is the same weights; only full fine-tuning keeps a frozen copy."""
+    model = tiny_gpt2()
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    trainer = make(model=model, peft_config=lora_config(model))
+    held = [trainer.model, getattr(trainer.proposer.prior, "model", None)]
+    frozen = {parameter.data_ptr() for module in held if module for parameter in module.parameters()}
+    assert all(parameter.data_ptr() in frozen for parameter in model.parameters())
+    assert sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad) == weights
+    assert held[1] is None
+    full = make(model=tiny_gpt2(), peft_config=None)
+    assert sum(p.numel() for p in full.proposer.prior.model.parameters()) == weights
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

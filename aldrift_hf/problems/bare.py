@@ -60,6 +60,14 @@ SIZES = {
         torch.float32,
         512,
     ),
+    "small": Size(
+        _llama(
+            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4
+        ),
+        8_192,
+        torch.float32,
+        128,
+    ),
     # A narrow model with a vocabulary as large as they come: for the memory of scoring alone.
     "wide": Size(
         _llama(
@@ -68,14 +76,6 @@ SIZES = {
         128_256,
         torch.float32,
         64,
-    ),
-    "small": Size(
-        _llama(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4
-        ),
-        8_192,
-        torch.float32,
-        128,
     ),
     # The shape of a well-known one of 1.2 billion parameters.
     "1b": Size(

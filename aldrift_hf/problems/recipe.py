@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Optional, cast
 
 import numpy as np
-from peft import PeftConfig, PeftModel, prepare_model_for_kbit_training
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
 
 from ..config import ALDRIFTConfig
 from ..prior import keep_four_bit_weights
@@ -90,10 +90,9 @@ def make_prior(
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
         quantization_config=quantization,
+        device_map=get_kbit_device_map() if quantization is not None else None,
     )
     keep_four_bit_weights(model)
-    if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
     fitted = warm_up(
         model, tokenizer, problem.random_texts, peft_config, steps=steps, batch_size=16, learning_rate=2e-4
