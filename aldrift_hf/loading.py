@@ -6,10 +6,11 @@ import os
 import tempfile
 from typing import Any, cast
 
+import torch
+from accelerate import PartialState
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.peft_utils import find_adapter_config_file
-from trl import get_kbit_device_map
 
 from . import sharding
 from .config import ALDRIFTConfig
@@ -32,11 +33,16 @@ def check_writable(output_dir: str) -> None:
         ) from error
 
 
+def own_device() -> dict[str, int] | None:
+    """Where a quantized model is loaded to, for it cannot be moved there later: each process's own accelerator."""
+    return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
+
+
 def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
     """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on."""
     kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
     if "quantization_config" in kwargs:
-        kwargs.setdefault("device_map", get_kbit_device_map())  # each process its own device
+        kwargs.setdefault("device_map", own_device())
     if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
         return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))

@@ -12,9 +12,10 @@ import numpy as np
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import get_last_checkpoint
-from trl import ModelConfig, get_kbit_device_map, get_peft_config, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import ALDRIFTConfig
+from ..loading import own_device
 from ..prior import keep_four_bit_weights
 from ..trainer import ALDRIFTTrainer
 from .enumeration import Enumeration
@@ -90,7 +91,7 @@ def make_prior(
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
         quantization_config=quantization,
-        device_map=get_kbit_device_map() if quantization is not None else None,
+        device_map=own_device() if quantization is not None else None,
     )
     keep_four_bit_weights(model)
     peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
