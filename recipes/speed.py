@@ -21,7 +21,7 @@ from unittest.mock import patch
 
 import torch
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, projection, proposals
@@ -89,7 +89,9 @@ def make_trainer(name: str, options: SpeedArguments, objective=cost, **settings)
         copy.deepcopy(model), config, proposals=8 * options.chains, rows=min(size.rows, 8 * options.chains),
         length=options.length, updates=options.updates, batch=32,
     )  # fmt: skip
-    return ALDRIFTTrainer(model, objective, args, processing_class=tokenizer, peft_config=config), bare
+    trainer = ALDRIFTTrainer(model, objective, args, processing_class=tokenizer, peft_config=config)
+    trainer.remove_callback(PrinterCallback)  # the rungs' figures mean nothing here
+    return trainer, bare
 
 
 def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
