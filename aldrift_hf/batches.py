@@ -9,6 +9,7 @@ from typing import TypeVar
 
 import psutil
 import torch
+from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ Result = TypeVar("Result")
 MOST = 1024
 """Rows beyond which a batch gains nothing."""
 SHARE = 0.4
-"""Of the memory that is free, the part that cached keys and values may take."""
+"""Of the memory that is free, the part that generation may take for cached keys and values, and for logits."""
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Batches:
 
 
 def fitting(model: PreTrainedModel, tokens: int) -> int:
-    """A guess at how many rows of so many tokens can be generated at once: a power of two, by the cache they need."""
+    """A guess at how many rows of so many tokens can be generated at once: a power of two, by what they need."""
     config = model.config.get_text_config()
     if not hasattr(config, "num_attention_heads"):  # no attention, no cache that grows
         return MOST
@@ -65,6 +66,7 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     # The cache is kept in the precision of the computation; take the model's own, which is no smaller.
     row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
+    row += 12 * config.vocab_size  # a step's logits: generate's copy in fp32, and two more to draw by
     rows = int(SHARE * _free_memory(model.device) / row)
     return max(1, min(MOST, 1 << max(0, rows.bit_length() - 1)))
 
@@ -72,6 +74,6 @@ def fitting(model: PreTrainedModel, tokens: int) -> int:
 def _free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cpu":
-        return int(psutil.virtual_memory().available)
+        return int(psutil.virtual_memory().available // PartialState().num_processes)
     free, _ = torch.get_device_module(device).mem_get_info(device)
     return int(free)

@@ -105,7 +105,8 @@ def load(folder: str, samples: RungSamples, objective: Objective) -> Progress:
     if missing:
         raise ValueError(f"{folder} is not a checkpoint of ALDRIFTTrainer: it has no {', '.join(missing)}.")
     state = json.loads((path / STATE_FILE).read_text())
-    progress = Progress(**{**state, "batches": state["batches"] and Batches(**state["batches"])})
+    batches = state.pop("batches", None)
+    progress = Progress(**state, batches=batches and Batches(**batches))
     tensors = load_file(path / SAMPLES_FILE)
     if len(progress.log_z) != len(samples.prompts) or len(tensors["order"]) != len(samples):
         raise ValueError(

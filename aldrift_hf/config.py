@@ -68,13 +68,14 @@ class ALDRIFTConfig(TrainingArguments):
             Tokens after which a completion is cut. Being cut is part of the event space, of the prior's too.
         generation_batch_size (`int`, *optional*):
             Completions that a process generates, scores or hands to the objective at once. `None`: as many as are
-            likely to fit into memory (up to 1,024), and half as many whenever they do not.
+            likely to fit into memory (up to 1,024), and half as many whenever they do not; 128 for the objective.
         scoring_batch_tokens (`int`, *optional*, defaults to `16384`):
             Most tokens (completions × length) in one forward pass when completions are scored, which bounds its
             memory: logits are computed in chunks of 128 MiB, whatever the vocabulary.
         overlap_objective (`bool`, *optional*, defaults to `True`):
             Evaluate the objective in a thread while the next completions are generated. `False` calls it in the main
-            thread, for functions that work there alone (signals, some database connections).
+            thread and after generation, for functions that work there alone (signals, some database connections), or
+            that run the trained model itself.
 
         > Parameters that control learning
 
@@ -200,7 +201,7 @@ class ALDRIFTConfig(TrainingArguments):
         default=True,
         metadata={
             "help": "Evaluate the objective in a thread while the next completions are generated; "
-            "--no_overlap_objective for functions that work in the main thread alone."
+            "--no_overlap_objective for functions that work in the main thread alone, or run the trained model."
         },
     )
 

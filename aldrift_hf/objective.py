@@ -15,6 +15,7 @@ import functools
 import inspect
 import math
 import numbers
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -119,7 +120,7 @@ class Objective:
         self.batch_size = batch_size
         self.show_progress = show_progress
         self.cache: dict[Key, list[float]] = {}
-        self._executor = ThreadPoolExecutor(max_workers=1) if overlap else None
+        self._worker = _Worker() if overlap else None
         self._begun = _Begun()
 
     @property
@@ -173,7 +174,7 @@ class Objective:
             keys, indices = zip(*mine[start : start + self.batch_size], strict=True)
             batch = (keys, prompts, [rows[i] for i in indices], [completions[i] for i in indices])
             job = functools.partial(self._work, self._begun, *batch)
-            self._begun.jobs.append(job if self._executor is None else self._executor.submit(job))
+            self._begun.jobs.append(job if self._worker is None else self._worker.submit(job))
 
     def finish(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
         """Costs `[n]` (fp64) of `n` completions, all of which went through [`begin`], once they are there.
@@ -203,6 +204,8 @@ class Objective:
         for job in self._begun.jobs:
             if isinstance(job, Future):
                 job.cancel()
+        if PartialState().num_processes == 1:  # what was paid for is kept; on several processes all caches are alike
+            self.cache.update(self._begun.found)
         self._begun = _Begun()
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
@@ -222,7 +225,7 @@ class Objective:
         if begun.error is None:
             try:
                 begun.found += zip(keys, self._evaluate(prompts, rows, completions), strict=True)
-            except (ValueError, ObjectiveError) as error:
+            except (Exception, SystemExit, asyncio.CancelledError) as error:  # all processes are to hear of it
                 begun.error = error
 
     def _total(self, values: Sequence[float]) -> float:
@@ -249,6 +252,26 @@ class Objective:
         return values
 
 
+class _Worker:
+    """Runs one job after the other in a thread that does not outlive the process, as an executor's would."""
+
+    def __init__(self) -> None:
+        self.jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="aldrift-objective", daemon=True).start()
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        future: Future[None] = Future()
+        self.jobs.put((future, job))
+        return future
+
+    def _run(self) -> None:
+        while True:
+            future, job = self.jobs.get()
+            if future.set_running_or_notify_cancel():
+                job()
+                future.set_result(None)
+
+
 @dataclass
 class _Begun:
     """What was handed over since the last [`Objective.finish`]; `found` and `error` are written by the thread."""
@@ -256,7 +279,7 @@ class _Begun:
     asked: set[Key] = field(default_factory=set)
     jobs: list[Future[None] | Callable[[], None]] = field(default_factory=list)
     found: list[tuple[Key, list[float]]] = field(default_factory=list)
-    error: Exception | None = None
+    error: BaseException | None = None
 
 
 def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
@@ -271,9 +294,11 @@ def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, An
 
     pending: list[Any] = []
     if any(_is_async(function) for _, function in functions):
-        # In a thread of its own: the caller may sit in a running loop already, as in a notebook.
-        with ThreadPoolExecutor(max_workers=1) as pool:
-            pending = pool.submit(asyncio.run, gather()).result()
+        if threading.current_thread() is not threading.main_thread():
+            pending = asyncio.run(gather())
+        else:  # in a thread of its own: the caller may sit in a running loop already, as in a notebook
+            with ThreadPoolExecutor(max_workers=1) as pool:
+                pending = pool.submit(asyncio.run, gather()).result()
     awaited = iter(pending)
     results = []
     for name, function in functions:

@@ -9,6 +9,7 @@ where sharded weights (FSDP, ZeRO-3) are whole.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -49,15 +50,19 @@ def projected_logprobs(
         _known[model] = _finish_of(model, targets)
     finish = _known[model]
     if finish is None:
-        return _logprobs(select(model(**inputs).logits), targets)
+        logits = select(model(**inputs).logits)
+        return _logprobs(logits, targets.to(logits.device))
     found: list[Tensor] = []
+    thread = threading.get_ident()
 
     def project(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if threading.get_ident() != thread:  # an objective that runs the model too
+            return args
         states = select(args[0])
         size = max(1, LOGITS_BUDGET // sharding.vocabulary_size(model))
         # `forward`, not a call: this hook must not meet itself.
         for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
-            found.append(_logprobs(finish(head.forward(chunk)), wanted))
+            found.append(_logprobs(finish(head.forward(chunk)), wanted.to(chunk.device)))
         return (args[0][:1, -1:],)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(project)
@@ -94,9 +99,8 @@ def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
 
 def _finishes(config: PreTrainedConfig) -> Iterator[Finish]:
     """What models are known to do, as far as the config has it; the most that it has, first."""
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma
-    if cap is not None:
-        yield lambda logits: torch.tanh(logits / cap) * cap
+    for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma, …, xLSTM
+        yield from (_capped(cap) for cap in [getattr(config, name, None)] if cap)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, …, Falcon-H1
         yield from (_times(factor) for factor in [getattr(config, name, None)] if factor is not None)
     scaling = getattr(config, "logits_scaling", None)  # Granite divides, HyperCLOVA X multiplies
@@ -104,6 +108,10 @@ def _finishes(config: PreTrainedConfig) -> Iterator[Finish]:
         yield _times(1 / scaling)
         yield _times(scaling)
     yield lambda logits: logits
+
+
+def _capped(cap: float) -> Finish:
+    return lambda logits: torch.tanh(logits / cap) * cap
 
 
 def _times(factor: float) -> Finish:

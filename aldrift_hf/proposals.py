@@ -28,6 +28,7 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .projection import LOGITS_BUDGET
 from .sequences import Completions, completion_length
@@ -173,8 +174,12 @@ def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
-    """A cache of these rows alone; `None`, for which `generate` makes a new one, where it cannot be cut."""
-    if not isinstance(cache, DynamicCache):
+    """A cache of these rows alone; `None`, for which `generate` computes it anew, where it cannot be cut.
+
+    Models that mix attention with recurrence (Jamba, Qwen 3 Next, …) keep states in it that know no rows.
+    """
+    attention = (DynamicLayer, DynamicSlidingWindowLayer)
+    if type(cache) is not DynamicCache or any(type(layer) not in attention for layer in cache.layers):
         return None
     cache.batch_select_indices(rows)
     return cache

@@ -19,7 +19,7 @@ from .config import ALDRIFTConfig
 from .objective import Objective
 from .prior import Prior, base_model
 from .prompts import Prompts
-from .proposals import assert_neutral, generate, uniforms
+from .proposals import Draws, assert_neutral, generate, uniforms
 from .rungs import Proposals
 from .sequences import Completions, inference, sequence_logprobs
 
@@ -27,6 +27,10 @@ Result = TypeVar("Result")
 
 TOLERANCE = 1e-3
 """Most nats by which generation's `log q` may differ from the scorer's to be taken for it: 0.1 % of a weight."""
+SEEN = 8
+"""Draws of every batch on which the two are compared."""
+FAR, FAR_IN_HALF = 0.02, 0.5
+"""Beyond so many nats, times the square root of a completion's tokens, it is not rounding: in fp32, and in bf16."""
 
 
 class _Part(NamedTuple):
@@ -71,7 +75,6 @@ class Proposer:
         self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
         self.batches: Batches | None = None
         self._neutral = False
-        self._log_q_is_exact: bool | None = None
 
     def propose(self, prompts: Prompts, per_prompt: int, stream: Sequence[int]) -> tuple[Proposals, dict[str, float]]:
         """`per_prompt` draws for every prompt, scored and priced; and the seconds that each part took.
@@ -82,7 +85,6 @@ class Proposer:
         rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
         seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         parts: list[_Part] = []
-        self._log_q_is_exact = None  # to be seen anew: the model has learnt since
         with self._inference(), self._objective_abandoned_on_error():
             for drawn in self._deal(prompts, rows, functools.partial(self._draw, stream, seconds), "proposals"):
                 begun = sum(len(part.texts) for part in parts)
@@ -167,16 +169,34 @@ class Proposer:
             self._neutral = True
         with timed(seconds, "seconds_propose"):
             numbers = uniforms((self.args.seed, *stream), rows, self.args.max_completion_length)
-            completions, log_model = generate(model, token_ids, self.generation_config, numbers)
+            drawn = generate(model, token_ids, self.generation_config, numbers)
         with timed(seconds, "seconds_score"):
-            if not self._log_q_is_exact:
-                scored = self._score(model, token_ids, completions)
-                if self._log_q_is_exact is None:
-                    self._log_q_is_exact = torch.allclose(log_model, scored, rtol=0.0, atol=TOLERANCE)
-                log_model = scored
+            log_model = self._log_q(model, token_ids, drawn)
             with self.prior.active(self.policy()) as prior_model:
-                log_prior = self._score(prior_model, token_ids, completions)
-        return _Part(completions, self.decode(completions), log_model, log_prior)
+                log_prior = self._score(prior_model, token_ids, drawn.completions)
+        return _Part(drawn.completions, self.decode(drawn.completions), log_model, log_prior)
+
+    def _log_q(self, model: PreTrainedModel, token_ids: list[list[int]], drawn: Draws) -> Tensor:
+        """`log q` of draws: generation's own where, on a few of them, it is the scorer's; else the scorer's.
+
+        Raises:
+            RuntimeError: where the two have nothing to do with each other.
+        """
+        few = torch.linspace(0, len(token_ids) - 1, min(SEEN, len(token_ids))).long()
+        seen = self._score(model, [token_ids[row] for row in few.tolist()], drawn.completions.select(few))
+        if (seen - drawn.log_probs[few]).abs().max() <= TOLERANCE:
+            return drawn.log_probs
+        scored = self._score(model, token_ids, drawn.completions)
+        in_full = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
+        apart = (scored - drawn.log_probs).abs() / drawn.completions.length.sqrt()
+        if apart.max() > (FAR if in_full else FAR_IN_HALF):
+            raise RuntimeError(
+                f"{type(model).__name__} generates with other probabilities than its forward pass has: for one "
+                f"completion they are {(scored - drawn.log_probs).abs().max():.3g} nats apart. Its draws would be "
+                "weighted wrongly. The usual reason is a model that ignores the attention mask of prompts padded on "
+                "the left: use prompts of one length (in tokens), or generation_batch_size=1."
+            )
+        return scored
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
         return sequence_logprobs(
@@ -196,6 +216,8 @@ class Proposer:
             guess = [fitting(base_model(self.policy()), tokens)]
             broadcast_object_list(guess)  # blocks are the same for all
             self.batches = Batches(guess[0], fixed=False)
+        # Who ran out of memory went on with less; from now on all do, for blocks are the same for all.
+        self.batches.size = min(gather_object([self.batches.size]))
         return self.batches
 
     @contextlib.contextmanager

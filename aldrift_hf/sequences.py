@@ -140,16 +140,16 @@ def _score(batch: list[Row], model: PreTrainedModel, pad_token_id: int) -> Tenso
     predicted = completion_mask[:, first:]
     token_logprobs = projected_logprobs(
         model,
-        lambda hidden: hidden[:, -keep:-1][predicted],
+        lambda hidden: hidden[:, -keep:-1][predicted.to(hidden.device)],
         input_ids[:, first:][predicted],
         input_ids=input_ids,
         attention_mask=attention_mask,
         use_cache=False,
         **({"logits_to_keep": keep} if _keeps_logits(model) else {}),
     )
-    scores = torch.zeros(predicted.shape, dtype=torch.float64, device=token_logprobs.device)
-    scores[predicted] = token_logprobs.double()
-    return scores.sum(-1).cpu()
+    scores = torch.zeros(predicted.shape, dtype=torch.float64)
+    scores[predicted.cpu()] = token_logprobs.double().cpu()
+    return scores.sum(-1)
 
 
 @contextlib.contextmanager

@@ -55,12 +55,18 @@ def gathered(
     Args:
         wrapped: the model as the Trainer trains it.
         accelerator: the Trainer's.
-        checkpointing: the run's `gradient_checkpointing_kwargs`, for TRL sets them anew.
+        checkpointing: the run's `gradient_checkpointing_kwargs`.
     """
     shards = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     if not shards and is_sharded(wrapped):  # ZeRO-3: gathered, and DeepSpeed's hooks off the modules
-        with unwrap_model_for_generation(wrapped, accelerator, gradient_checkpointing_kwargs=checkpointing):
-            yield
+        model = cast(Any, accelerator.unwrap_model(wrapped))
+        checkpoints = model.is_gradient_checkpointing
+        try:
+            with unwrap_model_for_generation(wrapped, accelerator):
+                yield
+        finally:
+            if checkpoints:  # TRL's context ends with other settings or, after an exception, with none
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         return
     if not shards:
         yield

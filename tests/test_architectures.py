@@ -12,6 +12,8 @@ from transformers import (
     GPT2Config,
     GPTNeoXConfig,
     GraniteConfig,
+    JambaConfig,
+    Lfm2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
@@ -62,6 +64,17 @@ CONFIGS = {
     "granite": lambda: GraniteConfig(**GROUPED, logits_scaling=3.0),
     "mixtral": lambda: MixtralConfig(**EXPERTS, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(**EXPERTS, head_dim=8, moe_intermediate_size=16, num_experts=4),
+    # Attention beside recurrence: caches that cannot be cut.
+    "lfm2": lambda: Lfm2Config(**GROUPED, layer_types=["conv", "full_attention"]),
+    "jamba": lambda: JambaConfig(
+        **{**GROUPED, "pad_token_id": 1},
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        num_experts=2,
+        mamba_d_state=4,
+        mamba_dt_rank=4,
+        use_mamba_kernels=False,
+    ),
     "mamba": lambda: MambaConfig(
         hidden_size=16, num_hidden_layers=2, state_size=4, initializer_range=0.3, **{**TOKENS, "pad_token_id": 1}
     ),

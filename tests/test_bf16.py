@@ -73,7 +73,7 @@ def test_corrected_draws_are_from_the_target_up_to_rounding(kind, config, tokeni
 
 @pytest.mark.parametrize(("off_by", "exact"), [(0.0, True), (5e-4, True), (2e-3, False)])
 def test_log_q_is_generations_only_where_it_is_the_scorers(config, tokenizer, monkeypatch, off_by, exact):
-    """To a thousandth of a nat, seen on the first rows; otherwise all rows are scored, as bf16 may need it."""
+    """To a thousandth of a nat, seen on a few rows of every batch; otherwise all are scored, as bf16 may need it."""
     trainer, completions, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
     trainer.args.generation_batch_size = 100
     scored = []
@@ -89,12 +89,24 @@ def test_log_q_is_generations_only_where_it_is_the_scorers(config, tokenizer, mo
     monkeypatch.setattr(proposer, "generate", off)
     monkeypatch.setattr(proposer, "sequence_logprobs", counted)
     drawn, _ = trainer.proposer.propose(trainer.prompts, 400, (1,))
-    assert len(scored) == (4 + 1 if exact else 4 + 4), "the prior scores 4 batches, the policy the first or all"
+    assert sorted(scored) == ([8] * 4 + [100] * 4 if exact else [8] * 4 + [100] * 8), "the prior's, and the policy's"
     log_q = log_probs(base_model(trainer.model), [EOS], completions)
     place = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
     known = torch.stack([log_q[place[tuple(tokens)]] for tokens in drawn.completions.tokens()])
-    assert torch.allclose(drawn.log_model[0, :100], known[:100], atol=1e-5)
-    assert torch.allclose(drawn.log_model[0, 100:], known[100:] + (off_by if exact else 0.0), atol=1e-5)
+    assert torch.allclose(drawn.log_model[0], known + (off_by if exact else 0.0), atol=1e-5)
+
+
+def test_generation_that_does_not_draw_what_is_scored_is_an_error(config, tokenizer, monkeypatch):
+    """As with a model that ignores the attention mask, and prompts padded on the left."""
+    trainer, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
+
+    def wrong(*args):
+        drawn = proposals.generate(*args)
+        return drawn._replace(log_probs=drawn.log_probs - 0.5)
+
+    monkeypatch.setattr(proposer, "generate", wrong)
+    with pytest.raises(RuntimeError, match="generates with other probabilities"):
+        trainer.proposer.propose(trainer.prompts, 40, (1,))
 
 
 def test_scores_under_autocast_are_normalised_and_are_not_those_of_fp32():

@@ -4,6 +4,8 @@ import asyncio
 import functools
 import math
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -297,3 +299,31 @@ def test_what_is_abandoned_is_not_evaluated():
     go.set()
     assert batch(where, [0], ["d"]).tolist() == [1.0]
     assert begun == [["a"], ["d"]]
+    batch.begin(where, [0], ["e"])
+    while not batch._begun.found:
+        time.sleep(0.01)
+    batch.abandon()
+    assert batch(where, [0], ["e"]).tolist() == [1.0]
+    assert begun == [["a"], ["d"], ["e"]], "what was paid for is paid for again"
+
+
+def test_a_function_that_ends_the_program_is_heard_of_too():
+    """SystemExit in a thread would be lost, and other processes would wait for ever."""
+
+    def cost(prompts, completions):
+        raise SystemExit("enough")
+
+    batch = objective(cost)
+    for _ in range(2):
+        with pytest.raises(SystemExit, match="enough"):
+            batch(prompts("x"), [0], ["a"])
+
+
+def test_a_cost_that_hangs_does_not_keep_the_program_alive():
+    code = (
+        "import time\nfrom aldrift_hf.objective import Objective\nfrom aldrift_hf.prompts import Prompts\n"
+        "where = Prompts([{'prompt': 'x'}], [[0]], ['x'])\n"
+        "slow = Objective(lambda prompts, completions: time.sleep(600), None, None)\n"
+        "slow.begin(where, [0], ['a'])\ntime.sleep(0.2)\nraise SystemExit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 3

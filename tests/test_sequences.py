@@ -311,7 +311,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
         drawn = draw(model, [[2]] * 400, neutral(length=12))
     rows = [rows for rows, _ in widths]
     assert rows[0] == 400
-    assert rows[-1] < 100
+    assert rows[-1] <= 200
     assert len(widths) == 12, "a prompt was computed again"
     assert all(tokens == 1 for _, tokens in widths)
     monkeypatch.undo()

@@ -364,6 +364,20 @@ def test_an_exception_leaves_the_model_as_it_was(make, monkeypatch):
     assert len(trainer.sample(5)) == 5
 
 
+def test_a_cost_in_its_thread_may_run_the_model(make):
+    """A judge that is the trained model itself meets none of the scorer's hooks."""
+    model = tiny_gpt2()
+    widths = []
+
+    def judge(prompts, completions):
+        logits = model(input_ids=torch.tensor([[2, 3, 4]])).logits
+        widths.append(tuple(logits.shape))
+        return count_a(prompts, completions)
+
+    make(model=model, objective=judge, peft_config=lora_config(model)).train()
+    assert set(widths) == {(1, 3, 5)}
+
+
 def test_an_adapter_costs_no_second_copy_of_the_weights(make):
     """With PEFT the prior is the same weights; only full fine-tuning keeps a frozen copy."""
     model = tiny_gpt2()
