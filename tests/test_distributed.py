@@ -36,7 +36,8 @@ model = tiny_gpt2()
 config = ALDRIFTConfig(
     output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_chains=32, chain_length=4,
     max_completion_length=3, generation_batch_size=None if "--short" in sys.argv else 16,
-    per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=6,
+    per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
+    use_cpu=True, save_strategy="steps", save_steps=6,
     sampler="archive" if "--archive" in sys.argv else "metropolis_hastings",
 )
 trainer = ALDRIFTTrainer(
@@ -60,7 +61,7 @@ def watched(model, inputs, items=None):
 trainer.training_step = watched
 trainer.train(resume_from_checkpoint=resume)
 trainer.args.generation_batch_size = None if "--short" in sys.argv else 4096
-corrected = trainer.sample(1500, chain_length=24)
+corrected = trainer.sample(20 if "--short" in sys.argv else 1500, chain_length=24)
 rank = trainer.args.process_index
 save_file({{name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items() if "lora_" in name}},
           os.path.join(output, f"rank-{{rank}}.safetensors"))
