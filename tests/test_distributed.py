@@ -17,7 +17,7 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import count_a, lora_config, perturb, tiny_gpt2
 from safetensors.torch import save_file
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, batches as fitting
 from aldrift_hf.problems.priors import word_tokenizer
 
 torch.set_num_threads(1)
@@ -50,8 +50,10 @@ def short_of_memory(input_ids, **kwargs):
     if len(input_ids) > 10:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return generate(input_ids=input_ids, **kwargs)
-if "--short" in sys.argv and trainer.args.process_index == 1:
-    model.generate = short_of_memory
+if "--short" in sys.argv:
+    fitting.MOST = 64  # so that both processes have something to draw
+    if trainer.args.process_index == 1:
+        model.generate = short_of_memory
 resume = os.path.join(output, "checkpoint-6") if "--resume" in sys.argv else None
 batches = []
 step = trainer.training_step
