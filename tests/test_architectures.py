@@ -26,7 +26,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf import ALDRIFTTrainer, projection
 from aldrift_hf.prior import base_model
 from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, uniforms
 from aldrift_hf.sequences import inference, sequence_logprobs
@@ -105,17 +105,20 @@ def test_scores_are_those_of_the_models_own_logits(model):
                 logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             by_hand = logits.double().log_softmax(-1)[range(len(tokens)), tokens].sum().item()
             assert scores[row].item() == pytest.approx(by_hand, abs=2e-5)
+    assert projection._known[model] is not None, "scored from whole batches of logits"
 
 
 def test_draws_meet_their_scores(model):
     """Prompts of three lengths in one batch, padded on the left, and rows that leave it as they end."""
     prompts = [PROMPTS[row % 3] for row in range(300)]
-    config = neutral_generation_config(max_completion_length=LENGTH, eos_token_ids=[EOS], pad_token_id=EOS)
+    ends = [EOS, 1, 3]
+    config = neutral_generation_config(max_completion_length=LENGTH, eos_token_ids=ends, pad_token_id=EOS)
     with inference(model):
         assert_neutral(model, [2], config)
         drawn = generate(model, prompts, config, uniforms((0,), range(300), LENGTH))
         scores = sequence_logprobs(model, prompts, drawn.completions, pad_token_id=EOS, batch_size=64)
-    assert len(drawn.completions.length.unique()) > 5
+    assert (drawn.completions.length == LENGTH).double().mean() < 0.4, "no row has left early: the test shows less"
+    assert len(drawn.completions.length.unique()) > 4
     assert torch.allclose(drawn.log_probs, scores, atol=5e-5)
 
 

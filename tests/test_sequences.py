@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import threading
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from aldrift_hf.projection import projected_logprobs
 from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, stream_seed, uniforms
 from aldrift_hf.sequences import Completions, completion_length, inference, join, sequence_logprobs
 
@@ -332,6 +334,43 @@ def test_a_token_is_as_likely_as_its_share_of_the_numbers():
     assert torch.allclose(log_probs, scores[0].double().log_softmax(0)[tokens], atol=1e-6)
     last = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert _draw(scores, last)[0].item() == 4
+    impossible = torch.tensor([[-math.inf, 0.0, 0.0]])
+    assert _draw(impossible, torch.zeros(1, dtype=torch.float64))[0].item() == 1
+
+
+def test_rare_tokens_do_not_vanish_beside_a_likely_one():
+    """100,000 tokens of weight 1e-8 behind one of weight 1: in fp32 their sum would stay at 1."""
+    from aldrift_hf.proposals import _draw
+
+    scores = torch.full((1, 100_001), math.log(1e-8))
+    scores[0, 0] = 0.0
+    rank = torch.tensor([1.0, 10.0, 1_000.0, 50_000.0, 99_999.0], dtype=torch.float64)
+    total = 1 + 100_000 * 1e-8
+    tokens, log_probs = _draw(scores.expand(5, -1), (1 + (rank - 0.5) * 1e-8) / total)
+    assert ((tokens - rank).abs() <= 2 + 1e-4 * rank).all()
+    assert torch.allclose(log_probs, torch.tensor(math.log(1e-8 / total), dtype=torch.float64), atol=1e-5)
+
+
+def test_another_thread_may_run_the_model_meanwhile():
+    """The scorer's hook is its own thread's: a cost that runs the model sees all of the model's logits."""
+    model, shapes, threads = tiny_gpt2(), [], []
+    ids = torch.tensor([[0, 2, 3, 4]])
+
+    def other():
+        with torch.no_grad():
+            shapes.append(tuple(model(input_ids=ids[:, 1:]).logits.shape))
+
+    def select(hidden):
+        if not threads:
+            threads.append(threading.Thread(target=other))
+            threads[0].start()
+            threads[0].join()
+        return hidden[:, :-1].flatten(0, 1)
+
+    with inference(model):
+        found = projected_logprobs(model, select, ids[0, 1:], input_ids=ids)
+    assert shapes == [(1, 3, model.config.vocab_size)]
+    assert found.sum().item() == pytest.approx(by_hand(model, [0], [2, 3, 4]), abs=1e-5)
 
 
 def test_streams_of_different_addresses_differ():
