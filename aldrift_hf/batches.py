@@ -29,7 +29,7 @@ class Batches:
 
     Attributes:
         size: rows; halved for good whenever a device runs out of memory.
-        fixed: whether it was set by hand, or has to be the same on every process: then running out is an error.
+        fixed: whether it was set by hand: then running out is an error.
     """
 
     size: int

@@ -222,7 +222,7 @@ def neutralised(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def stream_seed(*key: int) -> int:
-    """A seed for one stream of random numbers, by its address (run seed, purpose, rung, batch, …).
+    """A seed for one stream of random numbers, by its address (run seed, purpose, rung, …).
 
     Counters instead of a running state: a rung's draws are the same on one process or eight, before a crash or after.
     """

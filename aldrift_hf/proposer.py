@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -85,14 +85,14 @@ class Proposer:
         rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
         seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         parts: list[_Part] = []
-        with self._inference(), self._objective_abandoned_on_error():
-            for drawn in self._deal(prompts, rows, functools.partial(self._draw, stream, seconds), "proposals"):
-                begun = sum(len(part.texts) for part in parts)
-                texts = [text for part in drawn for text in part.texts]
-                self.objective.begin(prompts, rows[begun : begun + len(texts)], texts)
-                parts += drawn
+        texts: list[str] = []
         with self._objective_abandoned_on_error():
-            texts = [text for part in parts for text in part.texts]
+            with self._inference():
+                for drawn in self._deal(prompts, rows, functools.partial(self._draw, stream, seconds), "proposals"):
+                    new = [text for part in drawn for text in part.texts]
+                    self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
+                    parts += drawn
+                    texts += new
             with timed(seconds, "seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
         shape = (len(prompts), per_prompt)
@@ -213,10 +213,8 @@ class Proposer:
             return Batches(self.args.generation_batch_size, fixed=True)
         if self.batches is None:
             tokens = prompt_length + self.args.max_completion_length
-            guess = [fitting(base_model(self.policy()), tokens)]
-            broadcast_object_list(guess)  # blocks are the same for all
-            self.batches = Batches(guess[0], fixed=False)
-        # Who ran out of memory went on with less; from now on all do, for blocks are the same for all.
+            self.batches = Batches(fitting(base_model(self.policy()), tokens), fixed=False)
+        # Blocks are the same for all: who has less memory, or ran out of it, decides.
         self.batches.size = min(gather_object([self.batches.size]))
         return self.batches
 

@@ -11,7 +11,6 @@ Weights are random, and an output bias ends a completion after --mean_length tok
 no interest here, only how long it takes.
 """
 
-import copy
 import statistics
 import sys
 import time
@@ -75,9 +74,12 @@ def cost(prompts: list[str], completions: list[str]) -> list[float]:
     return [float(len(text) % 7) for text in completions]
 
 
-def make_trainer(name: str, options: SpeedArguments, objective=cost, **settings) -> tuple[ALDRIFTTrainer, BareRung]:
-    """A trainer and its bare rung, on copies of one model."""
-    size, config = SIZES[name], LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+def lora() -> LoraConfig:
+    return LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+
+
+def make_trainer(name: str, options: SpeedArguments, objective=cost, **settings) -> ALDRIFTTrainer:
+    size = SIZES[name]
     args = ALDRIFTConfig(
         output_dir=str(Path(options.output_dir) / name), num_chains=options.chains, chain_length=8, objective_range=7.0,
         generation_batch_size=size.rows, per_device_train_batch_size=32, updates_per_rung=options.updates,
@@ -85,18 +87,19 @@ def make_trainer(name: str, options: SpeedArguments, objective=cost, **settings)
         save_strategy="no", report_to="none", disable_tqdm=True, **settings,
     )  # fmt: skip
     model, tokenizer = make_model(size, options.mean_length, args.device)
-    bare = BareRung(
-        copy.deepcopy(model), config, proposals=8 * options.chains, rows=min(size.rows, 8 * options.chains),
-        length=options.length, updates=options.updates, batch=32,
-    )  # fmt: skip
-    trainer = ALDRIFTTrainer(model, objective, args, processing_class=tokenizer, peft_config=config)
+    trainer = ALDRIFTTrainer(model, objective, args, processing_class=tokenizer, peft_config=lora())
     trainer.remove_callback(PrinterCallback)  # the rungs' figures mean nothing here
-    return trainer, bare
+    return trainer
 
 
 def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
     """A rung beside the bare sum of its parts: medians over the turns."""
-    trainer, bare = make_trainer(name, options)
+    trainer, proposals_a_rung = make_trainer(name, options), 8 * options.chains
+    model, _ = make_model(SIZES[name], options.mean_length, trainer.args.device)
+    bare = BareRung(
+        model, lora(), proposals=proposals_a_rung, rows=min(SIZES[name].rows, proposals_a_rung),
+        length=options.length, updates=options.updates, batch=32,
+    )  # fmt: skip
     turns = Turns(bare)
     trainer.add_callback(turns)
     trainer.train()
@@ -111,7 +114,7 @@ def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
 
 def leaving(name: str, options: SpeedArguments) -> dict[str, float]:
     """Generation with finished rows leaving the batch, beside generation with all rows to the end."""
-    trainer, _ = make_trainer(name, options)
+    trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
     numbers = proposals.uniforms((0,), range(rows), options.length)
     prompts, ratios = [trainer.prompts.token_ids[0]] * rows, []
@@ -135,7 +138,7 @@ def beside(name: str, options: SpeedArguments) -> dict[str, float]:
         return cost(prompts, completions)
 
     for overlap in (True, False):
-        trainer, _ = make_trainer(name, options, objective=slow, overlap_objective=overlap)
+        trainer = make_trainer(name, options, objective=slow, overlap_objective=overlap)
         trainer.args.generation_batch_size = options.chains
         if overlap:
             _, seconds = trainer.proposer.propose(trainer.prompts, 8 * options.chains, (7,))
@@ -147,7 +150,7 @@ def beside(name: str, options: SpeedArguments) -> dict[str, float]:
 
 def memory(name: str, options: SpeedArguments) -> dict[str, float]:
     """Scoring with logits in chunks, beside all of a batch's at once."""
-    trainer, _ = make_trainer(name, options)
+    trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
     ids = torch.randint(2, SIZES[name].vocabulary, (rows, options.length))
     completions = Completions(ids, torch.full((rows,), options.length))

@@ -109,7 +109,7 @@ def runs(request, tmp_path_factory):
     return folders
 
 
-def result(folder: Path, rank: int) -> dict:
+def result(folder: Path, rank: int = 0) -> dict:
     return json.loads((folder / f"rank-{rank}.json").read_text())
 
 

@@ -3,8 +3,6 @@
 With GPUs the same runs go through the configs that are shipped, FSDP2's and DeepSpeed's.
 """
 
-import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
 from conftest import tiny_gpt2
 from safetensors.torch import load_file
+from test_distributed import free_port, records, result
 
 from aldrift_hf import sharding
 
@@ -71,12 +70,6 @@ PartialState().destroy_process_group()
 CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(folder: Path, config: str, *flags: str) -> subprocess.CompletedProcess:
     folder.parent.mkdir(parents=True, exist_ok=True)
     script = folder.parent / f"{folder.name}.py"
@@ -92,14 +85,6 @@ KINDS = {
     "head": ["--head"],  # the output embedding is adapted, and so no longer tied to FSDP's root alone
     "full": ["--gpt2", "--full", "--range"],
 }
-
-
-def records(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
-
-
-def result(folder: Path, rank: int = 0) -> dict:
-    return json.loads((folder / f"rank-{rank}.json").read_text())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
