@@ -20,6 +20,11 @@ from torch import Tensor
 MISSING_MASS_WARNING = 0.5
 """Nats above which a missing mass is warned of: the model then covers less than exp(-0.5) = 61 % of the target."""
 
+RESOLUTION = 1e-3
+"""Nats by which log-weights may be off: their rounding, and the most that generation's and scoring's may differ by."""
+LEAST_TAIL = 5
+"""Different weights below which a tail has no shape."""
+
 
 def log_z(log_weight: Tensor) -> Tensor:
     """`log Z_τ` by importance sampling: the log of the mean weight. Shape `[..., n]` to `[...]`, nats."""
@@ -55,7 +60,8 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     """Shape of the generalised Pareto tail of the weights (Vehtari et al., arXiv 1507.02646).
 
     Below 0.7 the importance-sampling estimates are reliable; above 1 their mean does not exist. NaN where a row has
-    too few draws for a tail (about 25) or all tail weights are equal.
+    too few draws for a tail (about 25), or the weights of its tail take next to no different values, as those of the
+    prior do with a cost of few: a fit would be to rounding errors.
     """
     rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
     khat = torch.tensor([_khat(row) for row in rows], dtype=torch.float64)
@@ -85,6 +91,9 @@ def _khat(log_weight: np.ndarray) -> float:
 
 def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
     """The smoothed log-weights and k-hat, NaN where there is no tail to fit."""
+    tail = np.sort(log_weight)[-math.ceil(min(0.2 * len(log_weight), 3 * math.sqrt(len(log_weight)))) :]
+    if (np.diff(tail) > RESOLUTION).sum() < LEAST_TAIL - 1:
+        return log_weight, math.nan
     try:
         with np.errstate(all="ignore"):  # it divides by zero on weights that are all equal
             smooth, khat = array_stats.psislw(-log_weight)  # takes log-weights with the sign turned

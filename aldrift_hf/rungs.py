@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -177,16 +174,3 @@ class SampleCollator:
 def success_share(objective: Tensor, best: float) -> float:
     """Share of draws of cost 0 or, where none was ever seen, of the best cost known."""
     return (objective <= max(best, 0.0) + 1e-9).double().mean().item()
-
-
-def write_records(records: list[dict[str, Any]], output_dir: str) -> None:
-    """`rungs.jsonl`, one line a rung, written whole and renamed: what is on disk is always the run so far."""
-    path = Path(output_dir) / "rungs.jsonl"
-    lines = [json.dumps({key: _finite(value) for key, value in record.items()}) for record in records]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(line + "\n" for line in lines))
-    os.replace(temporary, path)
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -34,7 +34,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
-from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots
+from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots, verdict
 from .archive import Archive, Snapshot
 from .config import ALDRIFTConfig
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
@@ -43,7 +43,9 @@ from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import neutral_generation_config, stream_seed
 from .proposer import TOLERANCE, Proposer
 from .report import LadderProgress, print_completions
-from .rungs import Proposals, RungSamples, SampleCollator, success_share, write_records
+from .run_record import RunRecord
+from .rungs import Proposals, RungSamples, SampleCollator, success_share
+from .settings import settings_of
 
 logger = logging.getLogger(__name__)
 
@@ -183,6 +185,7 @@ class ALDRIFTTrainer(Trainer):
         self.train_dataset = self.samples
         self.archive = Archive(args.archive_window) if args.sampler == "archive" else None
         self.progress = checkpoint.Progress()
+        self.record = RunRecord(settings_of(args, policy, self.objective.names, len(self.prompts)))
         self.rungs_wanted = int(args.num_train_epochs)
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
@@ -231,6 +234,8 @@ class ALDRIFTTrainer(Trainer):
                 **seconds,
             }
         ]
+        self.record.take_draws(proposals, self.prompts, tau)
+        self.write_record()
         if args.log_completions and self.is_world_process_zero():
             print_completions(proposals, proposals.log_weight(tau), self.prompts, rung, tau)
 
@@ -242,10 +247,16 @@ class ALDRIFTTrainer(Trainer):
         record["sft_loss"] = cast(Tensor, reduce(loss, "mean")).item()
         record["seconds_learn"] = progress.learn_seconds
         self.log({key: value for key, value in record.items() if math.isfinite(value)})
-        if self.is_world_process_zero():
-            write_records(progress.records, str(self.args.output_dir))
+        self.write_record()
         if record["missing_mass"] > diagnostics.MISSING_MASS_WARNING:
-            self._warn_of_missing_mass(record["missing_mass"], f"The model that drew rung {record['rung']}")
+            logger.warning(verdict.lost_mass(f"The model that drew rung {record['rung']}", record["missing_mass"]))
+
+    def write_record(self) -> None:
+        """Bring `record`, and its files in `output_dir`, up to date."""
+        self.record.settings["objective_range"] = self.progress.objective_range
+        self.record.rungs = [record for record in self.progress.records if "sft_loss" in record]
+        if self.is_world_process_zero():
+            self.record.write(str(self.args.output_dir))
 
     @property
     def objective_calls(self) -> int:
@@ -354,6 +365,7 @@ class ALDRIFTTrainer(Trainer):
             self.proposer.batches = self.progress.batches
             if self.archive is not None:
                 checkpoint.load_archive(folder, self.archive, self.proposer.decode)
+        self.record.finished, self.record.metrics = False, {}
         if self.progress.objective_range is None:
             self._measure_objective_range()
         rungs = self.rungs_wanted
@@ -371,8 +383,10 @@ class ALDRIFTTrainer(Trainer):
         output = super().train(resume_from_checkpoint=folder, **kwargs)
         if not self.progress.complete:
             self.end_rung()  # resumed from the very last update: the loop had nothing left to do
+        self.record.finished = True
         if not self._budget_is_spent():
             output.metrics.update(self._measure(self.prompts, "final"))
+        self.write_record()
         return output
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -492,8 +506,11 @@ class ALDRIFTTrainer(Trainer):
                 log_z = ladder_log_z
         metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
         metrics["runtime"] = time.time() - start
+        if prefix == "final":
+            self.record.metrics = dict(metrics)
+            self.record.take_draws(proposals, prompts, tau)
         if metrics.get("missing_mass", 0.0) > diagnostics.MISSING_MASS_WARNING:
-            self._warn_of_missing_mass(metrics["missing_mass"], "The model")
+            logger.warning(verdict.lost_mass("The model", metrics["missing_mass"]))
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
         return metrics
@@ -612,14 +629,6 @@ class ALDRIFTTrainer(Trainer):
             return {}
         means = self.objective.components(self.prompts, proposals.rows.tolist(), proposals.texts)
         return {f"objective/{name}": value for name, value in means.items()}
-
-    def _warn_of_missing_mass(self, nats: float, who: str) -> None:
-        logger.warning(
-            f"{who} has lost {nats:.2f} nats of the target's mass: its draws account for about "
-            f"{math.exp(-nats):.1%} of p_T by the ladder's log Z, and success and effective sample size speak of that "
-            "part alone. Use more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or "
-            "smaller steps (tau_step)."
-        )
 
 
 class _Rungs(TrainerCallback):

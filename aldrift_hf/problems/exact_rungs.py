@@ -8,7 +8,6 @@ import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..prior import base_model
-from ..rungs import write_records
 from ..trainer import ALDRIFTTrainer
 from .enumeration import Enumeration, kl_divergence, total_variation
 
@@ -42,10 +41,9 @@ class ExactRungs(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        records = self.trainer.progress.records
-        records[-1].update(self.measure(self.trainer.progress.tau))
-        if state.is_world_process_zero:
-            write_records(records, str(args.output_dir))
+        progress = self.trainer.progress
+        progress.records[-1].update(self.measure(progress.tau))
+        self.trainer.write_record()
 
     def measure(self, tau: float) -> dict[str, float]:
         """The distances of the model as it is now from `p_τ`."""

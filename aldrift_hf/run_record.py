@@ -1,0 +1,117 @@
+"""What a run leaves in its output directory for people to look at: settings, rungs, and the newest draws.
+
+`run.json` has the settings and how far the run came, `rungs.jsonl` one line a rung, `draws.jsonl` one line a draw.
+Each file is written whole and renamed: what is on disk is always a run so far.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .prompts import Prompts
+from .rungs import Proposals
+
+RUN_FILE, RUNGS_FILE, DRAWS_FILE = "run.json", "rungs.jsonl", "draws.jsonl"
+MOST_DRAWS = 1000
+"""Draws that are written down, evenly taken from all."""
+
+
+@dataclass
+class RunRecord:
+    """A run as its files tell it.
+
+    Attributes:
+        settings: what was asked for: the model, the target, the ladder, the sampler, how it learns; versions.
+        finished: whether training has ended.
+        metrics: of the final model, as [`ALDRIFTTrainer.evaluate`] names them, without prefix; empty before the end and
+            where `max_objective_calls` was spent.
+        rungs: a record of each complete rung.
+        draws: the newest draws of the model, up to [`MOST_DRAWS`]: `prompt`, `completion`, `objective`, `log_prior`,
+            `log_model` and, for `tau`, `log_weight`; nats.
+    """
+
+    settings: dict[str, Any]
+    finished: bool = False
+    metrics: dict[str, float] = field(default_factory=dict)
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    draws: list[dict[str, Any]] = field(default_factory=list)
+
+    def take_draws(self, proposals: Proposals, prompts: Prompts, tau: float) -> None:
+        """Keep up to [`MOST_DRAWS`] draws, with their log-weights for `p_τ`."""
+        columns = {
+            "objective": proposals.objective,
+            "log_prior": proposals.log_prior,
+            "log_model": proposals.log_model,
+            "log_weight": proposals.log_weight(tau),
+        }
+        numbers: dict[str, Tensor] = {name: column.flatten() for name, column in columns.items()}
+        step = math.ceil(len(proposals.texts) / MOST_DRAWS)
+        self.draws = [
+            {
+                "prompt": prompts.rows[int(proposals.rows[i])]["prompt"],
+                "completion": proposals.texts[i],
+                **{name: column[i].item() for name, column in numbers.items()},
+                "tau": tau,
+            }
+            for i in range(0, len(proposals.texts), step)
+        ]
+
+    def write(self, folder: str | Path) -> None:
+        """Write the three files; that of the draws only where there are any, for a resumed run has none at first."""
+        folder = Path(folder)
+        run = {"settings": self.settings, "finished": self.finished, "metrics": self.metrics}
+        if self.draws:
+            _replace(folder / DRAWS_FILE, map(_line, self.draws))
+        _replace(folder / RUNGS_FILE, map(_line, self.rungs))
+        _replace(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
+
+    @classmethod
+    def read(cls, folder: str | Path) -> RunRecord:
+        """The inverse of [`write`]; what was NaN is missing.
+
+        Raises:
+            ValueError: if the folder is not that of a run.
+        """
+        folder = Path(folder)
+        missing = [name for name in (RUN_FILE, RUNGS_FILE, DRAWS_FILE) if not (folder / name).is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is not the output directory of a run: it has no {', '.join(missing)}. They are written when "
+                "the first rung begins."
+            )
+        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
+        lines = {
+            name: [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+            for name in (RUNGS_FILE, DRAWS_FILE)
+        }
+        run["metrics"] = _without_missing(run["metrics"])
+        return cls(**run, rungs=[*map(_without_missing, lines[RUNGS_FILE])], draws=lines[DRAWS_FILE])
+
+
+def _without_missing(figures: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in figures.items() if value is not None}
+
+
+def _replace(path: Path, lines: Iterable[str]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(_finite(row))
+
+
+def _finite(value: Any) -> Any:
+    """With `null` in place of what JSON has no number for."""
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

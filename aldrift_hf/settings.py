@@ -1,0 +1,64 @@
+"""What a run was asked for, as plain values: for its record, its report and its model card."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import fields
+from importlib.metadata import version
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+from transformers import TrainingArguments
+
+from .config import ALDRIFTConfig
+from .prior import base_model
+
+_OF_THE_TRAINER = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "bf16",
+    "fp16",
+    "seed",
+)
+_NOT_OF_THE_RUN = ("model_init_kwargs", "log_completions", "overlap_objective")
+"""Our settings that change nothing about the result, or may hold what is nobody's business (a token)."""
+_PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
+
+
+def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], prompts: int) -> dict[str, Any]:
+    """Settings of a run: no path but a model's, no token, nothing of the machine.
+
+    Args:
+        args: the trainer's.
+        model: the policy, unwrapped.
+        objective: names of the cost functions.
+        prompts: how many there are.
+    """
+    own = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
+    asked = {name: getattr(args, name) for name in sorted(own - set(_NOT_OF_THE_RUN))}
+    learning = {name: getattr(args, name) for name in _OF_THE_TRAINER}
+    return {
+        "base_model": base_model(model).config._name_or_path or None,
+        "architecture": type(base_model(model)).__name__,
+        "tuning": _tuning(model),
+        "objective": objective,
+        "prompts": prompts,
+        **asked,
+        "chain_length": args.steps_per_chain,
+        **learning,
+        "processes": args.world_size,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
+    }
+
+
+def _tuning(model: nn.Module) -> str:
+    bits = " on a base model in 4 bits" if getattr(base_model(model), "is_loaded_in_4bit", False) else ""
+    if not isinstance(model, PeftModel):
+        return "all parameters"
+    config = model.peft_config[model.active_adapter]
+    rank = f" of rank {config.r}" if hasattr(config, "r") else ""
+    return f"{config.peft_type.value} adapter{rank}{bits}"
