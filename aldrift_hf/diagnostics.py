@@ -91,12 +91,13 @@ def _khat(log_weight: np.ndarray) -> float:
 
 def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
     """The smoothed log-weights and k-hat, NaN where there is no tail to fit."""
-    tail = np.sort(log_weight)[-math.ceil(min(0.2 * len(log_weight), 3 * math.sqrt(len(log_weight)))) :]
-    if (np.diff(tail) > RESOLUTION).sum() < LEAST_TAIL - 1:
-        return log_weight, math.nan
+    longest = math.ceil(min(0.2 * len(log_weight), 3 * math.sqrt(len(log_weight))))
     try:
-        with np.errstate(all="ignore"):  # it divides by zero on weights that are all equal
-            smooth, khat = array_stats.psislw(-log_weight)  # takes log-weights with the sign turned
+        # It divides by zero on weights that are all equal, and takes log-weights with the sign turned.
+        with np.errstate(all="ignore"):
+            if (np.diff(np.sort(log_weight)[-longest:]) > RESOLUTION).sum() < LEAST_TAIL - 1:
+                return log_weight, math.nan
+            smooth, khat = array_stats.psislw(-log_weight)
     except (ValueError, IndexError):  # how it says that the tail has fewer than 5 draws, or one value only
         return log_weight, math.nan
     return np.asarray(smooth), float(khat)

@@ -26,8 +26,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from .bars import Bars
 from .prompts import Prompts, columns_of
 
 OBJECTIVE_BATCH = 128
@@ -95,7 +95,7 @@ class Objective:
         objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
         batch_size: completions a call.
         overlap: whether to run beside the caller; otherwise [`finish`] does all the work, in the caller's thread.
-        show_progress: a bar over the calls that [`finish`] waits for.
+        bars: show the calls that [`finish`] waits for.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class Objective:
         objective_range: float | None,
         batch_size: int = OBJECTIVE_BATCH,
         overlap: bool = True,
-        show_progress: bool = False,
+        bars: Bars | None = None,
     ) -> None:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
         if not self.functions or not all(callable(function) for function in self.functions):
@@ -118,7 +118,7 @@ class Objective:
             )
         self.objective_range = objective_range
         self.batch_size = batch_size
-        self.show_progress = show_progress
+        self.bars = Bars(shown=False) if bars is None else bars
         self.cache: dict[Key, list[float]] = {}
         self._worker = _Worker() if overlap else None
         self._begun = _Begun()
@@ -185,10 +185,10 @@ class Objective:
             All processes raise, whichever of them met the error; what others had evaluated is in the cache.
         """
         begun = self._begun
-        for job in tqdm(
-            begun.jobs, desc="objective", leave=False, disable=not self.show_progress or len(begun.jobs) < 2
-        ):
-            job.result() if isinstance(job, Future) else job()
+        with self.bars.task("batches priced", len(begun.jobs)) as advance:
+            for job in begun.jobs:
+                job.result() if isinstance(job, Future) else job()
+                advance(1)
         self._begun, error = _Begun(), begun.error
         for shared, message in gather_object([(begun.found, None if error is None else str(error))]):
             self.cache.update(shared)

@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from .bars import Bars
 from .batches import Batches, fitting
 from .config import ALDRIFTConfig
 from .objective import Objective
@@ -54,6 +54,7 @@ class Proposer:
         tokenizer: makes texts of completions.
         generation_config: a neutral one.
         pad_token_id: fills rows.
+        bars: show how far it is.
 
     Attributes:
         batches: how many rows at once were found to fit; `None` where `args` says it, or none were drawn yet.
@@ -69,8 +70,9 @@ class Proposer:
         tokenizer: PreTrainedTokenizerBase,
         generation_config: GenerationConfig,
         pad_token_id: int,
+        bars: Bars,
     ) -> None:
-        self.args, self.running = args, running
+        self.args, self.running, self.bars = args, running, bars
         self.policy, self.prior, self.objective = policy, prior, objective
         self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
         self.batches: Batches | None = None
@@ -88,7 +90,7 @@ class Proposer:
         texts: list[str] = []
         with self._objective_abandoned_on_error():
             with self._inference():
-                for drawn in self._deal(prompts, rows, functools.partial(self._draw, stream, seconds), "proposals"):
+                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream, seconds)):
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
@@ -120,7 +122,7 @@ class Proposer:
             return self._score(base_model(self.policy()), token_ids, completions)
 
         with self._inference():
-            rounds = list(self._deal(prompts, drawn.rows.tolist(), scores))
+            rounds = list(self._deal("proposals scored anew", prompts, drawn.rows.tolist(), scores))
         return torch.cat([part for parts in rounds for part in parts]).view_as(drawn.objective)
 
     def decode(self, completions: Completions) -> list[str]:
@@ -131,36 +133,30 @@ class Proposer:
         return [texts[row] for row in rows]
 
     def _deal(
-        self,
-        prompts: Prompts,
-        rows: Sequence[int],
-        work: Callable[[range, list[list[int]]], Result],
-        description: str | None = None,
+        self, what: str, prompts: Prompts, rows: Sequence[int], work: Callable[[range, list[list[int]]], Result]
     ) -> Iterator[list[Result]]:
         """Deal blocks of rows out to the processes, one each a round, and yield every round's results in rows' order.
 
         Args:
+            what: is dealt out, for the progress bar.
             prompts: whose token ids `work` is given.
             rows: the prompt of each row.
             work: takes a stretch of rows and their prompts' token ids.
-            description: of a progress bar.
         """
         args, batches = self.args, self._fitting(max(map(len, prompts.token_ids)))
         blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
-        for first in tqdm(
-            range(0, len(blocks), args.world_size),
-            desc=description,
-            leave=False,
-            disable=args.disable_tqdm or description is None or args.process_index > 0,
-        ):
-            mine = [
-                result
-                for block in blocks[first + args.process_index :][:1]
-                for result in batches.over(
-                    block, lambda stretch: work(stretch, [prompts.token_ids[rows[row]] for row in stretch])
-                )
-            ]
-            yield [result for results in gather_object([mine]) for result in results]
+        with self.bars.task(what, len(rows)) as advance:
+            for first in range(0, len(blocks), args.world_size):
+                mine = [
+                    result
+                    for block in blocks[first + args.process_index :][:1]
+                    for result in batches.over(
+                        block, lambda stretch: work(stretch, [prompts.token_ids[rows[row]] for row in stretch])
+                    )
+                ]
+                together = [result for results in gather_object([mine]) for result in results]
+                advance(sum(map(len, blocks[first : first + args.world_size])))
+                yield together
 
     def _draw(self, stream: Sequence[int], seconds: dict[str, float], rows: range, token_ids: list[list[int]]) -> _Part:
         model = base_model(self.policy())

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerControl,
@@ -32,17 +31,19 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots, verdict
 from .archive import Archive, Snapshot
+from .bars import Bars
 from .config import ALDRIFTConfig
+from .console import LadderLines, print_completions
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
 from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import neutral_generation_config, stream_seed
 from .proposer import TOLERANCE, Proposer
-from .report import LadderProgress, print_completions
 from .run_record import RunRecord
 from .rungs import Proposals, RungSamples, SampleCollator, success_share
 from .settings import settings_of
@@ -109,13 +110,14 @@ class ALDRIFTTrainer(Trainer):
         loading.check_writable(str(args.output_dir))
         train = check_dataset(train_dataset, "train_dataset")
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
+        self.bars = Bars(shown=not args.disable_tqdm and args.process_index == 0)
         self.objective = Objective(
             objective,
             args.objective_weights,
             args.objective_range,
             batch_size=args.generation_batch_size or OBJECTIVE_BATCH,
             overlap=args.overlap_objective,
-            show_progress=not args.disable_tqdm,
+            bars=self.bars,
         )
         for dataset in (train, evaluation):
             self.objective.check_signature([name for name in dataset.column_names if name != "prompt"])
@@ -173,9 +175,10 @@ class ALDRIFTTrainer(Trainer):
                 pad_token_id=pad_token_id,
             ),
             pad_token_id,
+            self.bars,
         )
-        if self.pop_callback(ProgressCallback) is not None:
-            self.add_callback(LadderProgress)
+        if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
+            self.add_callback(LadderLines(self.bars.console))
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         samples_per_rung = len(self.prompts) * args.num_chains
@@ -237,7 +240,7 @@ class ALDRIFTTrainer(Trainer):
         self.record.take_draws(proposals, self.prompts, tau)
         self.write_record()
         if args.log_completions and self.is_world_process_zero():
-            print_completions(proposals, proposals.log_weight(tau), self.prompts, rung, tau)
+            print_completions(self.bars.console, proposals, proposals.log_weight(tau), self.prompts, rung, tau)
 
     def end_rung(self) -> None:
         """Complete the rung's record with what was learnt, log it and write it to `output_dir/rungs.jsonl`."""
@@ -380,7 +383,8 @@ class ALDRIFTTrainer(Trainer):
         if folder is not None and self._has_ended() and self.progress.updates == self.updates_per_rung:
             rungs = self.progress.rung + 1  # the run ended with the checkpoint's rung: there is none to go on with
         self.args.num_train_epochs = rungs
-        output = super().train(resume_from_checkpoint=folder, **kwargs)
+        with self.bars.live():
+            output = super().train(resume_from_checkpoint=folder, **kwargs)
         if not self.progress.complete:
             self.end_rung()  # resumed from the very last update: the loop had nothing left to do
         self.record.finished = True
@@ -637,6 +641,8 @@ class _Rungs(TrainerCallback):
     def __init__(self, trainer: ALDRIFTTrainer) -> None:
         self.trainer = trainer
         self.step_began = 0.0
+        self.updates = contextlib.ExitStack()
+        """Holds the bar of the rung's updates."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -644,11 +650,13 @@ class _Rungs(TrainerCallback):
         trainer = self.trainer
         rung = state.global_step // trainer.updates_per_rung
         progress = trainer.progress
-        if progress.rung == rung:  # resumed in the middle of a rung, whose samples came with the checkpoint
-            return
-        if not progress.complete:
-            trainer.end_rung()  # resumed from a checkpoint of the last update, before the rung's record was complete
-        trainer.begin_rung(rung)
+        self._show(rung)
+        if progress.rung != rung:  # or else resumed in the middle of it, whose samples came with the checkpoint
+            if not progress.complete:
+                trainer.end_rung()  # resumed from a checkpoint of the last update, before the record was complete
+            trainer.begin_rung(rung)
+        bar = trainer.bars.task("updates", trainer.updates_per_rung, progress.updates)
+        self.advance = self.updates.enter_context(bar)
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -658,10 +666,12 @@ class _Rungs(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.progress.updates += 1
         self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
+        self.advance(1)
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
+        self.updates.close()
         self.trainer.end_rung()
         if self.trainer._budget_is_spent():
             logger.warning(
@@ -679,6 +689,14 @@ class _Rungs(TrainerCallback):
         if self.trainer._has_ended():
             control.should_training_stop = True
         return control
+
+    def _show(self, rung: int) -> None:
+        """Where the run stands: in rungs or, where their number is not known, in inverse temperature."""
+        trainer, args = self.trainer, self.trainer.args
+        if args.ladder == "adaptive" and trainer.rungs_wanted == -1:
+            trainer.bars.ladder(f"rung {rung}, inverse temperature", args.tau_max, round(trainer.progress.tau, 3))
+        else:
+            trainer.bars.ladder("rungs", int(args.num_train_epochs), rung)
 
 
 def _run_chains(

@@ -76,6 +76,15 @@ def test_khat_finds_the_shape_of_a_pareto_tail(shape):
 def test_khat_is_nan_where_there_is_no_tail():
     assert diagnostics.pareto_khat(torch.zeros(2, 100)).isnan().tolist() == [True, True]
     assert diagnostics.pareto_khat(torch.randn(1, 8)).isnan().all()
+    assert diagnostics.pareto_khat(torch.full((1, 100), -math.inf)).isnan().all()
+
+
+def test_khat_is_not_fitted_to_rounding_errors():
+    """The prior's draws under a cost of few values have weights of few values, apart from the last digits."""
+    cost = torch.tensor([0.0, 1.0, 2.0, 3.0]).double().repeat_interleave(torch.tensor([19, 60, 200, 233]))
+    noise = 1e-6 * torch.randn(512, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert diagnostics.pareto_khat(-0.6 * cost + noise).isnan().item()
+    assert diagnostics.pareto_khat(-0.6 * cost + 1e4 * noise).isfinite().item()
 
 
 def test_smoothing_tames_the_tail_alone():

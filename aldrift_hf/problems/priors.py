@@ -24,9 +24,9 @@ import torch
 from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from tqdm.auto import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from ..bars import Bars
 from ..prompts import encode_prompt
 from ..proposals import stream_seed
 from ..rungs import SampleCollator
@@ -183,15 +183,17 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
-    for _ in tqdm(range(steps), desc="fitting", leave=False):
-        texts = draw(batch_size, rng)
-        batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
+    with Bars(PartialState().is_main_process).task("updates of the prior", steps) as advance:
+        for _ in range(steps):
+            texts = draw(batch_size, rng)
+            batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            advance(1)
     model.eval()
 
 

@@ -1,0 +1,144 @@
+"""What a run prints, on a terminal and elsewhere; and what reaches the trackers."""
+
+import io
+import json
+import sqlite3
+
+import pytest
+from conftest import count_a, lora_config, tiny_gpt2
+from rich.console import Console
+
+from aldrift_hf import ALDRIFTTrainer, bars
+from aldrift_hf.bars import Bars
+
+
+@pytest.fixture
+def make(config, tokenizer):
+    def build(train_dataset=None, objective=count_a, **settings):
+        model = tiny_gpt2()
+        args = config(**{"disable_tqdm": False, **settings})
+        return ALDRIFTTrainer(
+            model, objective, args, train_dataset, processing_class=tokenizer, peft_config=lora_config(model)
+        )
+
+    return build
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Makes all bars draw on a terminal of 100 columns; what was written to it."""
+    monkeypatch.setenv("TERM", "xterm")
+    written = io.StringIO()
+    monkeypatch.setattr(bars, "Console", lambda: Console(file=written, force_terminal=True, width=100))
+    return written
+
+
+def test_without_a_terminal_there_are_plain_lines(make, capsys):
+    trainer = make()
+    trainer.train()
+    trainer.sample(4)
+    trainer.evaluate()
+    lines = capsys.readouterr().out.splitlines()
+    header = "rung   tau  cost best success accept ESS/n k-hat missing distinct    loss  calls"
+    assert lines[0] == header
+    assert [line.split()[:2] for line in lines[1:4]] == [["0", "0.5"], ["1", "1"], ["2", "1.5"]]
+    assert all(len(line) == 80 for line in lines[:4])
+    assert lines[4].startswith("trained in ")
+    assert lines[5].startswith("final model: mean cost ")
+    assert "missing mass" in lines[5]
+    assert lines[6].startswith("draws: mean cost ")
+    assert lines[7].startswith("evaluation: mean cost ")
+    assert len(lines) == 8
+
+
+def test_a_long_phase_says_how_far_it_is(make, capsys, monkeypatch):
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
+    make().train()
+    out = capsys.readouterr().out
+    assert "  proposals: 32 of 64, about" in out
+    assert "  updates: 3 of 4, about" in out
+    assert "64 of 64" not in out
+
+
+def test_a_terminal_has_bars_for_rungs_proposals_costs_and_updates(make, terminal):
+    make().train()
+    text = terminal.getvalue()
+    for what in ("rungs", "proposals", "batches priced", "updates"):
+        assert what in text
+    assert "2 of 3" in text
+
+
+def test_bars_are_gone_after_an_error_and_come_again(make, terminal):
+    def cost(prompts, completions):
+        if broken:
+            raise RuntimeError("no answer")
+        return count_a(prompts, completions)
+
+    trainer, broken = make(objective=cost), True
+    with pytest.raises(RuntimeError, match="no answer"):
+        trainer.train()
+    assert "\x1b[?25h" in terminal.getvalue()[-200:]  # the cursor is back
+    broken = False
+    terminal.seek(0)
+    terminal.truncate()
+    trainer.train()
+    assert "updates" in terminal.getvalue()
+
+
+def test_an_adaptive_ladder_shows_its_inverse_temperature(make, terminal):
+    make(ladder="adaptive", tau_step=None, num_chains=64).train()
+    assert "inverse temperature" in terminal.getvalue()
+    assert "of 1.5" in terminal.getvalue()
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_only_those_bars_that_are_meant_to_be_seen(capsys, monkeypatch, shown):
+    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
+    with Bars(shown).task("proposals", 10) as advance:
+        advance(4)
+        advance(6)
+    assert capsys.readouterr().out.startswith("  proposals: 4 of 10") == shown
+
+
+def test_disable_tqdm_silences(make, capsys):
+    make(disable_tqdm=True, log_level="error").train()
+    assert "rung   tau" not in capsys.readouterr().out
+
+
+def test_completions_are_printed_with_cost_and_weight(make, capsys):
+    trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "[b]"}], log_completions=True, num_train_epochs=1)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "rung 0, tau = 0.5" in out
+    for word in ("best", "random", "prompt", "cost", "weight"):
+        assert word in out
+
+
+# ---- Trackers -------------------------------------------------------------------------------------------------------
+
+SCALARS = {"tau", "objective_mean", "success", "acceptance_rate", "ess", "missing_mass", "log_z", "sft_loss"}
+
+
+def test_tensorboard(make, tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
+    trainer = make(report_to=["tensorboard"])
+    trainer.train()
+    trainer.evaluate()
+    board = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert {f"train/{name}" for name in SCALARS} | {"eval/missing_mass", "eval/kl"} <= set(board.Tags()["scalars"])
+    assert [event.value for event in board.Scalars("train/tau")] == [0.5, 1.0, 1.5]
+    assert [event.step for event in board.Scalars("train/tau")] == [4, 8, 12]
+
+
+def test_trackio_offline(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    make(report_to=["trackio"], project="ladder").train()
+    (path,) = (tmp_path / "trackio").glob("ladder*.db")
+    with sqlite3.connect(path) as database:
+        rows = [json.loads(metrics) for (metrics,) in database.execute("select metrics from metrics order by id")]
+    rungs = [row for row in rows if "train/tau" in row]
+    assert [row["train/tau"] for row in rungs] == [0.5, 1.0, 1.5]
+    assert {f"train/{name}" for name in SCALARS} <= set(rungs[0])

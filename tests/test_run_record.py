@@ -1,0 +1,155 @@
+"""What a run leaves on disk, and what is said of it."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import count_a, lora_config, tiny_gpt2
+
+from aldrift_hf import ALDRIFTTrainer, verdict
+from aldrift_hf.run_record import DRAWS_FILE, MOST_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
+
+SETTINGS = {"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "num_chains": 128, "chain_length": 4}
+RUNG = {"tau": 2.0, "objective_mean": 1.0, "success": 0.5, "ess": 0.5, "khat": 0.2, "missing_mass": 0.0}
+
+
+@pytest.fixture
+def make(config, tokenizer):
+    def build(model=None, train_dataset=None, objective=count_a, **settings):
+        model = model or tiny_gpt2()
+        return ALDRIFTTrainer(
+            model,
+            objective,
+            config(**settings),
+            train_dataset,
+            processing_class=tokenizer,
+            peft_config=lora_config(model),
+        )
+
+    return build
+
+
+def record(finished=True, metrics=None, **last):
+    return RunRecord(SETTINGS, finished, metrics or {}, [RUNG, RUNG | last])
+
+
+def test_a_run_is_read_as_it_was_written(make):
+    trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "b"}])
+    trainer.train()
+    written = RunRecord.read(trainer.args.output_dir)
+    assert written.finished
+    assert written.settings == json.loads(json.dumps(trainer.record.settings))
+    assert len(written.rungs) == 3
+    assert written.metrics == {key: value for key, value in trainer.record.metrics.items() if not math.isnan(value)}
+    assert written.draws == trainer.record.draws
+    assert len(written.draws) == 2 * 64
+    draw = written.draws[0]
+    assert draw["tau"] == 1.5
+    assert draw["objective"] == count_a([], [draw["completion"]])[0]
+    assert draw["log_weight"] == draw["log_prior"] - 1.5 * draw["objective"] - draw["log_model"]
+
+
+def test_settings_say_what_was_asked(make):
+    settings = make(objective=[count_a, lambda prompts, completions: [0.0] * len(completions)]).record.settings
+    assert settings["objective"] == ["count_a", "<lambda>"]
+    assert (settings["tau_max"], settings["objective_range"], settings["chain_length"]) == (1.5, 3.0, 4)
+    assert settings["tuning"] == "LORA adapter of rank 4"
+    assert settings["architecture"] == "GPT2LMHeadModel"
+
+
+def test_a_range_that_was_measured_is_in_the_record(make):
+    trainer = make(objective_range=None, tau_step=0.5, num_train_epochs=1)
+    trainer.train()
+    assert RunRecord.read(trainer.args.output_dir).settings["objective_range"] == trainer.progress.objective_range > 0
+
+
+def test_no_token_reaches_the_record(make):
+    trainer = make(hub_token="hf_planted", num_train_epochs=1)
+    trainer.train()
+    for name in (RUN_FILE, RUNGS_FILE, DRAWS_FILE):
+        assert "hf_planted" not in Path(trainer.args.output_dir, name).read_text()
+
+
+def test_a_run_under_way_can_be_read(make):
+    def cost(prompts, completions):
+        if trainer.progress.rung == 1:
+            raise KeyboardInterrupt
+        return count_a(prompts, completions)
+
+    trainer = make(objective=cost, overlap_objective=False)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    under_way = RunRecord.read(trainer.args.output_dir)
+    assert not under_way.finished
+    assert not under_way.metrics
+    assert [rung["rung"] for rung in under_way.rungs] == [0, 1]
+    assert verdict.outcome(under_way).startswith("So far, after 2 rungs")
+
+
+def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
+    first = make(save_strategy="epoch", num_train_epochs=2)
+    first.train()
+    drawn = RunRecord.read(first.args.output_dir).draws
+    second = make()
+    second.progress = first.progress
+    second.write_record()
+    assert RunRecord.read(second.args.output_dir).draws == drawn
+
+
+def test_many_draws_are_thinned_evenly(make):
+    trainer = make(num_chains=500, num_train_epochs=1)
+    trainer.train()
+    assert MOST_DRAWS / 2 < len(trainer.record.draws) <= MOST_DRAWS
+
+
+def test_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"not the output directory of a run: it has no run\.json"):
+        RunRecord.read(tmp_path)
+
+
+def test_odd_characters_survive(tmp_path):
+    drawn = {"prompt": "\u2028", "completion": "a\nb\x85\ud800</script>", "objective": 0.0}
+    RunRecord(SETTINGS, rungs=[RUNG | {"khat": math.nan}], draws=[drawn]).write(tmp_path)
+    again = RunRecord.read(tmp_path)
+    assert again.draws == [drawn]
+    assert "khat" not in again.rungs[0]
+
+
+# ---- In words -------------------------------------------------------------------------------------------------------
+
+
+def test_a_good_run_has_no_warning():
+    good = record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01})
+    assert verdict.warnings(good) == []
+    assert verdict.outcome(good) == (
+        "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws are as good as any seen "
+        "(the prior's: 50.0%); they account for 99% of p_T by the ladder's log Z."
+    )
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        (record(metrics=RUNG | {"objective": 1.0, "missing_mass": 2.3}), "lost 2.30 nats"),
+        (record(metrics=RUNG | {"objective": 1.0, "khat": 0.9}), "k-hat is 0.90"),
+        (record(metrics=RUNG | {"objective": 1.0, "ess": 0.01}), "worth 5.1 independent draws"),
+        (record(metrics=RUNG | {"objective": 1.0}, acceptance_rate=0.01), "accept 1.0%"),
+        (record(metrics=RUNG | {"objective": 1.0}, tau=1.5), "ended at inverse temperature 1.5, below T = 2"),
+        (record(), "the final model was not measured"),
+        (
+            dataclasses.replace(record(metrics=RUNG | {"objective": 1.0}), settings=SETTINGS | {"sampler": "top"}),
+            "makes no correction",
+        ),
+    ],
+)
+def test_what_a_reader_should_know_is_said(run, said):
+    (warning,) = verdict.warnings(run)
+    assert said in warning
+
+
+def test_a_run_under_way_is_not_blamed_for_being_short_of_its_end():
+    assert verdict.warnings(record(finished=False, tau=0.5)) == []
+    assert verdict.warnings(RunRecord(SETTINGS)) == []
+    assert verdict.outcome(RunRecord(SETTINGS)) == "The first rung is under way."
