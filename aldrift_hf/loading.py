@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -46,6 +47,19 @@ def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftMode
     if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
         return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
     return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+
+
+def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Put the weights that a run saved in `folder` into a policy made as that run's was.
+
+    Raises:
+        ValueError, OSError, RuntimeError: if they are not there, or do not fit.
+    """
+    if isinstance(policy, PeftModel):
+        name = policy.active_adapter
+        policy.load_adapter(str(folder if name == "default" else folder / name), name, is_trainable=True)
+    else:  # by transformers, which knows of shards and tied weights
+        policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
 
 def check_trainable(model: PreTrainedModel, adapter: bool) -> None:

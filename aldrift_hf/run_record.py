@@ -33,6 +33,7 @@ class RunRecord:
         finished: whether training has ended.
         metrics: of the final model, as [`ALDRIFTTrainer.evaluate`] names them, without prefix; empty before the end and
             where `max_objective_calls` was spent.
+        log_z: the ladder's `log Z_τ` of each prompt at the last rung's `τ`, nats.
         rungs: a record of each complete rung.
         draws: the newest draws of the model, up to [`MOST_DRAWS`]: `prompt`, `completion`, `objective`, `log_prior`,
             `log_model` and, for `tau`, `log_weight`; nats.
@@ -41,6 +42,7 @@ class RunRecord:
     settings: dict[str, Any]
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
+    log_z: list[float] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     draws: list[dict[str, Any]] = field(default_factory=list)
 
@@ -67,7 +69,8 @@ class RunRecord:
     def write(self, folder: str | Path) -> None:
         """Write the three files; that of the draws only where there are any, for a resumed run has none at first."""
         folder = Path(folder)
-        run = {"settings": self.settings, "finished": self.finished, "metrics": self.metrics}
+        names = ("settings", "finished", "metrics", "log_z")
+        run = {name: getattr(self, name) for name in names}
         if self.draws:
             _replace(folder / DRAWS_FILE, map(_line, self.draws))
         _replace(folder / RUNGS_FILE, map(_line, self.rungs))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import platform
 from dataclasses import fields
 from importlib.metadata import version
@@ -13,6 +14,7 @@ from transformers import TrainingArguments
 
 from .config import ALDRIFTConfig
 from .prior import base_model
+from .prompts import Prompts
 
 _OF_THE_TRAINER = (
     "learning_rate",
@@ -29,14 +31,14 @@ _NOT_OF_THE_RUN = ("model_init_kwargs", "log_completions", "overlap_objective")
 _PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
 
 
-def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], prompts: int) -> dict[str, Any]:
+def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], prompts: Prompts) -> dict[str, Any]:
     """Settings of a run: no path but a model's, no token, nothing of the machine.
 
     Args:
         args: the trainer's.
         model: the policy, unwrapped.
         objective: names of the cost functions.
-        prompts: how many there are.
+        prompts: what it draws for.
     """
     own = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
     asked = {name: getattr(args, name) for name in sorted(own - set(_NOT_OF_THE_RUN))}
@@ -46,7 +48,8 @@ def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], pro
         "architecture": type(base_model(model)).__name__,
         "tuning": _tuning(model),
         "objective": objective,
-        "prompts": prompts,
+        "prompts": len(prompts),
+        "prompts_fingerprint": hashlib.sha256("\n".join(prompts.keys).encode()).hexdigest()[:16],
         **asked,
         "chain_length": args.steps_per_chain,
         **learning,

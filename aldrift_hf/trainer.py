@@ -14,6 +14,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -188,7 +189,7 @@ class ALDRIFTTrainer(Trainer):
         self.train_dataset = self.samples
         self.archive = Archive(args.archive_window) if args.sampler == "archive" else None
         self.progress = checkpoint.Progress()
-        self.record = RunRecord(settings_of(args, policy, self.objective.names, len(self.prompts)))
+        self.record = RunRecord(settings_of(args, policy, self.objective.names, self.prompts))
         self.rungs_wanted = int(args.num_train_epochs)
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
@@ -258,6 +259,7 @@ class ALDRIFTTrainer(Trainer):
         """Bring `record`, and its files in `output_dir`, up to date."""
         self.record.settings["objective_range"] = self.progress.objective_range
         self.record.rungs = [record for record in self.progress.records if "sft_loss" in record]
+        self.record.log_z = self.progress.log_z
         if self.is_world_process_zero():
             self.record.write(str(self.args.output_dir))
 
@@ -599,6 +601,24 @@ class ALDRIFTTrainer(Trainer):
         proposals, _ = self.proposer.propose(prompts, m * steps, stream)
         kernel = samplers.isir if correction == "isir" else samplers.metropolis_hastings
         return proposals, *_run_chains(proposals.log_weight(tau), m, self._generator(*stream), kernel)
+
+    def load_run(self, folder: str | os.PathLike[str]) -> None:
+        """Take up what a run has trained, so that [`evaluate`] and [`sample`] work as after its own `train()`.
+
+        The trainer must have been made as the run's was: with its prior, its adapter's settings and its objective. On
+        other prompts, or for another objective, the ladder's log Z says nothing, and metrics that need it are left out.
+
+        Args:
+            folder: the run's output directory, with a saved model.
+
+        Raises:
+            ValueError, OSError, RuntimeError: if there is no run, or no model of this trainer's kind.
+        """
+        record = RunRecord.read(str(folder))
+        loading.load_trained(cast(PreTrainedModel, self._unwrapped()), Path(folder))
+        same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
+        if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
+            self.progress.log_z, self.progress.tau = record.log_z, record.rungs[-1]["tau"]
 
     # ---- Models and text --------------------------------------------------------------------------------------------
 

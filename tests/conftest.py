@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib import util
@@ -173,6 +175,18 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
         return ALDRIFTConfig(**{**settings, **changes})
 
     return make
+
+
+CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
+
+
+def accelerate_launch(config: Path, *what: str) -> subprocess.CompletedProcess:
+    """Runs `accelerate launch` with a config file: flags of its own first, then a script (or `-m` and a module)."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    how = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    return subprocess.run([*how, "--main_process_port", port, *what], capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture

@@ -1,14 +1,12 @@
 """Two processes on the CPU (gloo) against one: the same proposals, the same target, one model."""
 
 import json
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import chi_square_p, count_a, every_completion, log_probs, tiny_gpt2
+from conftest import CONFIGS, accelerate_launch, chi_square_p, count_a, every_completion, log_probs, tiny_gpt2
 from safetensors.torch import load_file
 
 SCRIPT = """
@@ -73,29 +71,11 @@ with open(os.path.join(output, f"rank-{{rank}}.json"), "w") as file:
 """
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def launch(folder: Path, processes: int, *extra: str) -> subprocess.CompletedProcess:
     script = folder.parent / "script.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-    configs = Path(__file__).parents[1] / "accelerate_configs"
-    how = ["--config_file", str(configs / ("single_cpu.yaml" if processes == 1 else "multi_cpu.yaml"))]
-    how += ["--main_process_port", str(free_port())] if processes > 1 else []
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        *how,
-        str(script),
-        str(folder),
-        str(processes),
-        *extra,
-    ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    config = CONFIGS / ("single_cpu.yaml" if processes == 1 else "multi_cpu.yaml")
+    return accelerate_launch(config, str(script), str(folder), str(processes), *extra)
 
 
 @pytest.fixture(scope="module", params=["metropolis_hastings", "archive"])

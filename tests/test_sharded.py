@@ -4,16 +4,15 @@ With GPUs the same runs go through the configs that are shipped, FSDP2's and Dee
 """
 
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import FullyShardedDataParallelPlugin
-from conftest import tiny_gpt2
+from conftest import CONFIGS, accelerate_launch, tiny_gpt2
 from safetensors.torch import load_file
-from test_distributed import free_port, records, result
+from test_distributed import records, result
 
 from aldrift_hf import sharding
 
@@ -67,7 +66,6 @@ with open(os.path.join(output, f"rank-{{trainer.args.process_index}}.json"), "w"
     json.dump({{"before": before.to_dict(), "after": after.to_dict(), "metrics": metrics}}, file)
 PartialState().destroy_process_group()
 """
-CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 
 def launch(folder: Path, config: str, *flags: str) -> subprocess.CompletedProcess:
@@ -75,10 +73,8 @@ def launch(folder: Path, config: str, *flags: str) -> subprocess.CompletedProces
     script = folder.parent / f"{folder.name}.py"
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
     folder_of_config = Path(__file__).parent if config == "fsdp2_cpu" else CONFIGS
-    how = ["--config_file", str(folder_of_config / f"{config}.yaml"), "--main_process_port", str(free_port())]
-    how += ["--num_processes", "2", *(["--mixed_precision", "no"] if "--gpu" in flags else [])]
-    command = [sys.executable, "-m", "accelerate.commands.launch", *how, str(script), str(folder), *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    how = ["--num_processes", "2", *(["--mixed_precision", "no"] if "--gpu" in flags else [])]
+    return accelerate_launch(folder_of_config / f"{config}.yaml", *how, str(script), str(folder), *flags)
 
 
 KINDS = {

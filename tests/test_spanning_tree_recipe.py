@@ -2,14 +2,11 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_gpt2
-from test_distributed import free_port
+from conftest import CONFIGS, accelerate_launch, tiny_gpt2
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from aldrift_hf.problems.priors import word_tokenizer
@@ -156,15 +153,7 @@ def test_help_explains(recipe, capsys):
 def test_launched_by_accelerate(config, tmp_path, monkeypatch):
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
     line = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
-    port = ["--main_process_port", str(free_port())] if config == "multi_cpu" else []
-    file = str(ROOT / "accelerate_configs" / f"{config}.yaml")
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", file, *port, str(RECIPE), *line]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "out")],
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = accelerate_launch(CONFIGS / f"{config}.yaml", str(RECIPE), *line, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     check_output(done.stdout)
     assert done.stdout.count("missing mass: ") == 1, "one process reports"

@@ -1,0 +1,350 @@
+"""The command `aldrift`, as a user meets it."""
+
+import dataclasses
+import json
+import re
+import shutil
+import sys
+from collections import defaultdict
+
+import pytest
+import yaml
+from conftest import (
+    CONFIGS,
+    EOS,
+    WORDS,
+    accelerate_launch,
+    count_a,
+    every_completion,
+    log_probs,
+    lora_config,
+    tiny_gpt2,
+)
+from datasets import Dataset
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, arguments, cli
+from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.run_record import RunRecord
+
+COSTS = """
+factor = 1.0
+
+def not_a(prompts, completions, **columns):
+    return [float(sum(word != "a" for word in text.split())) for text in completions]
+
+def weighed(prompts, completions, weight):
+    return [w * c for w, c in zip(weight, not_a(prompts, completions))]
+"""
+RUN = {
+    "tau_max": 1.5,
+    "tau_step": 0.5,
+    "objective_range": 3,
+    "max_completion_length": 3,
+    "num_chains": 32,
+    "chain_length": 4,
+    "updates_per_rung": 4,
+    "learning_rate": "1e-2",
+    "lora_r": 4,
+    "use_cpu": True,
+    "disable_tqdm": False,
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working directory with a model and a module of costs."""
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")
+    (tmp_path / "costs.py").write_text(COSTS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("costs", None)
+
+
+def line(command="train", *more, **changes):
+    settings = {"objective": "costs:not_a", "model_name_or_path": "model", "output_dir": "out", **RUN, **changes}
+    flags = [part for name, value in settings.items() if value is not None for part in (f"--{name}", str(value))]
+    return [command, *flags, *more]
+
+
+@pytest.fixture
+def run(here, capsys):
+    """A trained run in `out`."""
+    cli.main(line())
+    capsys.readouterr()
+    return here / "out"
+
+
+def refused(capsys, argv) -> str:
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main(argv)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert not out
+    (message,) = err.splitlines()
+    return message
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def test_train_says_how_it_came_out(here, capsys):
+    cli.main(line())
+    out = capsys.readouterr().out
+    assert "final model: mean cost" in out
+    assert "After 3 rungs, the model's mean cost is" in out
+    AutoPeftModelForCausalLM.from_pretrained("out")
+
+
+def test_a_run_is_repeated_from_its_own_options(run, here):
+    saved = yaml.safe_load((run / "run.yaml").read_text())
+    assert saved.keys() == {"objective", "model_name_or_path", *RUN}
+    cli.main(["train", "--config", "out/run.yaml", "--output_dir", "again"])
+    assert yaml.safe_load((here / "again" / "run.yaml").read_text()) == saved
+    for first, again in zip(RunRecord.read("out").rungs, RunRecord.read("again").rungs, strict=True):
+        timeless = [key for key in first if not key.startswith("seconds_")]
+        assert [first[key] for key in timeless] == [again[key] for key in timeless]
+
+
+@pytest.mark.parametrize("name", ["costs:not_a", "costs.py:not_a"])
+def test_objectives_by_module_and_by_file(here, name):
+    cli.main(line(objective=name, num_train_epochs=1))
+    assert RunRecord.read("out").settings["objective"] == ["not_a"]
+
+
+def test_several_objectives_are_summed(here):
+    cli.main(
+        line(
+            "train", "--objective", "costs:not_a", "costs.py:not_a", "--objective_weights", "0.5", "0.5", objective=None
+        )
+    )
+    assert RunRecord.read("out").settings["objective_weights"] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "prompt"])
+def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
+    rows = {"prompt": ["a", "b c"], "weight": [1.0, 0.5]}
+    dataset = Dataset.from_dict(rows)
+    write = {"jsonl": dataset.to_json, "csv": dataset.to_csv, "parquet": dataset.to_parquet}
+    if kind in write:
+        write[kind](here / f"prompts.{kind}")
+    (here / "prompts.txt").write_text("a\nb c\n")
+    name = "a b" if kind == "prompt" else f"prompts.{kind}"
+    cli.main(line(dataset=name, objective="costs:weighed" if kind in write else "costs:not_a", num_train_epochs=1))
+    prompts = [draw["prompt"] for draw in RunRecord.read("out").draws]
+    assert list(dict.fromkeys(prompts)) == (["a b"] if kind == "prompt" else rows["prompt"])
+
+
+def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
+    cli.main(line(model_name_or_path="out", output_dir="second", num_train_epochs=1))
+    assert (here / "second" / "prior" / "adapter_model.safetensors").is_file()
+    assert abs(RunRecord.read("second").rungs[0]["missing_mass"]) < 1e-4
+    capsys.readouterr()
+    shutil.rmtree("out")  # its copy, the prior, was saved beside the trained adapter
+    cli.main(["sample", "second", "-n", "3"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_resumed_from_the_command_line(here):
+    cli.main(line(num_train_epochs=2))
+    cli.main(line("train", "--resume_from_checkpoint", "True"))
+    assert [rung["tau"] for rung in RunRecord.read("out").rungs] == [0.5, 1.0, 1.5]
+
+
+def test_under_accelerate_launch(here):
+    how = (CONFIGS / "multi_cpu.yaml", "-m", "aldrift_hf.cli")
+    done = accelerate_launch(*how, *line(num_train_epochs=1))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("final model: mean cost") == 1
+    assert RunRecord.read("out").settings["processes"] == 2
+    done = accelerate_launch(*how, *line(objective="costs:not_b"))
+    assert done.stderr.count("did you mean not_a?") == 1, "one process speaks"
+
+
+# ---- After training -------------------------------------------------------------------------------------------------
+
+
+def test_sample_prints_draws_as_json_lines(run, capsys):
+    cli.main(["sample", "out", "-n", "5"])
+    out, err = capsys.readouterr()
+    draws = [json.loads(text) for text in out.splitlines()]
+    assert len(draws) == 5
+    assert draws[0].keys() == {"prompt", "completion", "objective", "log_prior", "log_model"}
+    assert [draw["objective"] for draw in draws] == count_a([], [draw["completion"] for draw in draws])
+    assert "draws: mean cost" in err
+
+
+def test_samples_are_those_of_the_trained_model_with_its_prior(run, capsys):
+    """Their densities are those of the model that was given, and of the adapter that was saved."""
+    cli.main(["sample", "out", "-n", "40", "--correction", "none"])
+    draws = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert len(draws) == 40
+    prior = AutoModelForCausalLM.from_pretrained("model")
+    policy = AutoPeftModelForCausalLM.from_pretrained("out")
+    completions = every_completion()
+    texts = word_tokenizer(WORDS, " ").batch_decode(completions.tokens(), skip_special_tokens=True)
+    exact = defaultdict(list)  # of each text: it can be several sequences
+    for text, *pair in zip(texts, *(log_probs(model, [EOS], completions).tolist() for model in (prior, policy.model))):
+        exact[text].append(pytest.approx(pair, abs=1e-4))
+    for draw in draws:
+        assert [draw["log_prior"], draw["log_model"]] in exact[draw["completion"]]
+
+
+def test_sample_takes_other_options(run, here, capsys):
+    cli.main(["sample", "out", "-n", "2", "--output", "draws.jsonl", "--correction", "isir", "--dataset", "a b"])
+    assert not capsys.readouterr().out
+    draws = [json.loads(text) for text in (here / "draws.jsonl").read_text().splitlines()]
+    assert [draw["prompt"] for draw in draws] == ["a b", "a b"]
+
+
+def test_evaluate_knows_the_ladders_log_z(run, capsys):
+    cli.main(["evaluate", "out"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert abs(metrics["eval_missing_mass"]) < 0.5
+    assert metrics["eval_kl"] >= -0.2
+    cli.main(["evaluate", "out", "--dataset", "a"])
+    assert "eval_missing_mass" not in json.loads(capsys.readouterr().out), "the ladder was climbed for other prompts"
+
+
+def test_a_run_from_python_wants_its_objective_alone(here, config, capsys):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), word_tokenizer(WORDS, " ")
+    args = config(output_dir="api")
+    trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model))
+    trainer.train()
+    trainer.save_model()
+    capsys.readouterr()
+    assert "the following arguments are required: --objective" in refused(capsys, ["evaluate", "api"])
+    cli.main(["evaluate", "api", "--objective", "costs:not_a"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["eval_objective"] == pytest.approx(trainer.record.metrics["objective"], abs=0.5)
+
+
+def test_full_fine_tuning_is_sampled_from(here, capsys):
+    cli.main(line("train", "--no_use_peft", learning_rate="1e-3", num_train_epochs=1))
+    capsys.readouterr()
+    cli.main(["sample", "out", "-n", "3"])
+    assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_report_of_a_run(run, capsys):
+    cli.main(["report", "out"])
+    assert "After 3 rungs" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="is not the output directory of a run"):
+        cli.main(["report", "model"])
+    with pytest.raises(SystemExit):
+        cli.main(["report"])
+
+
+def test_env_lists_versions(capsys):
+    cli.main(["env"])
+    out = capsys.readouterr().out
+    for name in ("aldrift_hf", "torch", "transformers", "python", "accelerators"):
+        assert re.search(rf"^- {name}: \S", out, re.MULTILINE)
+
+
+# ---- Help and errors ------------------------------------------------------------------------------------------------
+
+
+def test_help_groups_the_options(capsys):
+    for command in ("train", "sample", "evaluate"):
+        with pytest.raises(SystemExit) as stop:
+            cli.main([command, "--help"])
+        assert stop.value.code == 0
+        out = capsys.readouterr().out
+        titles = re.findall(r"^(\S[^\n]*):$", out, re.MULTILINE)
+        assert {"task", "target and ladder", "correction", "generation", "learning", "model and adapter"} <= set(titles)
+        assert titles[-1].startswith("the Trainer's other options")
+        assert out.index("--tau_max") < out.index("--adam_beta1")
+        assert out.count("  --tau_max ") == 1
+    assert out.startswith("usage: aldrift evaluate RUN")
+
+
+def test_every_setting_of_ours_has_a_group():
+    own = {field.name for field in dataclasses.fields(ALDRIFTConfig)}
+    own -= {field.name for field in dataclasses.fields(TrainingArguments)}
+    grouped = [name for names in arguments.GROUPS.values() for name in names]
+    assert own - {"model_init_kwargs"} <= set(grouped)
+    assert set(grouped) <= {field.name for field in dataclasses.fields(ALDRIFTConfig)}
+    assert len(set(grouped)) == len(grouped)
+
+
+def test_no_command_and_no_such_command(capsys):
+    cli.main([])
+    assert "aldrift COMMAND --help" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"no command 'trian'; it is one of train, sample, evaluate, report, env"):
+        cli.main(["trian"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"objective": None}, r"required: --objective"),
+        ({"objective": "nope:cost"}, r"there is no module 'nope', neither installed nor in /"),
+        ({"objective": "costs.inner:cost"}, r"no module 'costs.inner'"),
+        ({"objective": "nope.py:cost"}, r"there is no such file"),
+        ({"objective": "costs:nota"}, r"costs has no function 'nota'; did you mean not_a\?"),
+        ({"objective": "costs:factor"}, r"factor is not a function, but float"),
+        ({"objective": "costs"}, r"name it as MODULE:FUNCTION"),
+        ({"objective": "costs:weighed"}, r"missing a required argument: 'weight'"),
+        ({"tua_max": 3}, r"no option --tua_max; did you mean --tau_max\?"),
+        ({"tau_max": "high"}, r"--tau_max.*invalid float value: 'high'"),
+        ({"tau_max": -1}, r"tau_max .* must be positive"),
+        ({"sampler": "gibbs"}, r"--sampler: invalid choice: 'gibbs'"),
+        ({"config": "no.yaml"}, r"no.yaml"),
+        ({"config": "broken.yaml"}, r"mapping"),
+        ({"config": "unknown.yaml"}, r"no option --tua_max; did you mean --tau_max\?"),
+        ({"dataset": "no.jsonl"}, r"--dataset no.jsonl: there is no such file"),
+        ({"dataset": "costs.py"}, r"a file of prompts ends in .jsonl"),
+        ({"model_name_or_path": None}, r"--model_name_or_path is missing"),
+        ({"model_name_or_path": "./nope"}, r"nope"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(here, capsys, changes, said):
+    (here / "broken.yaml").write_text("- tau_max: 3\n")
+    (here / "unknown.yaml").write_text("tua_max: 3\n")
+    message = refused(capsys, line(**changes))
+    assert message.startswith("aldrift train: ")
+    assert re.search(said, message)
+
+
+def test_an_error_inside_the_users_module_is_shown_whole(here):
+    (here / "broken.py").write_text("import not_installed_anywhere\n")
+    with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):
+        cli.main(line(objective="broken:cost"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["sample"], "name the run first"),
+        (["sample", "-n", "3"], "name the run first"),
+        (["sample", "model"], "neither run.yaml nor run.json"),
+        (["evaluate", "not a name"], "is no folder here, and cannot be had from the Hub"),
+    ],
+)
+def test_what_is_no_run_is_refused(here, capsys, argv, said):
+    assert said in refused(capsys, argv)
+
+
+def test_options_of_a_run_do_not_let_foreign_code_in(run, here, monkeypatch, capsys):
+    saved = yaml.safe_load((run / "run.yaml").read_text())
+    (run / "run.yaml").write_text(yaml.safe_dump(saved | {"trust_remote_code": True, "env": {"PLANTED": "1"}}))
+    seen = []
+    monkeypatch.setattr(cli, "make_trainer", lambda *parts: seen.append(parts) or sys.exit(0))
+    with pytest.raises(SystemExit):
+        cli.main(["sample", "out", "-n", "1"])
+    assert seen[0][2].trust_remote_code is False
+    monkeypatch.setattr(cli, "snapshot_download", lambda name: str(run))
+    message = refused(capsys, ["sample", "somebody/model", "-n", "1"])
+    assert "required: --objective" in message, "a downloaded file does not say which code is run"
+
+
+def test_a_token_is_not_written_down(here):
+    cli.main(line(hub_token="hf_planted", num_train_epochs=1))
+    for path in (here / "out").iterdir():
+        if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".md"):
+            assert "hf_planted" not in path.read_text(), path
