@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import logging
 import math
 import numbers
 import queue
@@ -20,7 +21,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -28,14 +29,15 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from .bars import Bars
+from .journal import Journal, Key
 from .prompts import Prompts, columns_of
+
+logger = logging.getLogger(__name__)
 
 OBJECTIVE_BATCH = 128
 """Completions a call of the objective, unless told otherwise."""
 
 CostFunction = Callable[..., Any]
-Key = tuple[str, str]
-"""A prompt row's identity and a completion."""
 
 
 class ObjectiveError(RuntimeError):
@@ -95,6 +97,8 @@ class Objective:
         objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
         batch_size: completions a call.
         overlap: whether to run beside the caller; otherwise [`finish`] does all the work, in the caller's thread.
+        output_dir: where costs are written down as they are paid for, and those of an earlier start are found (see
+            [`aldrift_hf.journal`]); `None`: nowhere.
         bars: show the calls that [`finish`] waits for.
     """
 
@@ -105,6 +109,7 @@ class Objective:
         objective_range: float | None,
         batch_size: int = OBJECTIVE_BATCH,
         overlap: bool = True,
+        output_dir: str | None = None,
         bars: Bars | None = None,
     ) -> None:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
@@ -118,6 +123,9 @@ class Objective:
             )
         self.objective_range = objective_range
         self.batch_size = batch_size
+        self._journal = None if output_dir is None else Journal(output_dir, self.functions)
+        self._paid: dict[Key, list[float]] | None = None if self._journal else {}
+        """What the journal had; `None` before it was read."""
         self.bars = Bars(shown=False) if bars is None else bars
         self.cache: dict[Key, list[float]] = {}
         self._worker = _Worker() if overlap else None
@@ -165,6 +173,9 @@ class Objective:
             self.finish(prompts, [], [])
         new: dict[Key, int] = {}  # in order of first appearance, the same on every process
         for index, key in enumerate(self._keys(prompts, rows, completions)):
+            if key not in self.cache and key in self._paid_before:
+                self._check_range(key[1], rows[index], self._paid_before[key])
+                self.cache[key] = self._paid_before[key]
             if key not in self.cache and key not in self._begun.asked:
                 new.setdefault(key, index)
         self._begun.asked.update(new)
@@ -215,6 +226,19 @@ class Objective:
         )
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
 
+    @property
+    def _paid_before(self) -> dict[Key, list[float]]:
+        """Of an earlier start of this run, or of one like it; all processes ask at once, the first time."""
+        if self._paid is None:
+            self._paid = cast(Journal, self._journal).read()
+            if self._paid and PartialState().is_main_process:
+                folder = cast(Journal, self._journal).folder
+                logger.warning(
+                    f"{len(self._paid):,} costs were found in {folder} and will not be paid for again. Remove the "
+                    "folder to evaluate anew, as when what the cost reads has changed."
+                )
+        return self._paid
+
     def _keys(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> list[Key]:
         return [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]
 
@@ -224,7 +248,10 @@ class Objective:
         """One batch, in whichever thread; after an error nothing more is evaluated."""
         if begun.error is None:
             try:
-                begun.found += zip(keys, self._evaluate(prompts, rows, completions), strict=True)
+                found = list(zip(keys, self._evaluate(prompts, rows, completions), strict=True))
+                if self._journal is not None:
+                    self._journal.write(found)
+                begun.found += found
             except (Exception, SystemExit, asyncio.CancelledError) as error:  # all processes are to hear of it
                 begun.error = error
 
@@ -241,15 +268,17 @@ class Objective:
         results = _call_all(list(zip(self.names, self.functions, strict=True)), arguments)
         checked = [_check(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)]
         values = [list(row) for row in zip(*checked, strict=True)]
-        if self.objective_range is not None:
-            for row, text, value in zip(rows, completions, values, strict=True):
-                total = self._total(value)
-                if total > self.objective_range * (1 + 1e-9):
-                    raise ValueError(
-                        f"objective {' + '.join(self.names)!r} gave {total} for row {row}, above objective_range="
-                        f"{self.objective_range}: completion {text!r}. Raise objective_range, or cap the cost."
-                    )
+        for row, text, value in zip(rows, completions, values, strict=True):
+            self._check_range(text, row, value)
         return values
+
+    def _check_range(self, text: str, row: int, value: Sequence[float]) -> None:
+        total = self._total(value)
+        if self.objective_range is not None and total > self.objective_range * (1 + 1e-9):
+            raise ValueError(
+                f"objective {' + '.join(self.names)!r} gave {total} for row {row}, above objective_range="
+                f"{self.objective_range}: completion {text!r}. Raise objective_range, or cap the cost."
+            )
 
 
 class _Worker:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from dataclasses import fields
 from importlib.metadata import version
@@ -10,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import ALDRIFTConfig
 from .prior import base_model
@@ -31,7 +32,13 @@ _NOT_OF_THE_RUN = ("model_init_kwargs", "log_completions", "overlap_objective")
 _PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
 
 
-def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], prompts: Prompts) -> dict[str, Any]:
+def settings_of(
+    args: ALDRIFTConfig,
+    model: nn.Module,
+    objective: list[str],
+    prompts: Prompts,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
     """Settings of a run: no path but a model's, no token, nothing of the machine.
 
     Args:
@@ -39,6 +46,7 @@ def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], pro
         model: the policy, unwrapped.
         objective: names of the cost functions.
         prompts: what it draws for.
+        tokenizer: whose vocabulary is meant.
     """
     own = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
     asked = {name: getattr(args, name) for name in sorted(own - set(_NOT_OF_THE_RUN))}
@@ -48,14 +56,19 @@ def settings_of(args: ALDRIFTConfig, model: nn.Module, objective: list[str], pro
         "architecture": type(base_model(model)).__name__,
         "tuning": _tuning(model),
         "objective": objective,
+        "vocabulary": _fingerprint(sorted((id, token) for token, id in tokenizer.get_vocab().items())),
         "prompts": len(prompts),
-        "prompts_fingerprint": hashlib.sha256("\n".join(prompts.keys).encode()).hexdigest()[:16],
+        "prompts_fingerprint": _fingerprint(prompts.keys),
         **asked,
         "chain_length": args.steps_per_chain,
         **learning,
         "processes": args.world_size,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
+
+
+def _fingerprint(values: list[Any]) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 def _tuning(model: nn.Module) -> str:

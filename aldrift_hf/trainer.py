@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,8 +33,8 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
-from transformers.trainer_utils import SchedulerType, TrainOutput
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
+from transformers.trainer_utils import SchedulerType, TrainOutput, rotate_checkpoints
 
 from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots, verdict
 from .archive import Archive, Snapshot
@@ -118,6 +119,7 @@ class ALDRIFTTrainer(Trainer):
             args.objective_range,
             batch_size=args.generation_batch_size or OBJECTIVE_BATCH,
             overlap=args.overlap_objective,
+            output_dir=str(args.output_dir),
             bars=self.bars,
         )
         for dataset in (train, evaluation):
@@ -189,8 +191,9 @@ class ALDRIFTTrainer(Trainer):
         self.train_dataset = self.samples
         self.archive = Archive(args.archive_window) if args.sampler == "archive" else None
         self.progress = checkpoint.Progress()
-        self.record = RunRecord(settings_of(args, policy, self.objective.names, self.prompts))
+        self.record = RunRecord(settings_of(args, policy, self.objective.names, self.prompts, tokenizer))
         self.rungs_wanted = int(args.num_train_epochs)
+        self._staging: str | None = None
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
 
@@ -366,7 +369,7 @@ class ALDRIFTTrainer(Trainer):
             if self.archive is not None:
                 self.archive = Archive(self.args.archive_window)
         else:
-            self.progress = checkpoint.load(folder, self.samples, self.objective)
+            self.progress = checkpoint.load(folder, self.samples, self.objective, self._must_agree())
             self.proposer.batches = self.progress.batches
             if self.archive is not None:
                 checkpoint.load_archive(folder, self.archive, self.proposer.decode)
@@ -421,14 +424,43 @@ class ALDRIFTTrainer(Trainer):
         return torch.utils.data.SequentialSampler(self.samples)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        # Before the Trainer's own files, so that a push of the folder to the Hub includes ours.
+        """As the Trainer's, with our files, and under a temporary name until all of them are written."""
         if self.args.world_size > 1:
             loss_sum = torch.tensor(self.progress.loss_sum, device=self.args.device)
             self.progress.loss_sum = cast(Tensor, reduce(loss_sum, "mean")).item()
+        output_dir = str(self.args.output_dir)
+        self._staging = os.path.join(output_dir, checkpoint.STAGING)
+        folder = os.path.join(self._staging, f"checkpoint-{self.state.global_step}")
         if self.args.should_save:
-            folder = os.path.join(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
-            checkpoint.save(folder, self.progress, self.samples, self.objective, self.archive)
-        super()._save_checkpoint(model, trial)
+            shutil.rmtree(self._staging, ignore_errors=True)
+            checkpoint.save(folder, self.progress, self.samples, self.objective, self._must_agree(), self.archive)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            if self.state.best_model_checkpoint == folder:
+                self.state.best_model_checkpoint = os.path.join(output_dir, os.path.basename(folder))
+                self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
+            folder = checkpoint.commit(folder, output_dir)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(folder)
+            rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _must_agree(self) -> dict[str, Any]:
+        """Settings that a checkpoint is resumed under: D as it was asked for, not as it was measured."""
+        asked = {**self.record.settings, "objective_range": self.args.objective_range}
+        return {name: asked[name] for name in checkpoint.MUST_AGREE}
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return self._staging or str(super()._get_output_dir(trial))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:  # not before it has its name: uploads go on in a thread
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals: before the first update the policy is the prior."""

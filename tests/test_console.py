@@ -105,15 +105,6 @@ def test_disable_tqdm_silences(make, capsys):
     assert "rung   tau" not in capsys.readouterr().out
 
 
-def test_completions_are_printed_with_cost_and_weight(make, capsys):
-    trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "[b]"}], log_completions=True, num_train_epochs=1)
-    trainer.train()
-    out = capsys.readouterr().out
-    assert "rung 0, tau = 0.5" in out
-    for word in ("best", "random", "prompt", "cost", "weight"):
-        assert word in out
-
-
 # ---- Trackers -------------------------------------------------------------------------------------------------------
 
 SCALARS = {"tau", "objective_mean", "success", "acceptance_rate", "ess", "missing_mass", "log_z", "sft_loss"}

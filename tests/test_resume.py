@@ -2,15 +2,11 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import count_a, lora, lora_config, tiny_gpt2
-from safetensors.torch import load_file
 
 from aldrift_hf import ALDRIFTTrainer, checkpoint
 from aldrift_hf.proposals import stream_seed
@@ -123,9 +119,93 @@ def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
     other = trainer_of("adapter-off", config(updates_per_rung=5), tokenizer)
     with pytest.raises(ValueError, match="2 prompts and 16 training rows a rung; this run has 2 and 20"):
         other.train(resume_from_checkpoint=folder)
-    os.remove(os.path.join(folder, checkpoint.STATE_FILE))
-    with pytest.raises(ValueError, match=r"is not a checkpoint of ALDRIFTTrainer: it has no aldrift_state\.json"):
+    os.remove(os.path.join(folder, checkpoint.MANIFEST_FILE))
+    with pytest.raises(ValueError, match="it is not a checkpoint of ALDRIFTTrainer, or not a whole one: it has no"):
         trainer.train(resume_from_checkpoint=folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tau_max": 2.0}, r"tau_max = 1\.5, not 2\.0"),
+        ({"objective_range": 4.0}, r"objective_range = 3\.0, not 4\.0"),
+        ({"sampler": "archive"}, "sampler = 'metropolis_hastings', not 'archive'"),
+        ({"seed": 1, "num_chains": 8}, "num_chains = 16, not 8; .*seed = 42, not 1"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(config, tokenizer, change, said):
+    trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer).train()
+    with pytest.raises(ValueError, match=f"was written under other settings than this run's: .*{said}"):
+        trainer_of("adapter-off", config(**change), tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_of_another_vocabulary_is_refused(config, tokenizer):
+    trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer).train()
+    tokenizer.add_tokens(["z"])
+    with pytest.raises(ValueError, match="vocabulary = "):
+        trainer_of("adapter-off", config(), tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_what_may_change_may_change(config, tokenizer):
+    trainer_of("adapter-off", config(save_strategy="epoch", num_train_epochs=2), tokenizer).train()
+    longer = trainer_of("adapter-off", config(learning_rate=1e-3, generation_batch_size=16), tokenizer)
+    longer.train(resume_from_checkpoint=True)
+    assert longer.progress.rung == 2
+
+
+def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenizer):
+    trainer = trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer)
+    trainer.train()
+    newest, good = (Path(trainer.args.output_dir, f"checkpoint-{step}") for step in (12, 8))
+    files = [path for path in newest.iterdir() if path.name != checkpoint.MANIFEST_FILE]
+    assert len(files) > 8
+    for path in files:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+        with pytest.raises(
+            ValueError, match=rf"checkpoint-12 .*{path.name} is not as .*newest good one is .*checkpoint-8"
+        ):
+            trainer.train(resume_from_checkpoint=True)
+        path.write_bytes(whole)
+    assert checkpoint.damage(str(newest)) is None
+    os.remove(newest / "optimizer.pt")
+    assert checkpoint.damage(str(newest)) == "optimizer.pt is missing"
+    (good / checkpoint.MANIFEST_FILE).write_text("{")
+    with pytest.raises(ValueError, match="There is no good one; start anew"):
+        trainer.train(resume_from_checkpoint=str(newest))
+
+
+def test_a_checkpoint_has_its_name_only_when_it_is_whole(config, tokenizer, monkeypatch):
+    trainer = trainer_of("adapter-off", config(save_strategy="steps", save_steps=4), tokenizer)
+    seen = []
+
+    def commit(folder, output_dir):
+        seen.append(sorted(path.name for path in Path(output_dir).glob("checkpoint-*")))
+        if len(seen) == 2:
+            raise KeyboardInterrupt  # as if killed with all files written
+        return whole(folder, output_dir)
+
+    whole = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", commit)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert seen == [[], ["checkpoint-4"]]
+    assert checkpoint.to_resume_from(True, trainer.args.output_dir).endswith("checkpoint-4")
+    monkeypatch.setattr(checkpoint, "commit", whole)
+    trainer.train(resume_from_checkpoint=True)
+    assert not Path(trainer.args.output_dir, checkpoint.STAGING).exists(), "what was left lying is cleared away"
+
+
+def test_the_best_checkpoint_is_known_by_its_own_name(config, tokenizer):
+    best = {"save_strategy": "epoch", "eval_strategy": "epoch", "metric_for_best_model": "objective"}
+    trainer = trainer_of("adapter-off", config(**best, load_best_model_at_end=True, greater_is_better=False), tokenizer)
+    trainer.train()
+    state = json.loads(
+        (Path(checkpoint.get_last_checkpoint(trainer.args.output_dir)) / "trainer_state.json").read_text()
+    )
+    for known in (trainer.state.best_model_checkpoint, state["best_model_checkpoint"]):
+        assert Path(known).parent == Path(trainer.args.output_dir)
+        assert Path(known).is_dir()
 
 
 def test_the_accept_variates_of_a_rung_depend_on_its_address_alone(config, tokenizer):
@@ -134,59 +214,3 @@ def test_the_accept_variates_of_a_rung_depend_on_its_address_alone(config, token
     torch.manual_seed(99)
     assert torch.equal(torch.rand(3, generator=trainer._generator(1, 7)), first)
     assert trainer._generator(1, 7).initial_seed() == stream_seed(5, 1, 7)
-
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from conftest import count_a, lora_config, tiny_gpt2
-from transformers import TrainerCallback
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.problems.priors import word_tokenizer
-
-class Kill(TrainerCallback):
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == int(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-model = tiny_gpt2(dropout=0.1)
-config = ALDRIFTConfig(
-    output_dir=sys.argv[1], tau_max=1.5, objective_range=3.0, tau_step=0.5, num_chains=16, chain_length=4,
-    max_completion_length=3, generation_batch_size=32, per_device_train_batch_size=4, updates_per_rung=4,
-    learning_rate=1e-2, disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=5,
-)
-trainer = ALDRIFTTrainer(
-    model, count_a, config, processing_class=word_tokenizer(["a", "b", "c"], " "),
-    peft_config=lora_config(model, dropout=0.1), callbacks=[Kill()],
-)
-trainer.train(resume_from_checkpoint=sys.argv[3] == "resume")
-trainer.save_model()
-"""
-
-
-def test_killed_in_mid_rung_and_resumed(tmp_path):
-    """SIGKILL after update 7 of 12, three into the second rung; the last checkpoint is update 5's."""
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
-
-    def run(name, kill_at, how):
-        arguments = [sys.executable, str(script), str(tmp_path / name), str(kill_at), how]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-
-    killed = run("interrupted", 7, "start")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert sorted(path.name for path in (tmp_path / "interrupted").glob("checkpoint-*")) == ["checkpoint-5"]
-    resumed = run("interrupted", -1, "resume")
-    assert resumed.returncode == 0, resumed.stderr
-    alone = run("alone", -1, "start")
-    assert alone.returncode == 0, alone.stderr
-    ours, theirs = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("interrupted", "alone"))
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-
-    def records(name):
-        lines = map(json.loads, (tmp_path / name / "rungs.jsonl").read_text().splitlines())
-        return [{key: value for key, value in line.items() if not key.startswith("seconds")} for line in lines]
-
-    assert records("interrupted") == records("alone")

@@ -32,7 +32,7 @@ def make(config, tokenizer):
 
 
 def record(finished=True, metrics=None, **last):
-    return RunRecord(SETTINGS, finished, metrics or {}, [RUNG, RUNG | last])
+    return RunRecord(SETTINGS, finished, metrics or {}, rungs=[RUNG, RUNG | last])
 
 
 def test_a_run_is_read_as_it_was_written(make):

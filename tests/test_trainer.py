@@ -242,7 +242,7 @@ def test_log_completions_prints_a_table(make, capsys):
     out = capsys.readouterr().out
     assert "best" in out
     assert "random" in out
-    assert "log-weight" in out
+    assert "weight" in out
 
 
 def test_progress_lines_are_readable(make, capsys):
