@@ -130,6 +130,9 @@ class Arguments(TrlParser):
             for name, value in vars(namespace).items()
             if name not in _OF_ONE_MACHINE and value != self._untouched[name]
         }
+        config = next(options for options in parsed if isinstance(options, ALDRIFTConfig))
+        if isinstance(kwargs := config.model_init_kwargs, dict):  # which may hold a token
+            self.given["model_init_kwargs"] = {key: value for key, value in kwargs.items() if key != "token"}
         return tuple(parsed)
 
     def error(self, message: str) -> NoReturn:

@@ -9,6 +9,8 @@ from typing import Any, Literal, Optional, Union
 import torch
 from transformers import TrainingArguments
 
+from .secret import Secret
+
 
 @dataclass
 class ALDRIFTConfig(TrainingArguments):
@@ -229,6 +231,8 @@ class ALDRIFTConfig(TrainingArguments):
         # Where there is nothing but a CPU, Accelerate joins processes only if it is told so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
+        if isinstance(self.model_init_kwargs, dict) and isinstance(token := self.model_init_kwargs.get("token"), str):
+            self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}
         # Joins the processes, before anyone asks Accelerate how many there are and freezes the answer at one.
         _ = self.world_size
         _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
@@ -286,6 +290,16 @@ class ALDRIFTConfig(TrainingArguments):
         ):
             raise ValueError(f"objective_weights must be finite and not negative, got {self.objective_weights}")
         self._refuse_what_breaks_a_rung()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, Secret(value) if name == "hub_token" and isinstance(value, str) else value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain values, without tokens: what trackers are given and write to their files."""
+        settings: dict[str, Any] = super().to_dict()
+        if isinstance(kwargs := settings["model_init_kwargs"], dict) and "token" in kwargs:
+            settings["model_init_kwargs"] = {**kwargs, "token": "<TOKEN>"}
+        return settings
 
     @property
     def proposals_per_prompt(self) -> int:
