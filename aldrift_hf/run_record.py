@@ -104,7 +104,7 @@ def _without_missing(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _replace(path: Path, lines: Iterable[str]) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"_{path.name}")  # a name that a push of the folder to the Hub leaves out
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 

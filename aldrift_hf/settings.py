@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from .config import ALDRIFTConfig
-from .prior import base_model
+from .prior import PRIOR_ADAPTER, base_model
 from .prompts import Prompts
 
 _OF_THE_TRAINER = (
@@ -55,6 +55,7 @@ def settings_of(
         "base_model": base_model(model).config._name_or_path or None,
         "architecture": type(base_model(model)).__name__,
         "tuning": _tuning(model),
+        "prior": _prior(model),
         "objective": objective,
         "vocabulary": _fingerprint(sorted((id, token) for token, id in tokenizer.get_vocab().items())),
         "prompts": len(prompts),
@@ -69,6 +70,12 @@ def settings_of(
 
 def _fingerprint(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _prior(model: nn.Module) -> str:
+    if PRIOR_ADAPTER in getattr(model, "peft_config", {}):
+        return f"the base model with the adapter {PRIOR_ADAPTER!r}"
+    return "the base model"
 
 
 def _tuning(model: nn.Module) -> str:

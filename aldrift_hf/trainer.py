@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -41,6 +40,7 @@ from .archive import Archive, Snapshot
 from .bars import Bars
 from .config import ALDRIFTConfig
 from .console import LadderLines, print_completions
+from .hub import HubTrainer
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
 from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
@@ -58,7 +58,7 @@ DECAY_SHARE = 0.3
 """Of all updates, the last in which `warmup_stable_decay` takes the learning rate to 0, unless told otherwise."""
 
 
-class ALDRIFTTrainer(Trainer):
+class ALDRIFTTrainer(HubTrainer):
     """
     Turns a causal language model `L` into a sampler of `p_T(s) ∝ L(s)·exp(-T·d(s))`, without a gradient of `d`.
 
@@ -396,6 +396,7 @@ class ALDRIFTTrainer(Trainer):
         if not self._budget_is_spent():
             output.metrics.update(self._measure(self.prompts, "final"))
         self.write_record()
+        self.create_model_card()
         return output
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -63,18 +63,18 @@ def main() -> None:
     trainer.save_model()
     draws["model"] = list(trainer.sample(options.draws, chain_length=1)["completion"])
     draws["corrected"] = list(trainer.sample(options.draws)["completion"])
-    if not trainer.is_world_process_zero():
-        return
-
-    draws[KMEANS] = kmeans_draws(problem, 100)
-    folder, console, records = Path(config.output_dir), Console(), trainer.progress.records
-    table = compare(problem, draws)
-    table.print()
-    table.write_markdown(folder / "clustering.md")
-    console.print(effort_in_words(records[-1]))
-    console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
-    draw_figure(problem, draws, records, folder / "clustering.png")
-    console.print(f"figure and table: {folder}/clustering.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
+    if trainer.is_world_process_zero():
+        draws[KMEANS] = kmeans_draws(problem, 100)
+        folder, console, records = Path(config.output_dir), Console(), trainer.progress.records
+        table = compare(problem, draws)
+        table.print()
+        table.write_markdown(folder / "clustering.md")
+        console.print(effort_in_words(records[-1]))
+        console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
+        draw_figure(problem, draws, records, folder / "clustering.png")
+        console.print(f"figure and table: {folder}/clustering.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
+    if config.push_to_hub:
+        trainer.push_to_hub()  # once more, with the figure
 
 
 if __name__ == "__main__":

@@ -111,22 +111,24 @@ def main() -> None:
     if config.sampler != "top":
         draws["corrected"] = list(trainer.sample(options.draws)["completion"])
     draws[EXACT] = references
-    if not trainer.is_world_process_zero():
-        return
-
-    folder, console, records = Path(config.output_dir), Console(), trainer.progress.records
-    table = compare(problem, draws, config.tau_max, distances)
-    table.print()
-    table.write_markdown(folder / "line_scheduling.md")
-    console.print(effort_in_words(records[-1]))
-    waitless = first_waitless_rung(records)
-    if waitless is not None:
-        console.print(f"samples wait less than half a minute on average, first in rung {waitless} of {len(records)}")
-    if problem.favourites:
-        console.print(preference_in_words(problem, draws, config.tau_max))
-    console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
-    draw_figure(problem, draws, records, folder / "line_scheduling.png")
-    console.print(f"figure and table: {folder}/line_scheduling.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
+    if trainer.is_world_process_zero():
+        folder, console, records = Path(config.output_dir), Console(), trainer.progress.records
+        table = compare(problem, draws, config.tau_max, distances)
+        table.print()
+        table.write_markdown(folder / "line_scheduling.md")
+        console.print(effort_in_words(records[-1]))
+        waitless = first_waitless_rung(records)
+        if waitless is not None:
+            console.print(
+                f"samples wait less than half a minute on average, first in rung {waitless} of {len(records)}"
+            )
+        if problem.favourites:
+            console.print(preference_in_words(problem, draws, config.tau_max))
+        console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
+        draw_figure(problem, draws, records, folder / "line_scheduling.png")
+        console.print(f"figure and table: {folder}/line_scheduling.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
+    if config.push_to_hub:
+        trainer.push_to_hub()  # once more, with the figure
 
 
 if __name__ == "__main__":

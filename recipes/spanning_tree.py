@@ -91,6 +91,8 @@ def main() -> None:
         draws["exact p_T"] = strings.draw(log_probs["exact p_T"], options.draws, np.random.default_rng(config.seed))
     if trainer.is_world_process_zero():
         report(problem, draws, strings, log_probs, uncounted, trainer, result.metrics)
+    if config.push_to_hub:
+        trainer.push_to_hub()  # once more, with the figure
 
 
 def report(

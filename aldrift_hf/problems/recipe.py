@@ -163,15 +163,16 @@ def enumerate_strings(problem: TextProblem, trainer: ALDRIFTTrainer) -> Enumerat
 
 
 def one_of_several(config: ALDRIFTConfig, name: str, **changes: Any) -> ALDRIFTConfig:
-    """The settings of one of a recipe's runs: a folder of its own, resumed where it was interrupted.
+    """The settings of one of a recipe's runs: a folder and a repository of its own, resumed where it was interrupted.
 
     Args:
         config: the recipe's settings.
-        name: of the run, and of its folder in `output_dir`.
+        name: of the run, of its folder in `output_dir`, and the end of its repository's.
         changes: settings of this run alone.
     """
     run = copy.deepcopy(config)
     run.output_dir = str(Path(str(config.output_dir)) / name)
+    run.hub_model_id = f"{config.hub_model_id or Path(str(config.output_dir)).name}-{name}"
     for field_name, value in changes.items():
         setattr(run, field_name, value)
     asked = config.resume_from_checkpoint and Path(run.output_dir).is_dir()
