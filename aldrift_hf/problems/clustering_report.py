@@ -10,8 +10,9 @@ import numpy as np
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
+from ..figures import PALETTE
 from .clustering import ClusteringProblem
-from .figures import PALETTE, figure, plot_along_ladder
+from .figures import figure, plot_along_ladder
 from .tables import Comparison
 
 KMEANS = "k-means"

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
+from ..figures import BLUE, GREEN, GREY, ORANGE, PURPLE
 from . import coarse_learnability as theory
-from .figures import BLUE, GREEN, GREY, ORANGE, PURPLE, figure
+from .figures import figure
 from .tables import Comparison
 
 COLOURS = (ORANGE, PURPLE, GREEN, BLUE)

@@ -1,4 +1,4 @@
-"""The recipes' figures, in one style: colour-blind-safe colours, axes with names and units."""
+"""The recipes' figures, in the style of a run's own: axes with names and units."""
 
 from __future__ import annotations
 
@@ -11,35 +11,20 @@ from typing import Any
 import matplotlib
 import networkx as nx
 import numpy as np
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-# Okabe and Ito's palette.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#666666"
-PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#D55E00", "#56B4E9", "#000000", GREY)
-
-_STYLE: Any = {
-    "font.size": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
+from ..figures import BLUE, GREEN, GREY, ORANGE, PALETTE, styled
 
 
 @contextmanager
 def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
     """The axes of a mosaic in the common style; saved as a PNG on leaving."""
-    with plt.rc_context(_STYLE):
-        drawn: tuple[Figure, dict[str, Axes]] = plt.subplot_mosaic(mosaic, figsize=size)
-        yield drawn[1]
-        drawn[0].savefig(path, dpi=150)
-        plt.close(drawn[0])
+    with styled():
+        sheet = Figure(size)
+        yield sheet.subplot_mosaic(mosaic)
+        sheet.savefig(path, dpi=150)
 
 
 def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], what: str) -> None:
@@ -105,7 +90,7 @@ def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str
         edgelist=list(learnt),
         width=list(0.5 + 4 * values),
         edge_color=list(values),
-        edge_cmap=plt.get_cmap("cividis_r"),
+        edge_cmap=matplotlib.colormaps["cividis_r"],
         edge_vmin=0,
         edge_vmax=1,
     )
