@@ -23,6 +23,7 @@ from . import verdict
 from .arguments import Arguments
 from .config import ALDRIFTConfig
 from .prior import PRIOR_ADAPTER
+from .report_page import write_report
 from .run_record import RUN_FILE, RunRecord
 from .task import make_trainer
 from .trainer import ALDRIFTTrainer
@@ -120,6 +121,7 @@ def report(argv: Sequence[str]) -> None:
         record = RunRecord.read(argv[0])
     except ValueError as error:
         raise SystemExit(f"aldrift report: {error}") from None
+    write_report(record, argv[0])
     _say(record, argv[0])
 
 
@@ -224,7 +226,7 @@ def _say(record: RunRecord, folder: str) -> None:
     console.print(verdict.outcome(record), markup=False)
     for warning in verdict.warnings(record):
         console.print(f"warning: {warning}", markup=False, style="yellow")
-    console.print(f"record: {folder}", markup=False)
+    console.print(f"report: {folder}/report.html", markup=False)
 
 
 def _version(package: str) -> str:

@@ -72,9 +72,9 @@ class RunRecord:
         names = ("settings", "finished", "metrics", "log_z")
         run = {name: getattr(self, name) for name in names}
         if self.draws:
-            _replace(folder / DRAWS_FILE, map(_line, self.draws))
-        _replace(folder / RUNGS_FILE, map(_line, self.rungs))
-        _replace(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
+            replace_file(folder / DRAWS_FILE, map(_line, self.draws))
+        replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
+        replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
@@ -103,7 +103,8 @@ def _without_missing(figures: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in figures.items() if value is not None}
 
 
-def _replace(path: Path, lines: Iterable[str]) -> None:
+def replace_file(path: Path, lines: Iterable[str]) -> None:
+    """Write a text file whole, so that no reader ever finds half of it."""
     temporary = path.with_name(f"_{path.name}")  # a name that a push of the folder to the Hub leaves out
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)

@@ -46,6 +46,7 @@ from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import neutral_generation_config, stream_seed
 from .proposer import TOLERANCE, Proposer
+from .report_page import LiveReport
 from .run_record import RunRecord
 from .rungs import Proposals, RungSamples, SampleCollator, success_share
 from .settings import settings_of
@@ -192,6 +193,7 @@ class ALDRIFTTrainer(HubTrainer):
         self.archive = Archive(args.archive_window) if args.sampler == "archive" else None
         self.progress = checkpoint.Progress()
         self.record = RunRecord(settings_of(args, policy, self.objective.names, self.prompts, tokenizer))
+        self.live_report = LiveReport()
         self.rungs_wanted = int(args.num_train_epochs)
         self._staging: str | None = None
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
@@ -259,12 +261,13 @@ class ALDRIFTTrainer(HubTrainer):
             logger.warning(verdict.lost_mass(f"The model that drew rung {record['rung']}", record["missing_mass"]))
 
     def write_record(self) -> None:
-        """Bring `record`, and its files in `output_dir`, up to date."""
+        """Bring `record`, its files in `output_dir` and the report there up to date."""
         self.record.settings["objective_range"] = self.progress.objective_range
         self.record.rungs = [record for record in self.progress.records if "sft_loss" in record]
         self.record.log_z = self.progress.log_z
         if self.is_world_process_zero():
             self.record.write(str(self.args.output_dir))
+            self.live_report.update(self.record, str(self.args.output_dir))
 
     @property
     def objective_calls(self) -> int:

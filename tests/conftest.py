@@ -41,6 +41,12 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def _no_report(monkeypatch) -> None:
+    """A report takes a second to draw, and those of most runs here are not looked at."""
+    monkeypatch.setattr("aldrift_hf.report_page.write_report", lambda record, folder: None)
+
+
 @pytest.fixture
 def tokenizer():
     return word_tokenizer(WORDS, " ")

@@ -1,0 +1,33 @@
+"use strict";
+// The table of draws: a header sorts by its column, once more the other way round; the field above hides other rows.
+const table = document.getElementById("draws");
+const body = table.tBodies[0];
+const rows = Array.from(body.rows);
+const headers = Array.from(table.tHead.rows[0].cells);
+
+function compare(column, isNumber, sign) {
+  return (a, b) => {
+    const [left, right] = [a.cells[column], b.cells[column]];
+    if (!isNumber) return sign * left.textContent.localeCompare(right.textContent);
+    const [x, y] = [left, right].map((cell) => parseFloat(cell.dataset.value));
+    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // what has no value comes last, either way
+    return sign * (x - y);
+  };
+}
+
+headers.forEach((header, column) => {
+  header.querySelector("button").addEventListener("click", () => {
+    const descending = header.getAttribute("aria-sort") === "ascending";
+    headers.forEach((other) => other.removeAttribute("aria-sort"));
+    header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+    body.append(...rows.sort(compare(column, header.dataset.kind === "number", descending ? -1 : 1)));
+  });
+});
+
+const filter = document.getElementById("filter");
+const shown = document.getElementById("shown");
+filter.addEventListener("input", () => {
+  const sought = filter.value.toLowerCase();
+  rows.forEach((row) => (row.hidden = !row.textContent.toLowerCase().includes(sought)));
+  shown.textContent = sought && `${rows.filter((row) => !row.hidden).length} of ${rows.length}`;
+});
