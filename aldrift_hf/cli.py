@@ -71,11 +71,9 @@ def train(argv: Sequence[str]) -> None:
     if trainer.is_world_process_zero():
         Path(config.output_dir, OPTIONS_FILE).write_text(yaml.safe_dump(parser.given, allow_unicode=True))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
-    trainer.save_model()
+    trainer.save_model()  # and pushes it, with push_to_hub
     if trainer.is_world_process_zero():
         _say(trainer.record, config.output_dir)
-    if config.push_to_hub:
-        trainer.push_to_hub()
 
 
 def sample(argv: Sequence[str]) -> None:

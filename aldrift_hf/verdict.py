@@ -31,7 +31,8 @@ def outcome(record: RunRecord) -> str:
         return "The first rung is under way."
     prior, last = record.rungs[0], record.rungs[-1]
     model = record.metrics or {"objective": last["objective_mean"], "success": last["success"]}
-    how_far = f"{'After' if record.finished else 'So far, after'} {len(record.rungs)} rungs"
+    rungs = "1 rung" if len(record.rungs) == 1 else f"{len(record.rungs)} rungs"
+    how_far = f"{'After' if record.finished else 'So far, after'} {rungs}"
     moved = (
         f"the model's mean cost is {model['objective']:.3g} (the prior's: {prior['objective_mean']:.3g}) and "
         f"{model['success']:.1%} of its draws are as good as any seen (the prior's: {prior['success']:.1%})"
