@@ -155,7 +155,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif argv[0] not in COMMANDS:
         raise SystemExit(f"aldrift: there is no command {argv[0]!r}; it is one of {', '.join(COMMANDS)}")
     else:
-        COMMANDS[argv[0]](argv[1:])
+        try:
+            COMMANDS[argv[0]](argv[1:])
+        except KeyboardInterrupt as stop:
+            print(f"aldrift {argv[0]}: {stop or 'stopped'}", file=sys.stderr)
+            raise SystemExit(130) from None
 
 
 def _made(parser: Arguments, *options: Any) -> ALDRIFTTrainer:

@@ -55,6 +55,7 @@ class Proposer:
         generation_config: a neutral one.
         pad_token_id: fills rows.
         bars: show how far it is.
+        between_rounds: called after each round of proposals; may raise.
 
     Attributes:
         batches: how many rows at once were found to fit; `None` where `args` says it, or none were drawn yet.
@@ -71,8 +72,9 @@ class Proposer:
         generation_config: GenerationConfig,
         pad_token_id: int,
         bars: Bars,
+        between_rounds: Callable[[], None],
     ) -> None:
-        self.args, self.running, self.bars = args, running, bars
+        self.args, self.running, self.bars, self.between_rounds = args, running, bars, between_rounds
         self.policy, self.prior, self.objective = policy, prior, objective
         self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
         self.batches: Batches | None = None
@@ -95,6 +97,7 @@ class Proposer:
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
                     texts += new
+                    self.between_rounds()
             with timed(seconds, "seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
         shape = (len(prompts), per_prompt)

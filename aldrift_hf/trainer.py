@@ -41,6 +41,7 @@ from .bars import Bars
 from .config import ALDRIFTConfig
 from .console import LadderLines, print_completions
 from .hub import HubTrainer
+from .interrupt import Interrupt
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
 from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
@@ -114,6 +115,7 @@ class ALDRIFTTrainer(HubTrainer):
         train = check_dataset(train_dataset, "train_dataset")
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.bars = Bars(shown=not args.disable_tqdm and args.process_index == 0)
+        self.interrupt = Interrupt()
         self.objective = Objective(
             objective,
             args.objective_weights,
@@ -180,6 +182,7 @@ class ALDRIFTTrainer(HubTrainer):
             ),
             pad_token_id,
             self.bars,
+            self._stop_if_asked,
         )
         if self.pop_callback(DEFAULT_PROGRESS_CALLBACK) is not None:
             self.add_callback(LadderLines(self.bars.console))
@@ -362,7 +365,8 @@ class ALDRIFTTrainer(HubTrainer):
                 on as if it had never been interrupted, also from the middle of a rung.
 
         Raises:
-            ValueError: if there is no such checkpoint, or it belongs to other data or batch settings.
+            ValueError: if there is no such checkpoint, or it is damaged, or belongs to other settings or data.
+            KeyboardInterrupt: after Ctrl-C, at the next safe point, with a checkpoint; after a second one, at once.
         """
         folder = checkpoint.to_resume_from(resume_from_checkpoint, str(self.args.output_dir))
         if folder is None:
@@ -391,7 +395,7 @@ class ALDRIFTTrainer(HubTrainer):
         if folder is not None and self._has_ended() and self.progress.updates == self.updates_per_rung:
             rungs = self.progress.rung + 1  # the run ended with the checkpoint's rung: there is none to go on with
         self.args.num_train_epochs = rungs
-        with self.bars.live():
+        with self.interrupt.caught(), self.bars.live():
             output = super().train(resume_from_checkpoint=folder, **kwargs)
         if not self.progress.complete:
             self.end_rung()  # resumed from the very last update: the loop had nothing left to do
@@ -477,6 +481,15 @@ class ALDRIFTTrainer(HubTrainer):
             )
         self.progress.objective_range = worst
         logger.info(f"objective_range not set: D = {worst:g}, the largest cost among the first rung's proposals")
+
+    def _stop_if_asked(self) -> None:
+        """Between updates and rounds of proposals: ends the run, with a checkpoint, if Ctrl-C was pressed."""
+        if not self.interrupt.asked():
+            return
+        step = self.state.global_step
+        if step and not os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}")):
+            self._save_checkpoint(self.model, None)
+        raise KeyboardInterrupt(f"stopped after update {step}; go on with resume_from_checkpoint=True")
 
     def _has_ended(self) -> bool:
         return self._budget_is_spent() or self._ladder_has_ended() or self._ladder_is_stuck()
@@ -723,6 +736,7 @@ class _Rungs(TrainerCallback):
         self.trainer.progress.updates += 1
         self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
         self.advance(1)
+        self.trainer._stop_if_asked()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -1,0 +1,44 @@
+"""Ctrl-C: the first stops a run at the next safe point, with a checkpoint; the second stops it at once."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+from accelerate.utils import gather_object
+
+logger = logging.getLogger(__name__)
+
+
+class Interrupt:
+    """Whether the user asked a run to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    @contextlib.contextmanager
+    def caught(self) -> Iterator[None]:
+        """Takes the first Ctrl-C of a block; in the main thread, for no other can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._handle)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+            self._asked = False
+
+    def asked(self) -> bool:
+        """On any process, so that all stop at the same point; they call this together."""
+        return any(gather_object([self._asked]))
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        logger.warning("Ctrl-C: stopping at the next safe point, with a checkpoint; press it again to stop at once.")
