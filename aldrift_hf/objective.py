@@ -27,6 +27,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .bars import Bars
 from .journal import Journal, Key
@@ -44,14 +45,22 @@ class ObjectiveError(RuntimeError):
     """A cost function raised; the message names it and the batch, the cause hangs on `__cause__`."""
 
 
-def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
+def from_reward(
+    reward: CostFunction, best: float = 1.0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CostFunction:
     """A cost from a reward function of TRL's shape (higher is better): `best - reward`.
 
     Args:
         reward: takes `prompts`, `completions` and the data set's columns, and returns a list of floats, as for TRL's
             `GRPOTrainer(reward_funcs=...)`. Sync or async. With chat prompts it gets each completion as a list of one
-            assistant message, as TRL hands it over.
+            assistant message, as TRL hands it over; those of `trl.rewards` that read text want chat prompts.
+            `None`, which in TRL leaves a reward out for a row, is no cost: leave such rows out of the data set. Of
+            what TRL's trainers hand over besides, `trainer_state`, `log_extra`, `log_metric` and `environments` do not
+            exist here.
         best: the highest reward there is. A reward above it would give a negative cost, which training refuses.
+        tokenizer: for rewards that take `completion_ids`: each text's tokens, without an end-of-text token. They are
+            made of the text, for that is what a cost is a function of: a text that was drawn in other tokens has the
+            same cost.
 
     Returns:
         A cost function under the reward's name.
@@ -62,7 +71,10 @@ def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
             [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
             for prompt, text in zip(prompts, completions, strict=True)
         ]
-        return {"prompts": prompts, "completions": chat}
+        ids = (
+            {} if tokenizer is None else {"completion_ids": tokenizer(completions, add_special_tokens=False).input_ids}
+        )
+        return {"prompts": prompts, "completions": chat, **ids}
 
     def costs(rewards: Sequence[Any]) -> list[Any]:
         # What is no number goes through as it is: the objective's own check then names the row.
@@ -77,7 +89,15 @@ def from_reward(reward: CostFunction, best: float = 1.0) -> CostFunction:
         def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
             return costs(reward(**arguments(prompts, completions), **columns))
 
-    cost.__name__ = _name(reward)
+    cost.__name__ = name_of(reward)
+    # What the reward asks for, the trainer is to look for in the data set.
+    signature = inspect.signature(reward)
+    if tokenizer is not None:
+        try:
+            signature = inspect.signature(functools.partial(reward, completion_ids=None))
+        except ValueError:
+            raise TypeError(f"reward {cost.__name__!r} takes no completion_ids: leave tokenizer out") from None
+    cost.__signature__ = signature  # type: ignore[attr-defined]
     return cost
 
 
@@ -115,7 +135,7 @@ class Objective:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
         if not self.functions or not all(callable(function) for function in self.functions):
             raise TypeError("objective must be a cost function, or a list of at least one")
-        self.names = [_name(function) for function in self.functions]
+        self.names = [name_of(function) for function in self.functions]
         self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -148,13 +168,21 @@ class Objective:
             TypeError: naming the function and what it lacks.
         """
         for name, function in zip(self.names, self.functions, strict=True):
+            signature = inspect.signature(function)
+            given = ["prompts", "completions", *columns]
             try:
-                inspect.signature(function).bind(prompts=[], completions=[], **{column: [] for column in columns})
+                signature.bind(**dict.fromkeys(given))
             except TypeError as error:
+                missing = [
+                    parameter.name
+                    for parameter in signature.parameters.values()
+                    if parameter.default is parameter.empty
+                    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+                    and parameter.name not in given
+                ]
                 raise TypeError(
-                    f"objective {name!r} cannot be called as {name}(prompts=…, completions=…"
-                    f"{''.join(f', {column}=…' for column in columns)}): {error}. Add **columns to its parameters, or "
-                    "drop the column from the data set."
+                    f"objective {name!r} cannot be called as {name}({', '.join(f'{each}=…' for each in given)}): "
+                    f"{error}. {_remedy(missing)}"
                 ) from None
 
     def __call__(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
@@ -265,8 +293,10 @@ class Objective:
             "completions": completions,
             **columns_of(prompts, rows),
         }
-        results = _call_all(list(zip(self.names, self.functions, strict=True)), arguments)
-        checked = [_check(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)]
+        results = call_all(list(zip(self.names, self.functions, strict=True)), arguments)
+        checked = [
+            check_values(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)
+        ]
         values = [list(row) for row in zip(*checked, strict=True)]
         for row, text, value in zip(rows, completions, values, strict=True):
             self._check_range(text, row, value)
@@ -311,7 +341,7 @@ class _Begun:
     error: BaseException | None = None
 
 
-def _call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
+def call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
     """The results of all functions on one batch; the async ones run together on one event loop."""
 
     async def gather() -> list[Any]:
@@ -362,13 +392,27 @@ class _Named:
             ) from error
 
 
+def _remedy(missing: list[str]) -> str:
+    """What to do about a function that cannot be called, and about the parameters of it that nothing fills."""
+    if not missing:
+        return "Add **columns to its parameters, or drop the column from the data set."
+    if "completion_ids" in missing:
+        return "Wrap the reward in from_reward(…, tokenizer=…), which makes completion_ids of the texts."
+    if missing[0] in ("trainer_state", "log_extra", "log_metric", "environments"):
+        return (
+            f"TRL's trainers hand {missing[0]} to rewards, ALDRIFTTrainer does not: a cost is a function of the text. "
+            "Give the parameter a default."
+        )
+    return f"Add a column {missing[0]!r} to the data set, or give the parameter a default."
+
+
 def _unwrapped(function: CostFunction) -> CostFunction:
     while isinstance(function, functools.partial):
         function = function.func
     return function
 
 
-def _name(function: CostFunction) -> str:
+def name_of(function: CostFunction) -> str:
     """A function's name; the class's for a callable object."""
     inner = _unwrapped(function)
     return str(getattr(inner, "__name__", type(inner).__name__))
@@ -380,7 +424,7 @@ def _is_async(function: CostFunction) -> bool:
     return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
-def _check(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:
+def check_values(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:
     """The values as floats, once each of them is a cost."""
     if isinstance(values, Tensor) or hasattr(values, "tolist"):
         values = values.tolist()
@@ -398,6 +442,10 @@ def _check(name: str, values: Any, rows: list[int], completions: list[str]) -> l
 
 
 def _problem(value: Any) -> str | None:
+    if value is None:
+        return (
+            "which is not a number (a reward's None says that it does not apply: leave such rows out of the data set)"
+        )
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return "which is not a number"
     if math.isnan(value):

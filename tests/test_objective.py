@@ -11,7 +11,6 @@ import time
 
 import pytest
 import torch
-from datasets import Dataset
 
 from aldrift_hf import from_reward
 from aldrift_hf.objective import Objective, ObjectiveError
@@ -206,16 +205,6 @@ def test_an_async_reward_stays_async():
         return [1.0] * len(completions)
 
     assert objective(from_reward(reward))(prompts("x"), [0], ["a"]).tolist() == [0.0]
-
-
-def test_trls_own_rewards_work_on_text_and_on_chat():
-    from trl.rewards import think_format_reward
-
-    good = "<think>\nhm\n</think>\nyes"
-    cost = from_reward(think_format_reward)
-    chat = [{"role": "user", "content": "?"}]
-    data = Dataset.from_dict({"prompt": [chat, chat]})
-    assert cost(list(data["prompt"]), [good, "no"]) == [0.0, 1.0]
 
 
 def test_costs_are_computed_while_the_caller_goes_on():

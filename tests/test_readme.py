@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+from aldrift_hf.testing import check_objective
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -20,6 +22,7 @@ def test_the_custom_objective_example(tmp_path, monkeypatch):
     assert last["success"] > 10 * first["success"]
     assert names["samples"].num_rows == 8
     assert (tmp_path / "out" / "dice" / "adapter_model.safetensors").is_file()
+    check_objective(names["cost"], ["1 2 3 4 5 6", "6 5 4 3 2 1"], objective_range=5.0)
 
 
 def test_commands_are_those_that_ci_runs():

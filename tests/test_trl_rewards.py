@@ -1,0 +1,107 @@
+"""from_reward on every reward function of `trl.rewards`, and on what TRL's trainers hand to rewards beside text."""
+
+import importlib.util
+
+import pytest
+import trl.rewards
+
+from aldrift_hf import from_reward
+from aldrift_hf.objective import Objective
+from aldrift_hf.prompts import Prompts
+from aldrift_hf.testing import check_objective
+
+CHAT = [{"role": "user", "content": "What is one third?"}]
+ROW = {"prompt": CHAT, "solution": r"\frac{1}{3}"}
+THOUGHT = "<think>\nhm\n</think>\n"
+RIGHT, WRONG = r"it is \boxed{\frac{1}{3}} I think", r"it is \boxed{\frac{1}{2}} I think"  # five words each
+
+# Of each: its arguments where it is a factory, the highest reward, whether it counts tokens, and what texts cost.
+REWARDS = {
+    "think_format_reward": (None, 1, False, {THOUGHT + "yes": 0, "no": 1}),
+    "accuracy_reward": (None, 1, False, {RIGHT: 0, WRONG: 1, "a third": 1}),
+    "reasoning_accuracy_reward": (None, 1, False, {THOUGHT + RIGHT: 0, THOUGHT + WRONG: 1, RIGHT: 1}),
+    # Half-way from 1 to 0.5 where right, half-way from -1 to -0.5 where wrong.
+    "get_cosine_scaled_reward": ({"max_len": 10}, 1, True, {RIGHT: 0.25, WRONG: 1.75}),
+    # Of "a b", "b a", "a b" and "b a" two are repetitions.
+    "get_repetition_penalty_reward": ({"ngram_size": 2}, 0, True, {"a b a b a": 0.5, "a b c": 0, "": 0}),
+    "get_soft_overlong_punishment": (
+        {"max_completion_len": 6, "soft_punish_cache": 4},
+        0,
+        True,
+        {"a b": 0, "a b c a": 0.5, "a b c a b c a": 1},
+    ),
+}
+needs_math_verify = pytest.mark.skipif(
+    importlib.util.find_spec("math_verify") is None, reason="this reward needs math_verify"
+)
+
+
+def reward_of(name):
+    reward, arguments = getattr(trl.rewards, name), REWARDS[name][0]
+    return reward if arguments is None else reward(**arguments)
+
+
+def test_every_reward_is_here():
+    assert {name for name in trl.rewards.__all__ if callable(getattr(trl.rewards, name))} <= set(REWARDS)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=needs_math_verify if RIGHT in "".join(row[3]) else ()) for name, row in REWARDS.items()],
+)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_reward_of_trl_is_a_cost(name, overlap, tokenizer):
+    _, best, counts_tokens, costs = REWARDS[name]
+    cost = from_reward(reward_of(name), best=best, tokenizer=tokenizer if counts_tokens else None)
+    objective = Objective(cost, None, 2.0, overlap=overlap)
+    objective.check_signature(["solution"])
+    prompts = Prompts([ROW], [[0]], ["row"])
+    assert objective(prompts, [0] * len(costs), list(costs)).tolist() == pytest.approx(list(costs.values()))
+    check_objective(cost, [{**ROW, "completion": text} for text in costs], objective_range=2)
+
+
+@needs_math_verify
+def test_a_reward_that_does_not_apply_is_no_cost():
+    """TRL leaves it out for the row; here it would leave the row without a target."""
+    prompts = Prompts([{"prompt": CHAT, "solution": ""}], [[0]], ["row"])
+    with pytest.raises(ValueError, match=r"'accuracy_reward' gave None for row 0, .*leave such rows out"):
+        Objective(from_reward(trl.rewards.accuracy_reward), None, None)(prompts, [0], [RIGHT])
+
+
+def needs_state(prompts, completions, trainer_state, **kwargs):
+    return [0.0] * len(completions)
+
+
+def logs(completions, *, log_extra, log_metric, **kwargs):
+    return [0.0] * len(completions)
+
+
+def takes_no_prompts(completions):
+    return [0.0] * len(completions)
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (trl.rewards.accuracy_reward, r"missing a required argument: 'solution'. Add a column 'solution'"),
+        (trl.rewards.get_soft_overlong_punishment(9, 1), r"'completion_ids'. Wrap .*from_reward\(…, tokenizer=…\)"),
+        (needs_state, r"'trainer_state'. TRL's trainers hand trainer_state to rewards, .*Give the parameter a default"),
+        (logs, r"log_extra.*does not: a cost is a function of the text"),
+        (takes_no_prompts, r"unexpected keyword argument 'prompts'. Add \*\*columns"),
+    ],
+)
+def test_what_a_reward_lacks_is_said_before_it_is_called(reward, message):
+    with pytest.raises(TypeError, match=message):
+        Objective(from_reward(reward), None, None).check_signature(["target"])
+
+
+def test_token_ids_are_made_of_the_text(tokenizer):
+    def ids(completions, completion_ids, **kwargs):
+        assert len(completions) == len(completion_ids)
+        return [-sum(ids) for ids in completion_ids]
+
+    cost = from_reward(ids, best=0, tokenizer=tokenizer)
+    words = tokenizer.convert_tokens_to_ids(["▁a", "▁b"])
+    assert cost(["x", "x"], ["a b b", ""]) == [words[0] + 2 * words[1], 0]
+    with pytest.raises(TypeError, match="'takes_no_prompts' takes no completion_ids: leave tokenizer out"):
+        from_reward(takes_no_prompts, tokenizer=tokenizer)
