@@ -59,7 +59,7 @@ GROUPS = {
     "target and ladder": ("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_train_epochs"),
     "correction": (
         *("sampler", "num_chains", "chain_length", "archive_window", "pareto_smoothing"),
-        *("objective_weights", "max_objective_calls"),
+        *("objective_weights", "objective_on_error", "max_objective_calls"),
     ),
     "generation": ("max_completion_length", "generation_batch_size", "scoring_batch_tokens", "overlap_objective"),
     "learning": (

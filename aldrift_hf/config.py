@@ -64,6 +64,11 @@ class ALDRIFTConfig(TrainingArguments):
         objective_weights (`list[float]`, *optional*):
             A factor for each of several objectives; their weighted sum is the cost. `None` means 1 each.
 
+        objective_on_error (`str`, *optional*, defaults to `"raise"`):
+            What to do where the objective raises or gives what is no cost: `"raise"` ends the run, with everything
+            evaluated so far on disk; `"worst"` asks again for each completion by itself, and prices those that fail at
+            `objective_range`, with a warning and a count (`objective_failures`).
+
         > Parameters that control generation
 
         max_completion_length (`int`, *optional*, defaults to `256`):
@@ -181,6 +186,14 @@ class ALDRIFTConfig(TrainingArguments):
         default=None, metadata={"help": "A factor for each of several objectives. None: 1 each."}
     )
 
+    objective_on_error: Literal["raise", "worst"] = field(
+        default="raise",
+        metadata={
+            "help": "Where the objective raises or gives what is no cost: raise, or worst (ask again one by one, and "
+            "price what fails at objective_range)."
+        },
+    )
+
     # Parameters that control generation
     max_completion_length: int = field(
         default=256, metadata={"help": "Tokens after which a completion is cut, under the prior as under the policy."}
@@ -257,6 +270,10 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(
                 f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
             )
+        if self.objective_on_error not in ("raise", "worst"):
+            raise ValueError(f"objective_on_error must be raise or worst, got {self.objective_on_error!r}")
+        if self.objective_on_error == "worst" and self.objective_range is None:
+            raise ValueError("objective_on_error='worst' prices failures at objective_range: set it.")
         if self.loss_type not in (None, "nll", "generalized_kl"):
             raise ValueError(f"loss_type must be nll or generalized_kl, got {self.loss_type!r}")
         if self.loss_type == "generalized_kl" and self.sampler != "archive":

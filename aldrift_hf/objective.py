@@ -116,6 +116,8 @@ class Objective:
         weights: as many non-negative factors; `None` means 1 each.
         objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
         batch_size: completions a call.
+        on_error: `"raise"`, or `"worst"`: where a function raises or gives what is no cost, the batch is asked for
+            again one by one, and what fails by itself costs `objective_range`.
         overlap: whether to run beside the caller; otherwise [`finish`] does all the work, in the caller's thread.
         output_dir: where costs are written down as they are paid for, and those of an earlier start are found (see
             [`aldrift_hf.journal`]); `None`: nowhere.
@@ -128,6 +130,7 @@ class Objective:
         weights: Sequence[float] | None,
         objective_range: float | None,
         batch_size: int = OBJECTIVE_BATCH,
+        on_error: str = "raise",
         overlap: bool = True,
         output_dir: str | None = None,
         bars: Bars | None = None,
@@ -143,6 +146,9 @@ class Objective:
             )
         self.objective_range = objective_range
         self.batch_size = batch_size
+        self.on_error = on_error
+        self.failures = 0
+        """Completions so far that cost `objective_range` because they could not be priced."""
         self._journal = None if output_dir is None else Journal(output_dir, self.functions)
         self._paid: dict[Key, list[float]] | None = None if self._journal else {}
         """What the journal had; `None` before it was read."""
@@ -229,12 +235,23 @@ class Objective:
                 job.result() if isinstance(job, Future) else job()
                 advance(1)
         self._begun, error = _Begun(), begun.error
-        for shared, message in gather_object([(begun.found, None if error is None else str(error))]):
+        failed = 0
+        for shared, unpriced, message in gather_object(
+            [(begun.found, begun.failed, None if error is None else str(error))]
+        ):
             self.cache.update(shared)
+            self.cache.update(unpriced)
+            failed += len(unpriced)
             if message is not None and error is None:
                 error = ObjectiveError(f"on another process: {message}")
         if error is not None:
             raise error
+        if failed:
+            self.failures += failed
+            logger.warning(
+                f"{failed:,} completions could not be priced and count as cost {self.objective_range:g}, the worst "
+                f"(objective_on_error='worst'); the newest failure: {begun.why}"
+            )
         keys = self._keys(prompts, rows, completions)
         return torch.tensor([self._total(self.cache[key]) for key in keys], dtype=torch.float64)
 
@@ -276,12 +293,34 @@ class Objective:
         """One batch, in whichever thread; after an error nothing more is evaluated."""
         if begun.error is None:
             try:
-                found = list(zip(keys, self._evaluate(prompts, rows, completions), strict=True))
+                found = self._priced(begun, keys, prompts, rows, completions)
                 if self._journal is not None:
                     self._journal.write(found)
                 begun.found += found
             except (Exception, SystemExit, asyncio.CancelledError) as error:  # all processes are to hear of it
                 begun.error = error
+
+    def _priced(
+        self, begun: _Begun, keys: Sequence[Key], prompts: Prompts, rows: list[int], completions: list[str]
+    ) -> list[tuple[Key, list[float]]]:
+        """A batch's keys with their costs, without those that failed and go into `begun.failed`."""
+        try:
+            return list(zip(keys, self._evaluate(prompts, rows, completions), strict=True))
+        except (ValueError, ObjectiveError) as error:
+            if self.on_error == "raise":
+                raise
+            begun.why = error
+        priced: list[tuple[Key, list[float]]] = []
+        worst = [cast(float, self.objective_range) / math.fsum(self.weights)] * len(self.functions)
+        for key, row, text in zip(keys, rows, completions, strict=True):
+            try:
+                priced.append((key, self._evaluate(prompts, [row], [text])[0]))
+            except (ValueError, ObjectiveError) as error:
+                begun.why = error
+                begun.failed.append((key, worst))
+        if not (priced or begun.found or self.cache):
+            raise begun.why  # not one was ever priced: this is no matter of single texts
+        return priced
 
     def _total(self, values: Sequence[float]) -> float:
         return math.fsum(weight * value for weight, value in zip(self.weights, values, strict=True))
@@ -333,11 +372,13 @@ class _Worker:
 
 @dataclass
 class _Begun:
-    """What was handed over since the last [`Objective.finish`]; `found` and `error` are written by the thread."""
+    """What was handed over since the last [`Objective.finish`]; all but the first two are written by the thread."""
 
     asked: set[Key] = field(default_factory=set)
     jobs: list[Future[None] | Callable[[], None]] = field(default_factory=list)
     found: list[tuple[Key, list[float]]] = field(default_factory=list)
+    failed: list[tuple[Key, list[float]]] = field(default_factory=list)
+    why: Exception | None = None
     error: BaseException | None = None
 
 

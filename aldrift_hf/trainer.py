@@ -121,6 +121,7 @@ class ALDRIFTTrainer(HubTrainer):
             args.objective_weights,
             args.objective_range,
             batch_size=args.generation_batch_size or OBJECTIVE_BATCH,
+            on_error=args.objective_on_error,
             overlap=args.overlap_objective,
             output_dir=str(args.output_dir),
             bars=self.bars,
@@ -242,6 +243,7 @@ class ALDRIFTTrainer(HubTrainer):
                 "distinct_samples": pool.distinct_share(chosen),
                 "proposals": progress.proposals,
                 "objective_calls": self.objective_calls,
+                **({"objective_failures": self.objective.failures} if self.objective.failures else {}),
                 **self._components(proposals),
                 **seconds,
             }

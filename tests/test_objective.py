@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from aldrift_hf import from_reward
+from aldrift_hf.journal import Journal
 from aldrift_hf.objective import Objective, ObjectiveError
 from aldrift_hf.prompts import Prompts
 
@@ -316,3 +317,51 @@ def test_a_cost_that_hangs_does_not_keep_the_program_alive():
         "slow.begin(where, [0], ['a'])\ntime.sleep(0.2)\nraise SystemExit(3)\n"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 3
+
+
+# ---- Failures -------------------------------------------------------------------------------------------------------
+
+ONE = prompts("x")
+
+
+def failing(texts, how):
+    """A cost that fails whenever one of some texts is asked for."""
+
+    def cost(prompts, completions):
+        asked.append(list(completions))
+        values = [float(len(text)) for text in completions]
+        if not set(texts) & set(completions):
+            return values
+        if how == "raise":
+            raise TimeoutError("no answer")
+        return {"nan": [math.nan] * len(values), "shape": values[1:], "range": [99.0] * len(values)}[how]
+
+    asked = []
+    cost.asked = asked
+    return cost
+
+
+@pytest.mark.parametrize("how", ["raise", "nan", "shape", "range"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_cannot_be_priced_costs_the_worst(how, overlap, caplog, tmp_path):
+    cost = failing(["bb"], how)
+    wary = Objective(cost, None, 5.0, batch_size=3, on_error="worst", overlap=overlap, output_dir=str(tmp_path))
+    texts = ["a", "bb", "ccc", "dddd"]
+    assert wary(ONE, [0] * 4, texts).tolist() == [1.0, 5.0, 3.0, 4.0]
+    assert cost.asked == [["a", "bb", "ccc"], ["a"], ["bb"], ["ccc"], ["dddd"]]
+    assert wary.failures == 1
+    assert "1 completions could not be priced and count as cost 5" in caplog.text
+    assert wary(ONE, [0] * 4, texts).tolist() == [1.0, 5.0, 3.0, 4.0]
+    assert len(cost.asked) == 5, "within a run it is not asked for again"
+    assert (ONE.keys[0], "bb") not in Journal(tmp_path, [cost]).read(), "but in the next one"
+
+
+def test_a_cost_that_never_worked_is_an_error_all_the_same():
+    wary = Objective(failing(["a", "b"], "raise"), None, 5.0, on_error="worst")
+    with pytest.raises(ObjectiveError, match="no answer"):
+        wary(ONE, [0, 0], ["a", "b"])
+
+
+def test_the_worst_of_several_is_the_worst_of_their_sum():
+    wary = Objective([failing(["bb"], "raise"), failing([], "raise")], [0.5, 2.0], 6.0, on_error="worst")
+    assert wary(ONE, [0, 0], ["a", "bb"]).tolist() == [2.5, 6.0]
