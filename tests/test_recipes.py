@@ -212,6 +212,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
     own = {  # the others take all of ALDRIFT's and TRL's
         "coarse_learnability": (),  # theory without a model
         "speed": ("--sizes", "--rungs", "--mean_length"),
+        "external_objective": ("--processes", "--timeout", "--outages", "--tau_max", "--num_chains", "--learning_rate"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
     all_of_them = ("--tau_max", "--num_chains", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps")

@@ -174,7 +174,7 @@ def test_rows_bring_prompts_and_columns():
     rows = [{"prompt": "a", "completion": "x", "target": 1}, {"prompt": "b", "completion": "y", "target": 2}]
     check_objective(collects, Dataset.from_list(rows))
     assert seen[:2] == [("a", "x", 1), ("b", "y", 2)]
-    assert {(prompt, target) for prompt, _, target in seen} == {("a", 1), ("b", 2)}
+    assert {(prompt, target) for prompt, text, target in seen if text not in "xy"} == {("a", 1), ("b", 2)}
     assert len(seen) == 4 * 14
     with pytest.raises(AssertionError, match=r"signature: .*Add \*\*columns"):
         check_objective(takes_no_columns, rows)
