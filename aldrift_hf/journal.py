@@ -156,12 +156,13 @@ def _text(function: Callable[..., Any]) -> str:
         return repr(getattr(getattr(function, "__code__", None), "co_code", ""))
 
 
-def _fingerprint(value: Any) -> str:
-    """Of data that a function is bound to; of a model, a connection and the like, their type's name alone."""
-    parts = getattr(value, "__dict__", {}).values()
-    if any(isinstance(part, nn.Module) for part in (value, *parts)):
-        return type(value).__qualname__
-    try:
-        return str(Hasher.hash(value))
-    except Exception:  # whatever pickling raises
-        return type(value).__qualname__
+def _fingerprint(value: Any, depth: int = 3) -> str:
+    """Of data that a function is bound to; of a model, a lock, a connection and the like, their type's name alone."""
+    parts = getattr(value, "__dict__", {})
+    if not any(isinstance(part, nn.Module) for part in (value, *parts.values())):
+        with contextlib.suppress(Exception):  # whatever pickling raises
+            return str(Hasher.hash(value))
+    names = [type(value).__qualname__]
+    if depth and not isinstance(value, nn.Module):  # something in it cannot be pickled: part by part
+        names += [f"{name} {_fingerprint(parts[name], depth - 1)}" for name in sorted(parts)]
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()

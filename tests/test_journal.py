@@ -5,6 +5,7 @@ import gc
 import sqlite3
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,9 +105,10 @@ def test_functions_that_differ_do_not_share_costs(one, other, tmp_path):
     assert Journal(tmp_path, [one]).read() == dict(ITEMS)
 
 
-def test_a_model_in_a_cost_is_not_read_through():
-    one, other = (Problem("a", model=torch.nn.Linear(2, 2)).cost for _ in range(2))
-    assert identity(one) == identity(other)
+@pytest.mark.parametrize("heavy", [lambda: torch.nn.Linear(2, 2), threading.Lock])
+def test_a_model_or_a_lock_in_a_cost_is_not_read_but_what_is_beside_it(heavy):
+    one, other, third = (Problem(words, model=heavy()).cost for words in "aab")
+    assert identity(one) == identity(other) != identity(third)
 
 
 def test_an_edited_cost_is_another(tmp_path):
