@@ -254,22 +254,3 @@ def test_smoothing_is_for_the_archive(config):
 def test_a_window_that_is_too_small_is_refused(config):
     with pytest.raises(ValueError, match="archive_window must be at least 2"):
         config(sampler="archive", archive_window=1)
-
-
-def test_a_checkpoint_without_an_archive_is_refused(config, tokenizer, tmp_path):
-    model = tiny_gpt2()
-    chains = ALDRIFTTrainer(
-        model, count_a, config(save_strategy="epoch"), processing_class=tokenizer, peft_config=lora_config(model)
-    )
-    chains.train()
-    other = ALDRIFTTrainer(
-        tiny_gpt2(),
-        count_a,
-        config(sampler="archive", updates_per_rung=4),
-        processing_class=tokenizer,
-        peft_config=lora_config(model),
-    )
-    with pytest.raises(
-        ValueError, match=r"has no aldrift_archive\.safetensors: it was not written with sampler='archive'"
-    ):
-        other.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-12"))

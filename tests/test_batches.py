@@ -91,5 +91,6 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, token
             record[key] for record in runs["short"].progress.records
         ], key
     trainer = runs["short"]
-    saved = checkpoint.load(str(tmp_path / "short" / "checkpoint-12"), trainer.samples, trainer.objective)
+    folder = str(tmp_path / "short" / "checkpoint-12")
+    saved = checkpoint.load(folder, trainer.samples, trainer.objective, trainer._must_agree())
     assert saved.batches == Batches(8, fixed=False), "a resumed run would draw in other batches"
