@@ -2,7 +2,11 @@
 
 import io
 import json
+import os
 import sqlite3
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import count_a, lora_config, tiny_gpt2
@@ -123,10 +127,29 @@ def test_tensorboard(make, tmp_path, monkeypatch):
     assert [event.step for event in board.Scalars("train/tau")] == [4, 8, 12]
 
 
-def test_trackio_offline(make, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    make(report_to=["trackio"], project="ladder").train()
+TRACKIO = """
+import sys
+sys.path.insert(0, {tests!r})
+from conftest import count_a, lora_config, tiny_gpt2
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.problems.priors import word_tokenizer
+
+args = ALDRIFTConfig(
+    {folder!r}, tau_max=1.5, tau_step=0.5, objective_range=3.0, num_chains=16, chain_length=4, max_completion_length=3,
+    updates_per_rung=2, use_cpu=True, save_strategy="no", report_to=["trackio"], project="ladder",
+)
+model = tiny_gpt2()
+tokenizer = word_tokenizer(["a", "b", "c"], " ")
+ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model)).train()
+"""
+
+
+def test_trackio_offline(tmp_path):
+    """In a process of its own: it looks at its environment when it is imported."""
+    script = TRACKIO.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "out"))
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
     (path,) = (tmp_path / "trackio").glob("ladder*.db")
     with sqlite3.connect(path) as database:
         rows = [json.loads(metrics) for (metrics,) in database.execute("select metrics from metrics order by id")]

@@ -97,7 +97,7 @@ def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, toke
     args = config(output_dir=str(tmp_path), num_train_epochs=1)
     ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model)).train()
     page = (tmp_path / REPORT_FILE).read_text(encoding="utf-8")
-    assert "After 1 rungs" in page
+    assert "After 1 rung, " in page
     assert page.count("<figure") == len(plots(RunRecord.read(tmp_path))) > 6
     assert (tmp_path / LADDER_FILE).read_bytes().startswith(b"\x89PNG")
     assert not [*tmp_path.rglob("*.tmp")]
@@ -135,7 +135,7 @@ def test_a_run_under_way(record, no_figures, count):
     record.finished, record.metrics, record.rungs = False, {}, record.rungs[:count]
     page = render(record)
     assert "Under way" in page
-    assert ("The first rung is under way." if count == 0 else "So far, after 1 rungs") in page
+    assert ("The first rung is under way." if count == 0 else "So far, after 1 rung, ") in page
     assert names(record)[-1] == "weights"
     assert len(names(record)) == 1 + 9 * count
 
