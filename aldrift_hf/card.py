@@ -41,7 +41,7 @@ def model_card(
         name: the card's title; `None` takes the last part of `repo`.
         base_model: id of the base model; `None` takes the record's where that is an id, and no path.
         tags: beside those that follow from the record.
-        metadata: further entries of the card's header, as [`~huggingface_hub.ModelCardData`] takes them.
+        metadata: further entries of the card's header, as [`huggingface_hub.ModelCardData`] takes them.
     """
     settings = record.settings
     adapter = settings["tuning"] != "all parameters"

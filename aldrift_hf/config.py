@@ -15,14 +15,14 @@ from .secret import Secret
 @dataclass
 class ALDRIFTConfig(TrainingArguments):
     r"""
-    Settings of [`ALDRIFTTrainer`]: those below, and all of [`~transformers.TrainingArguments`].
+    Settings of [`ALDRIFTTrainer`]: those below, and all of [`transformers.TrainingArguments`].
 
     One epoch is one rung of the temperature ladder. Some defaults differ from `TrainingArguments`: `num_train_epochs`
     follows the ladder, `learning_rate` is 1e-4 and constant, a checkpoint is saved after every rung and the last two
     are kept.
 
     Parameters:
-        > Parameters that control the target and the ladder
+        **Parameters that control the target and the ladder**
 
         tau_max (`float`, *optional*, defaults to `1.0`):
             The target's inverse temperature T in `p_T(s) ∝ L(s)·exp(-T·d(s))`, in nats per unit of cost.
@@ -41,7 +41,7 @@ class ALDRIFTConfig(TrainingArguments):
             `sampler="top"`, which knows no temperature, simply the number of rounds. With `ladder="adaptive"`, `-1` is
             as many as it takes to learn the first rung at T.
 
-        > Parameters that control the correction
+        **Parameters that control the correction**
 
         sampler (`str`, *optional*, defaults to `"metropolis_hastings"`):
             How samples are made of proposals: `"metropolis_hastings"` (ALDRIFT), `"archive"` (resampled from every
@@ -69,7 +69,7 @@ class ALDRIFTConfig(TrainingArguments):
             evaluated so far on disk; `"worst"` asks again for each completion by itself, and prices those that fail at
             `objective_range`, with a warning and a count (`objective_failures`).
 
-        > Parameters that control generation
+        **Parameters that control generation**
 
         max_completion_length (`int`, *optional*, defaults to `256`):
             Tokens after which a completion is cut. Being cut is part of the event space, of the prior's too.
@@ -84,7 +84,7 @@ class ALDRIFTConfig(TrainingArguments):
             thread and after generation, for functions that work there alone (signals, some database connections), or
             that run the trained model itself.
 
-        > Parameters that control learning
+        **Parameters that control learning**
 
         loss_type (`str`, *optional*):
             What a rung minimises: `"nll"` (the paper's: maximum likelihood on the samples) or `"generalized_kl"` (with

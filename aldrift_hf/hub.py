@@ -94,7 +94,7 @@ class HubTrainer(Trainer):
             time.sleep(wait)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push what lies in `output_dir`, checkpoints aside: see [`~transformers.Trainer.push_to_hub`].
+        """Push what lies in `output_dir`, checkpoints aside: see [`transformers.Trainer.push_to_hub`].
 
         That is the adapter or the model, the tokenizer, the training arguments (without tokens), the run's record, its
         figures and its model card. Keyword arguments of [`create_model_card`] are passed on to it.

@@ -3,7 +3,7 @@
 | passed in | prior `L` | policy `q` |
 |---|---|---|
 | plain model and a `peft_config` | the model with its new adapter switched off | with the adapter |
-| [`~peft.PeftModel`] | a frozen copy of its active adapter | that adapter, trained on |
+| [`peft.PeftModel`] | a frozen copy of its active adapter | that adapter, trained on |
 | plain model | a frozen copy of the model | the model, fine-tuned in full |
 
 Adapters are switched, never merged: merging into 4-bit weights, or merging and unmerging in bf16, moves the prior.

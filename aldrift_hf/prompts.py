@@ -37,7 +37,7 @@ class Prompts:
 
 
 def check_dataset(dataset: Any, name: str) -> Dataset:
-    """The data set as a [`~datasets.Dataset`] with a column `"prompt"` and at least one row.
+    """The data set as a [`datasets.Dataset`] with a column `"prompt"` and at least one row.
 
     Raises:
         TypeError, ValueError: saying what is wrong with it and how to mend it.

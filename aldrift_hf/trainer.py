@@ -65,7 +65,7 @@ class ALDRIFTTrainer(HubTrainer):
     Turns a causal language model `L` into a sampler of `p_T(s) ∝ L(s)·exp(-T·d(s))`, without a gradient of `d`.
 
     Args:
-        model (`str`, [`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+        model (`str`, [`transformers.PreTrainedModel`] or [`peft.PeftModel`]):
             The prior `L` is exactly what you pass in: an id or path to load, a model (with `peft_config`: the prior is
             the model with the new adapter off; without: a frozen copy of it), or a `PeftModel` (a frozen copy of its
             active adapter is the prior, the adapter itself is trained on). The id or path of an adapter loads it on its
@@ -75,16 +75,16 @@ class ALDRIFTTrainer(HubTrainer):
             `[0, D]`. Several are summed with `args.objective_weights`. See [`aldrift_hf.objective`].
         args ([`ALDRIFTConfig`], *optional*):
             Settings.
-        train_dataset ([`~datasets.Dataset`] or `list`, *optional*):
+        train_dataset ([`datasets.Dataset`] or `list`, *optional*):
             Prompts, in a column `"prompt"` (text or chat messages); further columns are handed to the objective. `None`
             is one empty prompt.
-        processing_class ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+        processing_class ([`transformers.PreTrainedTokenizerBase`], *optional*):
             The tokenizer. `None` loads the one that belongs to the model.
-        eval_dataset ([`~datasets.Dataset`] or `list`, *optional*):
+        eval_dataset ([`datasets.Dataset`] or `list`, *optional*):
             Prompts for [`evaluate`]. `None` uses those of `train_dataset`.
         callbacks, optimizers:
-            As in [`~transformers.Trainer`].
-        peft_config ([`~peft.PeftConfig`], *optional*):
+            As in [`transformers.Trainer`].
+        peft_config ([`peft.PeftConfig`], *optional*):
             Adapter to train. `None` with a plain model is full fine-tuning beside a frozen copy.
 
     Raises:
@@ -357,7 +357,7 @@ class ALDRIFTTrainer(HubTrainer):
     # ---- Training -------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Climb the ladder. See [`~transformers.Trainer.train`].
+        """Climb the ladder. See [`transformers.Trainer.train`].
 
         At the end the final model is checked for missing mass (as in [`evaluate`], on the training prompts), unless
         `max_objective_calls` is spent.

@@ -1,0 +1,312 @@
+"""Every Markdown page keeps its word: Python runs, commands are parsed by what they start, links lead somewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import itertools
+import os
+import pkgutil
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib import util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from transformers import logging
+from trl import TrlParser
+
+import aldrift_hf
+from aldrift_hf import cli
+from aldrift_hf.testing import check_objective
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "recipes", "tests")
+PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
+PAGES = [str(page.relative_to(ROOT)) for page in PAGES]
+
+
+def tokens(page: str) -> list[Token]:
+    return MarkdownIt().enable("table").parse((ROOT / page).read_text())
+
+
+def blocks(page: str, kind: str) -> list[Token]:
+    return [token for token in tokens(page) if token.type == "fence" and token.info == kind]
+
+
+def inline(page: str, *kinds: str) -> list[Token]:
+    children = [child for token in tokens(page) for child in token.children or []]
+    return [child for child in children if child.type in kinds]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_block_is_of_a_kind_that_is_verified(page):
+    """Python, Bash and YAML are, below; `text` is what a command printed, or a drawing."""
+    kinds = [token.info for token in tokens(page) if token.type in ("fence", "code_block")]
+    assert set(kinds) <= {"python", "bash", "yaml", "text"}
+
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def priors(tmp_path_factory) -> Path:
+    """Made once for all pages, also where they are tested in two processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "priors"
+
+
+@pytest.fixture
+def verbose() -> Iterator[None]:
+    """Transformers as a reader has it: under the other tests' level no run prints its rungs."""
+    level = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    yield
+    logging.set_verbosity(level)
+
+
+@pytest.mark.usefixtures("verbose")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_runs(page, priors, tmp_path, monkeypatch, capsys):
+    """From top to bottom; what a block prints has the words of the `text` below it, and what the page claims holds."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ALDRIFT_CACHE", str(priors))
+    names: dict[str, Any] = {"__name__": "page"}
+    for block, below in itertools.pairwise([*tokens(page), None]):
+        if block.type == "fence" and block.info == "python":
+            capsys.readouterr()
+            # In the page's own lines, for tracebacks.
+            exec(compile("\n" * (block.map[0] + 1) + block.content, page, "exec"), names)
+            if below is not None and below.type == "fence" and below.info == "text":
+                assert wording(capsys.readouterr().out) == wording(below.content)
+    CLAIMS[page](names)
+
+
+def wording(text: str) -> list[str]:
+    """Without the numbers, which are another machine's."""
+    return re.sub(r"(?<![\w])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\bnan\b|(?<!\S)-(?!\S)", "#", text).split()
+
+
+def readme(names):
+    first, last = names["trainer"].progress.records[0], names["trainer"].progress.records[-1]
+    # Of six throws of a die, 462 in 46,656 never fall: 1 %.
+    assert 0.002 < first["success"] < 0.03
+    assert last["success"] > 10 * first["success"]
+    assert names["samples"].num_rows == 8
+    assert Path("out/dice/adapter_model.safetensors").is_file()
+    check_objective(names["cost"], ["1 2 3 4 5 6", "6 5 4 3 2 1"], objective_range=5.0)
+
+
+def choosing(names):
+    seen, tilt, falls = names["seen"], names["tilt"], names["falls"]
+    assert tilt(seen, -2.0 * seen)[0] == pytest.approx(tilt(falls, -2.0 * falls)[0], abs=0.15)
+    assert tilt(seen, -6.0 * seen)[2] < 40, "the prior's draws are worth next to nothing at T = 6"
+    # Those of the model trained for T = 3 are worth more, and right; p_T's share is 0.953.
+    drawn = names["drawn"]
+    log_weight = (drawn["log_prior"] - 6.0 * drawn["objective"] - drawn["log_model"]).to_numpy()
+    _, success, draws = tilt(drawn["objective"].to_numpy(), log_weight)
+    assert draws > 100
+    assert success == pytest.approx(tilt(falls, -6.0 * falls)[1], abs=0.03)
+    # T in one step is too fast.
+    assert names["end"]["final_ess"] < 0.1
+    assert (names["chains"] == 0).mean() < 0.6
+
+
+def diagnostics(names):
+    page = (ROOT / "recipes/reading_the_diagnostics.md").read_text()
+    for record in (names["well"].progress.records[-1], names["trainer"].progress.records[-1]):
+        for key in record:
+            assert f"`{key}`" in page, f"rungs.jsonl has {key}, of which the page says nothing"
+    for key in names["trainer"].evaluate():
+        assert f"`{key.removeprefix('eval_')}`" in page, f"evaluate() has {key}, of which the page says nothing"
+    archive, few, many = names["known"]
+    assert names["metrics"]["final_missing_mass"] < 0.3
+    assert names["end"]["final_missing_mass"] < 0.3
+    assert min(archive, many) > 350
+    assert few < 100
+
+
+def samplers(names):
+    plain = {name: trainer.sample(500, chain_length=1).to_pandas() for name, trainer in names["trainers"].items()}
+    winners = {name: draws["completion"][draws["objective"] == 0] for name, draws in plain.items()}
+    assert winners["top"].nunique() < 0.8 * winners["archive"].nunique()
+    # p_T's share is 0.953: long chains have it where the model itself has not.
+    assert len(winners["metropolis_hastings"]) / 500 < 0.85
+    assert list(names["samples"]["objective"]).count(0) / 500 == pytest.approx(0.953, abs=0.05)
+
+
+def sizes(names):
+    # Llama's 8 billion, and the sizes that recipes/README.md says PEFT counted.
+    assert names["parameters"] == pytest.approx(8.03e9, rel=1e-3)
+    assert names["adapter"] == pytest.approx(41.9e6, rel=1e-3)
+    assert names["cache"] == pytest.approx(131e3, rel=1e-3)
+    first, second = (names[run].progress.records[1] for run in ("first", "second"))
+    assert first["log_z"] == second["log_z"]
+    assert Path("out/dry_run/adapter_model.safetensors").is_file()
+
+
+CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "README.md": readme,
+    "recipes/choosing_T_and_D.md": choosing,
+    "recipes/from_gpt2_to_8b.md": sizes,
+    "recipes/reading_the_diagnostics.md": diagnostics,
+    "recipes/which_sampler.md": samplers,
+}
+"""What a page says of its own runs, as loosely as other machines need."""
+
+
+# ---- Commands and YAML -----------------------------------------------------------------------------------------------
+
+
+class Parsed(Exception):  # noqa: N818, it is no error
+    """A command line was understood; what would come next is left out."""
+
+
+def stop(*args, **kwargs):
+    raise Parsed
+
+
+class ParseOnly(TrlParser):
+    def parse_args_and_config(self, *args, **kwargs):
+        super().parse_args_and_config(*args, **kwargs)
+        stop()
+
+
+def commands(page: str) -> list[list[str]]:
+    """Of its Bash blocks, word by word, and those of recipes in the running text and in tables."""
+    lines = [line for block in blocks(page, "bash") for line in block.content.replace("\\\n", " ").splitlines()]
+    for code in inline(page, "code_inline"):
+        if found := re.fullmatch(r"(?:accelerate launch )?(recipes/[a-z_]+\.py\b.*)", code.content):
+            lines.append(f"accelerate launch {found[1]}")
+    split = [shlex.split(line, comments=True) for line in lines]
+    groups = (itertools.groupby(line, lambda word: word == "&&") for line in split)
+    return [list(group) for line in groups for joined, group in line if not joined]
+
+
+@pytest.fixture
+def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
+    """Refuses a command line that would not do what it says; nothing is trained, installed or downloaded."""
+
+    def script(path: str, arguments: list[str]) -> None:
+        assert Path(path).is_file(), path
+        module: ModuleType = recipe_module(Path(path).stem)
+        if not hasattr(module, "main"):
+            assert not arguments, f"{path} takes no arguments"
+            return
+        monkeypatch.setattr(module, "TrlParser", ParseOnly)
+        monkeypatch.setattr(sys, "argv", [path, *arguments])
+        with pytest.raises((Parsed, SystemExit)) as end:
+            module.main()
+        assert end.type is Parsed or end.value.code in (None, 0), end.value.code
+
+    def accelerate(words: list[str]) -> None:
+        assert words[0] == "launch"
+        launch = launch_command_parser().parse_args(words[1:])
+        if launch.config_file is not None:
+            load_config_from_file(launch.config_file)
+        script(launch.training_script, launch.training_script_args)
+
+    def python(words: list[str]) -> None:
+        if "-m" in words:
+            assert util.find_spec(words[words.index("-m") + 1]) is not None
+        else:
+            script(words[0], words[1:])
+
+    def pip(words: list[str]) -> None:
+        assert words[0] == "install"
+        assert Path(words[words.index("-c") + 1]).is_file()
+        extras = re.fullmatch(r"\.\[(\w+)\]", words[words.index("-e") + 1])[1]
+        assert extras in importlib.metadata.metadata("aldrift_hf").get_all("Provides-Extra")
+
+    def pytest_(words: list[str]) -> None:
+        assert all(Path(word).exists() for word in words)
+
+    def aldrift(words: list[str]) -> None:
+        if words[0] in ("sample", "evaluate"):
+            folder = Path(words[1])
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / cli.OPTIONS_FILE).write_text("{objective: [my_costs:cost], model_name_or_path: gpt2}")
+        monkeypatch.setattr(cli, "make_trainer", stop)
+        monkeypatch.setattr(cli.RunRecord, "read", stop)
+        with contextlib.suppress(Parsed):
+            cli.main(words)
+
+    programs = {
+        "accelerate": accelerate,
+        "aldrift": aldrift,
+        "python": python,
+        "python3": python,
+        "pip": pip,
+        "pytest": pytest_,
+    }
+
+    def run(words: list[str]) -> None:
+        program = Path(words[0]).name
+        assert program in programs, f"nothing here knows how to check {shlex.join(words)}"
+        programs[program](words[1:])
+
+    return run
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or blocks(page, "yaml")])
+def test_commands_parse(page, check, tmp_path, monkeypatch):
+    """By the parser of the recipe that they launch, with the page's YAML files, which their first lines name."""
+    for name in ("accelerate_configs", "constraints.txt", "recipes", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    files = {re.match(r"# (\S+\.yaml)\n", block.content)[1]: block.content for block in blocks(page, "yaml")}
+    for name, content in files.items():
+        Path(name).write_text(content)
+    assert files.keys() <= set(itertools.chain(*commands(page))), "a file that no command reads"
+    for command in commands(page):
+        check(command)
+
+
+# ---- Links -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Relative ones: to a file, and to a heading of it by GitHub's name for it."""
+    for link in inline(page, "link_open", "image"):
+        target = str(link.attrs.get("href", link.attrs.get("src")))
+        path, _, anchor = target.partition("#")
+        if not re.match(r"\w+:", target):
+            file = (ROOT / page).parent / path if path else ROOT / page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(str(file.resolve().relative_to(ROOT))), target
+
+
+def anchors(page: str) -> list[str]:
+    headings = [body.children for head, body in itertools.pairwise(tokens(page)) if head.type == "heading_open"]
+    texts = ["".join(child.content for child in children) for children in headings]
+    return [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
+
+
+# ---- The API reference -----------------------------------------------------------------------------------------------
+
+
+def test_the_api_reference(tmp_path):
+    """By the README's command: a page for every module, with the trainer's table of arguments, and no warning."""
+    (command,) = [block.content for block in blocks("README.md", "bash") if "pdoc" in block.content]
+    command = command.replace(".venv/bin/python", sys.executable).replace("out/api", str(tmp_path))
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warn" not in done.stderr
+    modules = [module.name for module in pkgutil.walk_packages(aldrift_hf.__path__, "aldrift_hf.")]
+    for module in ("aldrift_hf", *(name for name in modules if "._" not in name)):
+        assert (tmp_path / f"{module.replace('.', '/')}.html").is_file(), module
+    page = (tmp_path / "aldrift_hf.html").read_text()
+    trainer = page[page.index('id="ALDRIFTTrainer"') :]
+    for argument in ("model", "objective", "args", "train_dataset", "processing_class", "eval_dataset", "peft_config"):
+        assert re.search(rf"<li><strong>{argument} \(.*?\):</strong>", trainer), argument
+    assert 'href="aldrift_hf/diagnostics.html' in page, "the start page leads to the modules"
