@@ -17,7 +17,7 @@ from .rungs import Proposals
 _COLUMNS = {
     "rung": ("rung", 4, "d"),
     "tau": ("tau", 5, ".3g"),
-    "objective_mean": ("cost", 5, ".3g"),
+    "objective_mean": ("cost", 6, ".3g"),
     "objective_best": ("best", 4, ".3g"),
     "success": ("success", 7, ".3f"),
     "acceptance_rate": ("accept", 6, ".2f"),
@@ -25,7 +25,7 @@ _COLUMNS = {
     "khat": ("k-hat", 5, ".2f"),
     "missing_mass": ("missing", 7, ".2f"),
     "distinct_proposals": ("distinct", 8, ".2f"),
-    "sft_loss": ("loss", 7, ".2g"),
+    "sft_loss": ("loss", 6, ".2g"),
     "objective_calls": ("calls", 6, "d"),
 }
 """Of a rung's record: what stands above a column, its width, its format. With a space between, 80 characters."""

@@ -43,7 +43,7 @@ def test_without_a_terminal_there_are_plain_lines(make, capsys):
     trainer.sample(4)
     trainer.evaluate()
     lines = capsys.readouterr().out.splitlines()
-    header = "rung   tau  cost best success accept ESS/n k-hat missing distinct    loss  calls"
+    header = "rung   tau   cost best success accept ESS/n k-hat missing distinct   loss  calls"
     assert lines[0] == header
     assert [line.split()[:2] for line in lines[1:4]] == [["0", "0.5"], ["1", "1"], ["2", "1.5"]]
     assert all(len(line) == 80 for line in lines[:4])
