@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import operator
 import os
-import pkgutil
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
@@ -37,9 +38,9 @@ def load_objective(name: str) -> CostFunction:
         raise ValueError(f"--objective {name}: name it as MODULE:FUNCTION or FILE.py:FUNCTION")
     module = _load_file(place) if place.endswith(".py") else _load_module(place)
     try:
-        function = pkgutil.resolve_name(f"{module}:{attribute}")
+        function = operator.attrgetter(attribute)(module)
     except AttributeError:
-        there = [key for key, value in vars(sys.modules[module]).items() if callable(value) and not key.startswith("_")]
+        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         alike = difflib.get_close_matches(attribute, there, n=1)
         hint = f"did you mean {alike[0]}?" if alike else f"it has {', '.join(there) or 'none'}."
         raise ValueError(f"--objective {name}: {place} has no function {attribute!r}; {hint}") from None
@@ -48,30 +49,28 @@ def load_objective(name: str) -> CostFunction:
     return cast(CostFunction, function)
 
 
-def _load_file(path: str) -> str:
-    """Imports a file as a module, under the name that is returned."""
+def _load_file(path: str) -> ModuleType:
+    """Imports a file under a name of its own: one called `random.py` hides no other module."""
     if not os.path.isfile(path):
         raise ValueError(f"--objective {path}: there is no such file")
-    name = Path(path).stem
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(f"objective:{Path(path).stem}", path)
     module = importlib.util.module_from_spec(cast(Any, spec))
-    sys.modules[name] = module
+    sys.modules[module.__name__] = module
     cast(Any, spec).loader.exec_module(module)
-    return name
+    return module
 
 
-def _load_module(name: str) -> str:
+def _load_module(name: str) -> ModuleType:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        importlib.import_module(name)
+        return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise  # the module is there, and misses one of its own
         raise ValueError(
             f"--objective {name}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
         ) from None
-    return name
 
 
 def load_prompts(task: TaskArguments) -> Dataset | None:

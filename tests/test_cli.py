@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+import random
 import re
 import shutil
 import sys
 from collections import defaultdict
+from pathlib import Path
 
 import pytest
 import yaml
@@ -27,6 +29,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, arguments, cli
 from aldrift_hf.problems.priors import word_tokenizer
 from aldrift_hf.run_record import RunRecord
+from aldrift_hf.task import load_objective
 
 COSTS = """
 factor = 1.0
@@ -114,6 +117,13 @@ def test_a_run_is_repeated_from_its_own_options(run, here):
 def test_objectives_by_module_and_by_file(here, name):
     cli.main(line(objective=name, num_train_epochs=1))
     assert RunRecord.read("out").settings["objective"] == ["not_a"]
+
+
+@pytest.mark.parametrize("name", ["random.py", "costs-of.v2.py"])
+def test_a_file_hides_no_module_and_may_have_any_name(here, name):
+    Path(name).write_text("def one(prompts, completions):\n    return [1.0 for _ in completions]\n")
+    assert load_objective(f"{name}:one")([], ["a"]) == [1.0]
+    assert sys.modules["random"] is random
 
 
 def test_several_objectives_are_summed(here):
