@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .numerics import check_logits
 from .projection import LOGITS_BUDGET
 from .sequences import Completions, completion_length
 
@@ -190,6 +191,7 @@ def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: Genera
 
     Raises:
         RuntimeError: if anything stands between the two, for then the log-weights would be wrong.
+        FloatingPointError: if the logits are no numbers.
     """
     input_ids, attention_mask = _pad_left([prompt], cast(int, config.pad_token_id))
     device, tokens = model.device, min(2, cast(int, config.max_new_tokens))
@@ -202,6 +204,7 @@ def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: Genera
             synced_gpus=False,
         )
     for scores, logits in zip(output.scores, output.logits, strict=True):
+        check_logits(logits)
         if not torch.equal(scores.float(), logits.float()):
             raise RuntimeError(
                 "generate() of this model changes the logits before it samples, so the probability of a proposal is "

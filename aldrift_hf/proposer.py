@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .bars import Bars
 from .batches import Batches, fitting
 from .config import ALDRIFTConfig
+from .numerics import check_scores, check_support
 from .objective import Objective
 from .prior import Prior, base_model
 from .prompts import Prompts
@@ -85,6 +86,9 @@ class Proposer:
 
         What a row draws depends on its place in the stream, and not on how many rows or processes there are at once.
         The objective works on one round of blocks while the next one is drawn.
+
+        Raises:
+            FloatingPointError: for log-probabilities that are no numbers, before the objective sees the draws.
         """
         rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
         seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
@@ -105,6 +109,7 @@ class Proposer:
             torch.cat(column)
             for column in zip(*((*part.completions, part.log_model, part.log_prior) for part in parts), strict=True)
         )
+        check_support(log_prior.view(shape))
         return (
             Proposals(
                 rows=torch.tensor(rows),
@@ -173,6 +178,7 @@ class Proposer:
             log_model = self._log_q(model, token_ids, drawn)
             with self.prior.active(self.policy()) as prior_model:
                 log_prior = self._score(prior_model, token_ids, drawn.completions)
+        check_scores(log_model, log_prior)
         return _Part(drawn.completions, self.decode(drawn.completions), log_model, log_prior)
 
     def _log_q(self, model: PreTrainedModel, token_ids: list[list[int]], drawn: Draws) -> Tensor:

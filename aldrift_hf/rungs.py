@@ -57,6 +57,10 @@ class Proposals:
         pairs = {(row, *tokens) for row, tokens in zip(rows.tolist(), completions.tokens(), strict=True)}
         return len(pairs) / len(rows)
 
+    def flat_share(self) -> float:
+        """Share of prompts whose draws all cost the same."""
+        return (self.objective.amin(-1) == self.objective.amax(-1)).double().mean().item()
+
     def measures(self, tau: float, best: float) -> dict[str, float]:
         """Cost, success and the weights' diagnostics at `tau`; means over prompts."""
         log_weight = self.log_weight(tau)

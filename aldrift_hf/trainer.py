@@ -35,7 +35,7 @@ from transformers import (
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
 from transformers.trainer_utils import SchedulerType, TrainOutput, rotate_checkpoints
 
-from . import checkpoint, diagnostics, loading, losses, prior, samplers, sharding, snapshots, verdict
+from . import checkpoint, diagnostics, loading, losses, numerics, prior, samplers, sharding, snapshots, verdict
 from .archive import Archive, Snapshot
 from .bars import Bars
 from .config import ALDRIFTConfig
@@ -202,6 +202,8 @@ class ALDRIFTTrainer(HubTrainer):
         self._staging: str | None = None
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
+        self._said: set[str] = set()
+        """Kinds of cautions that a rung gave rise to, each logged once a run."""
 
     # ---- The algorithm ----------------------------------------------------------------------------------------------
 
@@ -224,6 +226,7 @@ class ALDRIFTTrainer(HubTrainer):
         else:  # the archive still holds the prior's draws: no need to go step by step
             log_z = diagnostics.log_z(pool.log_weight(tau))
         self._lay_out(pool, index, log_z, tau, rung)
+        excluded = (proposals.log_prior == -math.inf).double().mean().item()
         progress.rung, progress.tau, progress.log_z = rung, tau, log_z.tolist()
         progress.proposals += len(proposals.texts)
         progress.batches = self.proposer.batches
@@ -241,8 +244,10 @@ class ALDRIFTTrainer(HubTrainer):
                 "missing_mass": diagnostics.missing_mass(log_z, proposals.log_weight(tau)).mean().item(),
                 "distinct_proposals": proposals.distinct_share(),
                 "distinct_samples": pool.distinct_share(chosen),
+                "flat": proposals.flat_share(),
                 "proposals": progress.proposals,
                 "objective_calls": self.objective_calls,
+                **({"excluded": excluded} if excluded else {}),
                 **({"objective_failures": self.objective.failures} if self.objective.failures else {}),
                 **self._components(proposals),
                 **seconds,
@@ -250,6 +255,7 @@ class ALDRIFTTrainer(HubTrainer):
         ]
         self.record.take_draws(proposals, self.prompts, tau)
         self.write_record()
+        self._warn(f"The model that drew rung {rung}", progress.records[-1], self._said)
         if args.log_completions and self.is_world_process_zero():
             print_completions(self.bars.console, proposals, proposals.log_weight(tau), self.prompts, rung, tau)
 
@@ -262,8 +268,14 @@ class ALDRIFTTrainer(HubTrainer):
         record["seconds_learn"] = progress.learn_seconds
         self.log({key: value for key, value in record.items() if math.isfinite(value)})
         self.write_record()
-        if record["missing_mass"] > diagnostics.MISSING_MASS_WARNING:
-            logger.warning(verdict.lost_mass(f"The model that drew rung {record['rung']}", record["missing_mass"]))
+
+    def _warn(self, who: str, figures: dict[str, float], said: set[str] | None = None) -> None:
+        """Say what to be wary of in the figures of a rung's draws or the final model's, but for the kinds `said`."""
+        said = set() if said is None else said
+        for kind, words in verdict.cautions(who, self.record.settings, figures).items():
+            if kind not in said and self.is_world_process_zero():
+                logger.warning(words)
+            said.add(kind)
 
     def write_record(self) -> None:
         """Bring `record`, its files in `output_dir` and the report there up to date."""
@@ -368,6 +380,7 @@ class ALDRIFTTrainer(HubTrainer):
 
         Raises:
             ValueError: if there is no such checkpoint, or it is damaged, or belongs to other settings or data.
+            FloatingPointError: if log-probabilities, a loss or a gradient are no numbers, before they do harm.
             KeyboardInterrupt: after Ctrl-C, at the next safe point, with a checkpoint; after a second one, at once.
         """
         folder = checkpoint.to_resume_from(resume_from_checkpoint, str(self.args.output_dir))
@@ -383,6 +396,7 @@ class ALDRIFTTrainer(HubTrainer):
             if self.archive is not None:
                 checkpoint.load_archive(folder, self.archive, self.proposer.decode)
         self.record.finished, self.record.metrics = False, {}
+        self._said.clear()
         if self.progress.objective_range is None:
             self._measure_objective_range()
         rungs = self.rungs_wanted
@@ -426,7 +440,9 @@ class ALDRIFTTrainer(HubTrainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        self.progress.loss_sum += loss.item()
+        value = loss.item()
+        numerics.check_loss(value, self.args.learning_rate)
+        self.progress.loss_sum += value
         return loss
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
@@ -566,8 +582,7 @@ class ALDRIFTTrainer(HubTrainer):
         if prefix == "final":
             self.record.metrics = dict(metrics)
             self.record.take_draws(proposals, prompts, tau)
-        if metrics.get("missing_mass", 0.0) > diagnostics.MISSING_MASS_WARNING:
-            logger.warning(verdict.lost_mass("The model", metrics["missing_mass"]))
+        self._warn("The model", metrics)
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
         return metrics
@@ -733,6 +748,12 @@ class _Rungs(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.step_began = time.perf_counter()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.trainer.accelerator.scaler is None:  # or else it leaves such updates out by itself
+            numerics.check_gradients(self.trainer.model.parameters(), args.learning_rate)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.trainer.progress.updates += 1

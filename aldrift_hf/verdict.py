@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from .diagnostics import MISSING_MASS_WARNING
+from .numerics import OUTSIDE
 from .run_record import RunRecord
 
 KHAT_WARNING = 0.7
@@ -49,29 +52,22 @@ def covered(missing_mass: float) -> float:
     return min(1.0, math.exp(-missing_mass))
 
 
-def lost_mass(who: str, nats: float) -> str:
-    """The warning of a missing mass."""
-    return (
-        f"{who} has lost {nats:.2f} nats of the target: its draws account for about {covered(nats):.1%} of p_T by the "
-        "ladder's log Z, and success, effective sample size and corrected draws speak of that part alone. Use more "
-        "chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps (tau_step)."
-    )
-
-
 def warnings(record: RunRecord) -> list[str]:
     """What a reader should know before the figures, most serious first; each with a remedy."""
     if not record.rungs:
         return []
     settings, last = record.settings, record.rungs[-1]
-    model = record.metrics or last
     found = []
     if settings["sampler"] in ("top", "reweight"):
         found.append(
             f"sampler={settings['sampler']!r} makes no correction: the model drifts to low cost, and not to p_T. For "
             "draws of p_T train with sampler='metropolis_hastings' or 'archive'."
         )
-    if (nats := model.get("missing_mass", 0.0)) > MISSING_MASS_WARNING:
-        found.append(lost_mass("The model", nats))
+    of_prior = cautions("The prior", settings, record.rungs[0])
+    of_chains = {name: last[name] for name in last if name in ("acceptance_rate", "excluded")}
+    of_model = cautions("The model", settings, of_chains | record.metrics if record.metrics else last)
+    found += [of_prior["flat"]] if "flat" in of_prior else []
+    found += [words for kind, words in of_model.items() if kind != "flat"]
     if record.finished and last["tau"] < settings["tau_max"]:
         found.append(
             f"The run ended at inverse temperature {last['tau']:.3g}, below T = {settings['tau_max']:g}: the model was "
@@ -83,20 +79,56 @@ def warnings(record: RunRecord) -> list[str]:
             "max_objective_calls was spent, so the final model was not measured: the figures are those of the model "
             "that drew the last rung. Call evaluate() to measure it."
         )
-    if (khat := model.get("khat", 0.0)) > KHAT_WARNING:
-        found.append(
+    return found
+
+
+def cautions(who: str, settings: Mapping[str, Any], figures: Mapping[str, float]) -> dict[str, str]:
+    """What to be wary of in the figures of a rung or of the final model, by kind, most serious first.
+
+    Args:
+        who: what drew.
+        settings: of the run.
+        figures: of its draws; one that is missing or NaN is not judged.
+    """
+    found = {}
+    worst = settings.get("objective_range") or math.nan
+    flat = figures.get("flat", 0.0) if figures.get("rung") == 0 else 0.0
+    if figures.get("objective_best", 0.0) >= worst:
+        found["worst"] = (
+            f"No draw costs less than D = {worst:g}: the objective takes them all for malformed, or for as bad as can "
+            "be, and nothing can be learnt from it. Look at what it is given (log_completions=True, draws.jsonl), "
+            "check it (aldrift_hf.testing.check_objective), let it give partial credit, or begin with a prior or a "
+            "prompt that gets the form right."
+        )
+    elif flat > 0:
+        found["flat"] = (
+            f"For {flat:.0%} of the prompts all of the prior's draws cost the same: there the objective tells nothing "
+            "apart, and the target is the prior. Check it (aldrift_hf.testing.check_objective), let it give partial "
+            "credit, draw more proposals (num_chains), or leave such prompts out."
+        )
+    if (share := figures.get("excluded", 0.0)) > 0:
+        found["excluded"] = f"{share:.1%} of the draws have probability 0 under the prior. {OUTSIDE}"
+    if (nats := figures.get("missing_mass", 0.0)) > MISSING_MASS_WARNING:
+        found["missing_mass"] = (
+            f"{who} has lost {nats:.2f} nats of the target: its draws account for about {covered(nats):.1%} of p_T by "
+            "the ladder's log Z, and success, effective sample size and corrected draws speak of that part alone. Use "
+            "more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
+            "(tau_step)."
+        )
+    if (khat := figures.get("khat", 0.0)) > KHAT_WARNING:
+        found["khat"] = (
             f"k-hat is {khat:.2f}, above {KHAT_WARNING}: a few draws carry the weights' tail, so corrected draws and "
             "estimates of log Z are unreliable. Teach the model more on each rung, or take longer chains."
         )
-    effective = model["ess"] * settings["num_chains"] * settings["chain_length"]
+    effective = figures["ess"] * settings["num_chains"] * settings["chain_length"]
     if effective < FEW_DRAWS:
-        found.append(
+        found["ess"] = (
             f"By their weights, a rung's proposals are worth {effective:.1f} independent draws a prompt. Take smaller "
             "steps (tau_step, or ladder='adaptive'), more chains (num_chains), or more updates on each rung."
         )
-    if last.get("acceptance_rate", 1.0) < LOW_ACCEPTANCE:
-        found.append(
-            f"Chains accept {last['acceptance_rate']:.1%} of their proposals: most never move. Take smaller steps "
+    if figures.get("acceptance_rate", 1.0) < LOW_ACCEPTANCE:
+        found["acceptance_rate"] = (
+            f"Chains accept {figures['acceptance_rate']:.1%} of their proposals: most never move. Take smaller steps "
             "(tau_step) or longer chains (chain_length)."
         )
     return found
