@@ -106,12 +106,20 @@ def damage(folder: str) -> str | None:
         return f"it is not a checkpoint of ALDRIFTTrainer, or not a whole one: it has no {MANIFEST_FILE}"
     except ValueError:
         return f"{MANIFEST_FILE} is damaged"
+    if not isinstance(manifest, dict):
+        return f"{MANIFEST_FILE} is damaged"
+    files = _files(path)  # looked up in, so that no name in a manifest becomes a path elsewhere
     for name, digest in manifest.items():
-        if not (path / name).is_file():
+        if name not in files:
             return f"{name} is missing"
-        if _digest(path / name) != digest:
+        if _digest(files[name]) != digest:
             return f"{name} is not as it was written"
     return None
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Regular files in a folder and below, by their names in it."""
+    return {str(file.relative_to(folder)): file for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def commit(folder: str, output_dir: str) -> str:
@@ -120,8 +128,7 @@ def commit(folder: str, output_dir: str) -> str:
     A kill at any instant leaves it there whole, or not there.
     """
     path, final = Path(folder), Path(output_dir, Path(folder).name)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    manifest = {str(file.relative_to(path)): _digest(file) for file in files}
+    manifest = {name: _digest(file) for name, file in _files(path).items()}
     (path / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1))
     if final.exists():  # of the run that is gone on with
         final.rename(path.parent / "replaced")

@@ -17,7 +17,7 @@ import torch
 import yaml
 from huggingface_hub import snapshot_download
 from rich.console import Console
-from transformers import PrinterCallback
+from transformers import PrinterCallback, TrainingArguments
 
 from . import verdict
 from .arguments import Arguments
@@ -146,6 +146,13 @@ def env(argv: Sequence[str]) -> None:
 
 COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "report": report, "env": env}
 
+_FROM_STRANGERS = {
+    *(field.name for field in fields(ALDRIFTConfig)),
+    *("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
+    *("use_bnb_nested_quant", "dataset", "dataset_config", "dataset_split"),
+} - {field.name for field in fields(TrainingArguments)} - {"model_init_kwargs"} | {"bf16", "fp16", "seed"}
+"""Options that are taken from a run of the Hub: what it is, and nothing that names code or files of this machine."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a command; `argv` is the program's own where it is `None`."""
@@ -186,7 +193,7 @@ def _trained(parser: Arguments, argv: Sequence[str], scratch: str) -> tuple[list
         folder = Path(argv[0]) if here else _downloaded(argv[0])
         saved = _saved_options(folder)
         if not here:
-            saved.pop("objective", None)  # code is not called because a stranger's file names it
+            saved = {name: value for name, value in saved.items() if name in _FROM_STRANGERS}
         if (folder / PRIOR_ADAPTER).is_dir():  # the prior was an adapter, and is trained on
             saved["model_name_or_path"] = str(folder / PRIOR_ADAPTER)
     except (ValueError, OSError) as error:
@@ -219,6 +226,8 @@ def _saved_options(folder: Path) -> dict[str, Any]:
     else:
         raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")
     # Whether a model's own code may run is for the user to say, each time.
+    if isinstance(saved.get("model_init_kwargs"), dict):
+        saved["model_init_kwargs"].pop("trust_remote_code", None)
     return {name: value for name, value in saved.items() if name not in ("env", "trust_remote_code")}
 
 

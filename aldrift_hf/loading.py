@@ -39,9 +39,13 @@ def own_device() -> dict[str, int] | None:
     return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
 
 
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""Said outright: where it is left open, transformers asks whoever sits at the terminal."""
+
+
 def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
     """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on."""
-    kwargs = {"dtype": "float32", **cast(dict[str, Any], args.model_init_kwargs or {})}
+    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **cast(dict[str, Any], args.model_init_kwargs or {})}
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
@@ -92,10 +96,9 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) 
         ValueError: where there is none to be found.
     """
     name = model if isinstance(model, str) else base_model(model).config._name_or_path
-    kwargs = {
-        key: value
-        for key, value in cast(dict[str, Any], args.model_init_kwargs or {}).items()
-        if key in ("revision", "trust_remote_code", "token", "cache_dir")
+    given = cast(dict[str, Any], args.model_init_kwargs or {})
+    kwargs = NO_FOREIGN_CODE | {
+        key: given[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in given
     }
     if not name:
         raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")

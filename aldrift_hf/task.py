@@ -133,6 +133,8 @@ def make_trainer(
         objective=objectives,
         args=config,
         train_dataset=dataset,
-        processing_class=None if run is None else AutoTokenizer.from_pretrained(run),
+        processing_class=None
+        if run is None
+        else AutoTokenizer.from_pretrained(run, trust_remote_code=model.trust_remote_code),
         peft_config=None if is_adapter else peft_config,
     )

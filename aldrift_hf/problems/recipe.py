@@ -82,12 +82,12 @@ def make_prior(
     if peft_config is None:
         raise SystemExit("a model given by name is warmed up with LoRA; leave --no_use_peft out")
     name = model_config.model_name_or_path
-    revision = model_config.model_revision
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, revision=revision))
+    source = {"revision": model_config.model_revision, "trust_remote_code": model_config.trust_remote_code}
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **source))
     quantization = get_quantization_config(model_config)
     model = AutoModelForCausalLM.from_pretrained(
         name,
-        revision=revision,
+        **source,
         dtype=model_config.dtype,
         attn_implementation=model_config.attn_implementation,
         quantization_config=quantization,
