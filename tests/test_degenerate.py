@@ -86,6 +86,22 @@ def test_a_cost_above_its_range(make):
         make(constant(4.0)).train()
 
 
+def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
+    def flaky(prompts, completions):
+        if any(text.startswith("c") for text in completions):
+            raise TimeoutError("no answer")
+        return count_a(prompts, completions)
+
+    trainer = make(flaky, objective_on_error="worst", generation_batch_size=8)
+    trainer.train()
+    assert (
+        0 < trainer.progress.records[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
+    )
+    assert "could not be priced and count as cost 3" in caplog.text
+    assert "no answer" in caplog.text
+    check_finite(trainer)
+
+
 # ---- Weights that leave nothing --------------------------------------------------------------------------------------
 
 
