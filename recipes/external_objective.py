@@ -105,7 +105,7 @@ class Programs:
             start_new_session=True,  # a group of its own, to be killed with all that it started
         )
         try:
-            printed, _ = await asyncio.wait_for(process.communicate(program.encode()), self.timeout)
+            printed, _ = await asyncio.wait_for(process.communicate(program.encode(errors="replace")), self.timeout)
         except asyncio.TimeoutError:
             self.counts["timed out"] += 1
             return b""

@@ -17,6 +17,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from peft import LoraConfig, get_peft_model
 from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -33,6 +34,22 @@ WORDS = ["a", "b", "c"]
 VOCABULARY = 5  # end of text, unknown, and the three words
 EOS = 0
 MAX_LENGTH = 3
+
+
+settings.register_profile("fuzz", max_examples=10_000)
+
+
+def fuzz(examples: int) -> settings:
+    """So many examples, the same in every run of the suite; with `--hypothesis-profile fuzz` 100 times as many, new."""
+    thorough = settings.default.max_examples // 100
+    return settings(
+        max_examples=thorough * examples,
+        derandomize=thorough == 1,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

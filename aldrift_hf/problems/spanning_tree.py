@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import networkx as nx
 import numpy as np
@@ -202,8 +202,11 @@ def load_problem(name: str) -> SpanningTreeProblem:
         if graph.number_of_nodes() < 2 or not nx.is_connected(graph):
             raise ValueError(f"graph {name!r} is not connected; raise N or P")
         return SpanningTreeProblem.from_graph(graph)
-    if Path(name).is_file():
-        return SpanningTreeProblem.from_graph(nx.read_edgelist(name, data=False))
+    if os.path.isfile(name):
+        try:
+            return SpanningTreeProblem.from_graph(nx.read_edgelist(name, data=False))
+        except (ValueError, OSError) as error:
+            raise ValueError(f"graph {name!r} is no edge list of one, with two nodes a line: {error}") from None
     raise ValueError(f"no graph {name!r}: take {', '.join(_NAMED)}, random:N,P, or the path of an edge list")
 
 
