@@ -114,11 +114,13 @@ class Arguments(TrlParser):
         """
         if argv[-1:] == ["--config"]:
             self.error("--config wants the path of a YAML file")
-        unknown = self.set_defaults_with_config(**(defaults or {}))
         try:
+            unknown = self.set_defaults_with_config(**(defaults or {}))
             *parsed, remaining = self.parse_args_and_config(argv, return_remaining_strings=True)
         except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
             self.error(str(error))
+        except (LookupError, AttributeError, RecursionError) as error:  # YAML of a shape that no option has
+            self.error(f"an option cannot take its value from --config: {error!r}")
         if wrong := [text for text in (*unknown, *remaining) if text.startswith("-")] or remaining:
             known = [option for action in self._actions for option in action.option_strings]
             alike = difflib.get_close_matches(wrong[0].split("=")[0], known, n=1)

@@ -117,10 +117,12 @@ def report(argv: Sequence[str]) -> None:
         raise SystemExit(0 if argv[:1] in (["--help"], ["-h"]) else 2)
     try:
         record = RunRecord.read(argv[0])
-    except ValueError as error:
+        write_report(record, argv[0])
+        _say(record, argv[0])
+    except (ValueError, OSError) as error:
         raise SystemExit(f"aldrift report: {error}") from None
-    write_report(record, argv[0])
-    _say(record, argv[0])
+    except (LookupError, TypeError, AttributeError) as error:  # of a figure that is not there, or is none
+        raise SystemExit(f"aldrift report: the files of {argv[0]} are not those of a whole run: {error!r}") from None
 
 
 def env(argv: Sequence[str]) -> None:
@@ -217,12 +219,17 @@ def _downloaded(name: str) -> Path:
 def _saved_options(folder: Path) -> dict[str, Any]:
     """The options of a run: those it was given or, where it came from Python, those that its record knows."""
     if (folder / OPTIONS_FILE).is_file():
-        saved = yaml.safe_load((folder / OPTIONS_FILE).read_text())
+        try:
+            saved = yaml.safe_load((folder / OPTIONS_FILE).read_bytes())
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{folder / OPTIONS_FILE} is damaged: {error}") from error
+        if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+            raise ValueError(f"{folder / OPTIONS_FILE} is damaged: it is no mapping of options to values")
     elif (folder / RUN_FILE).is_file():
         settings = RunRecord.read(folder).settings
         known = {field.name for field in fields(ALDRIFTConfig)}
         saved = {name: value for name, value in settings.items() if name in known and value is not None}
-        saved["model_name_or_path"] = settings["base_model"]
+        saved["model_name_or_path"] = settings.get("base_model")
     else:
         raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")
     # Whether a model's own code may run is for the user to say, each time.

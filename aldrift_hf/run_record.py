@@ -20,6 +20,7 @@ from .prompts import Prompts
 from .rungs import Proposals
 
 RUN_FILE, RUNGS_FILE, DRAWS_FILE = "run.json", "rungs.jsonl", "draws.jsonl"
+FILES_OF_LINES = RUNGS_FILE, DRAWS_FILE
 MOST_DRAWS = 1000
 """Draws that are written down, evenly taken from all."""
 
@@ -81,7 +82,7 @@ class RunRecord:
         """The inverse of [`write`]; what was NaN is missing.
 
         Raises:
-            ValueError: if the folder is not that of a run.
+            ValueError: if the folder is not that of a run, or a file in it is damaged.
         """
         folder = Path(folder)
         missing = [name for name in (RUN_FILE, RUNGS_FILE, DRAWS_FILE) if not (folder / name).is_file()]
@@ -90,13 +91,23 @@ class RunRecord:
                 f"{folder} is not the output directory of a run: it has no {', '.join(missing)}. They are written when "
                 "the first rung begins."
             )
-        run = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        lines = {
-            name: [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
-            for name in (RUNGS_FILE, DRAWS_FILE)
-        }
-        run["metrics"] = _without_missing(run["metrics"])
-        return cls(**run, rungs=[*map(_without_missing, lines[RUNGS_FILE])], draws=lines[DRAWS_FILE])
+        run = _objects(folder / RUN_FILE, [(folder / RUN_FILE).read_bytes()])[0]
+        rungs, draws = (_objects(folder / name, (folder / name).read_bytes().splitlines()) for name in FILES_OF_LINES)
+        try:
+            metrics = _without_missing(run.pop("metrics"))
+            return cls(**run, metrics=metrics, rungs=[*map(_without_missing, rungs)], draws=draws)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
+
+
+def _objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
+    try:
+        values = [json.loads(line) for line in lines]
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not all(isinstance(value, dict) for value in values):
+        raise ValueError(f"{path} is damaged: a line of it is no JSON object")
+    return values
 
 
 def _without_missing(figures: dict[str, Any]) -> dict[str, Any]:
