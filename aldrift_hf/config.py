@@ -4,12 +4,70 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal, Optional, Union, cast
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
+from transformers.trainer_utils import HubStrategy, IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
+from transformers.utils import is_liger_kernel_available
+from transformers.utils.logging import get_log_levels_dict
 
+from .kinds import check_bounds, check_kinds
+from .ladder import linear_ladder
 from .secret import Secret
+
+COUNTS = (
+    *("num_chains", "chain_length", "archive_window", "max_objective_calls", "max_completion_length"),
+    *("generation_batch_size", "scoring_batch_tokens", "updates_per_rung", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "per_device_eval_batch_size", "eval_accumulation_steps"),
+    *("dataloader_prefetch_factor", "save_total_limit"),
+)
+"""Whole numbers of at least 1."""
+MOST = 2**31 - 1
+"""And at most: nobody means more."""
+
+_INTERVALS, _LOG_LEVELS = [each.value for each in IntervalStrategy], [*get_log_levels_dict(), "passive"]
+CHOICES = {
+    "eval_strategy": _INTERVALS,
+    "logging_strategy": _INTERVALS,
+    "save_strategy": [each.value for each in SaveStrategy],
+    "hub_strategy": [each.value for each in HubStrategy],
+    "lr_scheduler_type": [each.value for each in SchedulerType],
+    "optim": [each.value for each in OptimizerNames],
+    "log_level": _LOG_LEVELS,
+    "log_level_replica": _LOG_LEVELS,
+}
+"""Settings of the Trainer that take one of a few words."""
+
+_SEED, _SHARE, _SMALL = (0, 2**32 - 1), (0, math.nextafter(1, 0)), torch.finfo(torch.float32).tiny
+BOUNDS = {
+    "max_steps": (-1, MOST),
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "learning_rate": (0, math.inf),
+    "weight_decay": (0, math.inf),
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "adam_epsilon": (_SMALL, math.inf),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, math.inf),
+    "neftune_noise_alpha": (0, 1000),
+    "dataloader_num_workers": (0, 1024),
+    "logging_steps": (_SMALL, math.inf),
+    "eval_steps": (_SMALL, math.inf),
+    "save_steps": (_SMALL, math.inf),
+    "eval_delay": (0, math.inf),
+}
+"""Of the Trainer's numbers, which it does not look at itself."""
+
+METRICS = (
+    *("objective", "objective_best", "success", "distinct", "ess", "khat", "log_z", "kl", "kl_forward"),
+    "missing_mass",
+)
+"""What [`ALDRIFTTrainer.evaluate`] measures, and the best model can be told by."""
+MORE_IS_BETTER = ("success", "distinct", "ess")
 
 
 @dataclass
@@ -241,6 +299,17 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
+        _positive("objective_range", self.objective_range, "D, the largest cost")
+        _positive("tau_step", self.tau_step, "the step of the ladder; leave it out for 1/objective_range")
+        for name in COUNTS:
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST):
+                raise ValueError(f"{name} must be a whole number of at least 1 and at most {MOST}, got {value!r}")
+        check_kinds(self, CHOICES, self._VALID_DICT_FIELDS)
+        check_bounds(self, BOUNDS)
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better: Optional[bool] = self.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
         # Where there is nothing but a CPU, Accelerate joins processes only if it is told so.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
         super().__post_init__()
@@ -248,34 +317,17 @@ class ALDRIFTConfig(TrainingArguments):
             self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}
         # Joins the processes, before anyone asks Accelerate how many there are and freezes the answer at one.
         _ = self.world_size
-        _positive("tau_max", self.tau_max, "the inverse temperature T of the target")
-        _positive("objective_range", self.objective_range, "D, the largest cost")
-        _positive("tau_step", self.tau_step, "the step of the ladder; leave it out for 1/objective_range")
-        for name in (
-            "num_chains",
-            "chain_length",
-            "archive_window",
-            "max_objective_calls",
-            "max_completion_length",
-            "generation_batch_size",
-            "scoring_batch_tokens",
-            "updates_per_rung",
-        ):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-        if self.sampler not in ("metropolis_hastings", "archive", "top", "reweight"):
-            raise ValueError(f"sampler must be metropolis_hastings, archive, top or reweight, got {self.sampler!r}")
+        if self.proposals_per_prompt > MOST:
+            raise ValueError(
+                f"num_chains={self.num_chains} chains of chain_length={self.steps_per_chain} steps are more proposals "
+                f"than can be kept for a prompt and rung ({MOST:,}). Lower one of them."
+            )
         if self.archive_window < 2:
             raise ValueError(
                 f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
             )
-        if self.objective_on_error not in ("raise", "worst"):
-            raise ValueError(f"objective_on_error must be raise or worst, got {self.objective_on_error!r}")
         if self.objective_on_error == "worst" and self.objective_range is None:
             raise ValueError("objective_on_error='worst' prices failures at objective_range: set it.")
-        if self.loss_type not in (None, "nll", "generalized_kl"):
-            raise ValueError(f"loss_type must be nll or generalized_kl, got {self.loss_type!r}")
         if self.loss_type == "generalized_kl" and self.sampler != "archive":
             raise ValueError(
                 f"loss_type='generalized_kl' needs the densities of the archive's draws, and sampler={self.sampler!r} "
@@ -286,8 +338,6 @@ class ALDRIFTConfig(TrainingArguments):
                 f"pareto_smoothing is for the archive's weights, and sampler={self.sampler!r} draws by none. Drop it, "
                 "or use sampler='archive'."
             )
-        if self.ladder not in ("linear", "adaptive"):
-            raise ValueError(f"ladder must be linear or adaptive, got {self.ladder!r}")
         if not 0 < self.ess_threshold < 1:
             raise ValueError(f"ess_threshold must lie between 0 and 1, got {self.ess_threshold}")
         if self.ladder == "adaptive" and self.sampler in ("top", "reweight"):
@@ -297,6 +347,8 @@ class ALDRIFTConfig(TrainingArguments):
             )
         if self.ladder == "adaptive" and self.tau_step is not None:
             raise ValueError("tau_step is the step of ladder='linear'; an adaptive ladder finds its own. Drop one.")
+        if self.ladder == "linear" and (step := self.tau_step or (self.objective_range and 1 / self.objective_range)):
+            linear_ladder(self.tau_max, step)
         if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):
             raise ValueError(
                 f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for all that the ladder "
@@ -342,6 +394,35 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError("dataloader_persistent_workers would keep serving the first rung's samples; leave it off.")
         if self.label_smoothing_factor != 0:
             raise ValueError("label_smoothing_factor must be 0: maximum likelihood is what makes the model cover p_T.")
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns would take columns away that the loss needs; leave it off.")
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval and fp16_full_eval would cast the model that is trained, whenever it is measured. "
+                "Leave them off; bf16=True draws and scores under autocast."
+            )
+        if self.fp16 and self.use_cpu:
+            raise ValueError("fp16 needs an accelerator. Use bf16=True, which works on a CPU, or neither.")
+        if self.use_liger_kernel and not is_liger_kernel_available():
+            raise ValueError("use_liger_kernel needs the package liger-kernel, which is not installed.")
+        self._refuse_what_cannot_be_reported_or_compared()
+
+    def _refuse_what_cannot_be_reported_or_compared(self) -> None:
+        installed = get_available_reporting_integrations()
+        for tracker in cast(list[str], self.report_to):
+            try:
+                (callback,) = get_reporting_integration_callbacks([tracker])
+                if tracker not in installed:
+                    callback()
+            except (ValueError, TypeError, RuntimeError, ImportError) as error:
+                raise ValueError(f"report_to cannot be {tracker!r}: {error}") from None
+        metric = self.metric_for_best_model
+        if metric is None and self.save_strategy == "best":
+            raise ValueError(f"save_strategy='best' wants metric_for_best_model: one of {', '.join(METRICS)}.")
+        if metric is not None and self.eval_strategy != "no" and metric.removeprefix("eval_") not in METRICS:
+            raise ValueError(
+                f"metric_for_best_model must be one of {', '.join(METRICS)}, which evaluate() measures; got {metric!r}"
+            )
 
 
 def _positive(name: str, value: float | None, what: str) -> None:

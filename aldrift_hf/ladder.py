@@ -13,6 +13,7 @@ ADAPTIVE_RUNGS = 200
 """Most rungs of an adaptive ladder for which no number is asked."""
 PATIENCE = 3
 """Rungs at one `τ` after which an adaptive ladder gives up: learning did not make the next step possible."""
+MOST_RUNGS = 100_000
 
 
 def linear_ladder(tau_max: float, step: float) -> list[float]:
@@ -28,10 +29,15 @@ def linear_ladder(tau_max: float, step: float) -> list[float]:
         The rungs in ascending order; at least one.
 
     Raises:
-        ValueError: unless both are positive and finite.
+        ValueError: unless both are positive and finite, and make no more than `MOST_RUNGS`.
     """
     if not (0 < tau_max < math.inf and 0 < step < math.inf):
         raise ValueError(f"tau_max and the ladder's step must be positive and finite, got {tau_max} and {step}")
+    if tau_max / step > MOST_RUNGS:
+        raise ValueError(
+            f"a ladder to tau_max={tau_max:g} in steps of {step:g} has {tau_max / step:.3g} rungs, more than anyone "
+            f"climbs ({MOST_RUNGS:,}). Set a larger tau_step (it is 1/objective_range where it is left out)."
+        )
     # T/step may be a whole number up to rounding (6.0 / 0.1); a last sliver of a rung would only repeat the one before.
     rungs = max(1, math.ceil(tau_max / step - 1e-9))
     return [step * k for k in range(1, rungs)] + [tau_max]

@@ -9,8 +9,15 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from . import sharding
@@ -28,7 +35,7 @@ def check_writable(output_dir: str) -> None:
         os.makedirs(output_dir, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(
             f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
         ) from error
@@ -44,13 +51,24 @@ NO_FOREIGN_CODE = {"trust_remote_code": False}
 
 
 def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
-    """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on."""
+    """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it cannot be loaded with `model_init_kwargs`.
+    """
     kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **cast(dict[str, Any], args.model_init_kwargs or {})}
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
-    if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
-        return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
-    return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+    try:
+        if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
+            return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+    except (TypeError, AttributeError, KeyError) as error:
+        if not args.model_init_kwargs:
+            raise
+        names = ", ".join(cast(dict[str, Any], args.model_init_kwargs))
+        raise ValueError(f"{model_id} cannot be loaded with model_init_kwargs ({names}): {error}") from error
 
 
 def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
@@ -96,10 +114,7 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) 
         ValueError: where there is none to be found.
     """
     name = model if isinstance(model, str) else base_model(model).config._name_or_path
-    given = cast(dict[str, Any], args.model_init_kwargs or {})
-    kwargs = NO_FOREIGN_CODE | {
-        key: given[key] for key in ("revision", "trust_remote_code", "token", "cache_dir") if key in given
-    }
+    kwargs = _where(args, "revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
     if not name:
         raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
     try:
@@ -108,6 +123,31 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) 
         raise ValueError(
             f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
         ) from error
+
+
+def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedConfig:
+    """A model's config, whose weights need not be loaded yet.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    if not isinstance(model, str):
+        return base_model(model).config
+    here = _where(args, "token", "cache_dir", "local_files_only")
+    version = _where(args, "revision", "subfolder")
+    name = model
+    try:
+        if find_adapter_config_file(model, **here, **version) is not None:
+            name, version = str(PeftConfig.from_pretrained(model, **here, **version).base_model_name_or_path), {}
+        return AutoConfig.from_pretrained(name, **here, **version, **_where(args, "trust_remote_code"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
+
+
+def _where(args: ALDRIFTConfig, *names: str) -> dict[str, Any]:
+    """Of the keyword arguments for `from_pretrained`, those that say where things are and whether to trust them."""
+    kwargs = NO_FOREIGN_CODE | cast(dict[str, Any], args.model_init_kwargs or {})
+    return {name: kwargs[name] for name in names if name in kwargs}
 
 
 def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,7 +159,7 @@ def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     return sorted(token for token in ids if token < vocabulary)
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """Most positions that the model can attend to, where its config says so."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most positions that a model can attend to, where its config says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)

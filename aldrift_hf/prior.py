@@ -128,8 +128,10 @@ def check_peft_config(config: PeftConfig) -> None:
     """Refuse an adapter that cannot be switched off without a trace.
 
     Raises:
-        ValueError: with the option to change.
+        TypeError, ValueError: with the option to change.
     """
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(config).__name__}")
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "

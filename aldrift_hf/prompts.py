@@ -45,7 +45,10 @@ def check_dataset(dataset: Any, name: str) -> Dataset:
     if dataset is None:
         return Dataset.from_dict({"prompt": [""]})
     if isinstance(dataset, (list, tuple)):
-        dataset = Dataset.from_list([row if isinstance(row, dict) else {"prompt": row} for row in dataset])
+        try:
+            dataset = Dataset.from_list([row if isinstance(row, dict) else {"prompt": row} for row in dataset])
+        except (ValueError, TypeError) as error:  # pyarrow's, and of text that is no Unicode
+            raise ValueError(f"{name} must be a list of texts, or of lists of messages: {error}") from error
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset (or a list of prompts), got {type(dataset).__name__}. Streaming data "
@@ -86,7 +89,7 @@ def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -
     """Token ids of one prompt (text or messages), at least one; `index` is for the error message."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
-    elif is_conversational({"prompt": prompt}):
+    elif prompt and is_conversational({"prompt": prompt}):
         if tokenizer.chat_template is None:
             raise ValueError(
                 f"prompt {index} is a list of chat messages, but the tokenizer has no chat template. Set "

@@ -47,6 +47,7 @@ from .objective import OBJECTIVE_BATCH, CostFunction, Objective
 from .prompts import Prompts, check_dataset, encode_prompts
 from .proposals import neutral_generation_config, stream_seed
 from .proposer import TOLERANCE, Proposer
+from .rehearsal import rehearse, schedule_kwargs
 from .report_page import LiveReport
 from .run_record import RunRecord
 from .rungs import Proposals, RungSamples, SampleCollator, success_share
@@ -56,8 +57,6 @@ logger = logging.getLogger(__name__)
 
 # The first number of a random stream's address, after the run's seed: no two uses share a stream.
 PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE = range(5)
-DECAY_SHARE = 0.3
-"""Of all updates, the last in which `warmup_stable_decay` takes the learning rate to 0, unless told otherwise."""
 
 
 class ALDRIFTTrainer(HubTrainer):
@@ -130,6 +129,8 @@ class ALDRIFTTrainer(HubTrainer):
             self.objective.check_signature([name for name in dataset.column_names if name != "prompt"])
         if peft_config is not None:
             prior.check_peft_config(peft_config)
+        if optimizers[0] is None and not args.deepspeed:
+            rehearse(args)
 
         tokenizer = loading.tokenizer_of(model, args) if processing_class is None else processing_class
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
@@ -139,19 +140,19 @@ class ALDRIFTTrainer(HubTrainer):
                 "the tokenizer has no end-of-text token, so no completion could end. Set tokenizer.eos_token to the "
                 "token that your model ends with."
             )
-        loaded = loading.load_model(model, args) if isinstance(model, str) else model
         if not isinstance(model, str) and args.model_init_kwargs is not None:
             raise ValueError(
                 "model_init_kwargs is for a model given by id or path; this one is loaded already. Drop it."
             )
+        self.args = args
+        self.processing_class = tokenizer
+        self.context_length = loading.context_length(loading.config_of(model, args))
+        self.prompts = self._encode(train)
+        self.eval_prompts = self._encode(evaluation)
+        loaded = loading.load_model(model, args) if isinstance(model, str) else model
         pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
         adapter = peft_config is not None or isinstance(loaded, PeftModel)
         loading.check_trainable(prior.base_model(loaded), adapter)
-        self.context_length = loading.context_length(prior.base_model(loaded))
-        self.processing_class = tokenizer
-        self.args = args
-        self.prompts = self._encode(train)
-        self.eval_prompts = self._encode(evaluation)
 
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
         policy, frozen = prior.split(loaded, peft_config)
@@ -431,9 +432,7 @@ class ALDRIFTTrainer(HubTrainer):
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LambdaLR:
-        if self.args.lr_scheduler_type == "warmup_stable_decay" and not self.args.lr_scheduler_kwargs:
-            decay = round(DECAY_SHARE * num_training_steps)
-            self.args.lr_scheduler_kwargs = {"num_decay_steps": decay, "decay_type": "linear"}
+        self.args.lr_scheduler_kwargs = schedule_kwargs(self.args, num_training_steps)
         return cast(torch.optim.lr_scheduler.LambdaLR, super().create_scheduler(num_training_steps, optimizer))
 
     def training_step(
