@@ -14,16 +14,12 @@ import math
 
 import numpy as np
 import torch
-from arviz_stats.base import array_stats
 from torch import Tensor
+
+from . import pareto
 
 MISSING_MASS_WARNING = 0.5
 """Nats above which a missing mass is warned of: the model then covers less than exp(-0.5) = 61 % of the target."""
-
-RESOLUTION = 1e-3
-"""Nats by which log-weights may be off: their rounding, and the most that generation's and scoring's may differ by."""
-LEAST_TAIL = 5
-"""Different weights below which a tail has no shape."""
 
 
 def log_z(log_weight: Tensor) -> Tensor:
@@ -63,8 +59,7 @@ def pareto_khat(log_weight: Tensor) -> Tensor:
     too few draws for a tail (about 25), or the weights of its tail take next to no different values, as those of the
     prior do with a cost of few: a fit would be to rounding errors.
     """
-    rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
-    khat = torch.tensor([_khat(row) for row in rows], dtype=torch.float64)
+    khat = torch.tensor([pareto.smoothed(row)[1] for row in _rows(log_weight)], dtype=torch.float64)
     return khat.reshape(log_weight.shape[:-1])
 
 
@@ -74,33 +69,13 @@ def pareto_smoothed(log_weight: Tensor) -> Tensor:
     Less variance for some bias. Rows without a tail to fit (see [`pareto_khat`], or a tail of equal weights) are
     returned as they are. The weights' sum is kept, so that [`log_z`] is that of the raw ones.
     """
-    rows = log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
-    smooth = torch.stack([torch.as_tensor(_smoothed(row)) for row in rows]).reshape(log_weight.shape)
+    rows = [torch.from_numpy(pareto.smoothed(row)[0]) for row in _rows(log_weight)]
+    smooth = torch.stack(rows).reshape(log_weight.shape)
     return smooth + (log_weight.logsumexp(-1) - smooth.logsumexp(-1))[..., None]
 
 
-def _smoothed(log_weight: np.ndarray) -> np.ndarray:
-    smooth, khat = _psis(log_weight)
-    # Not finite where most of the tail is one value.
-    return log_weight if math.isnan(khat) or not np.isfinite(smooth).all() else smooth
-
-
-def _khat(log_weight: np.ndarray) -> float:
-    return _psis(log_weight)[1]
-
-
-def _psis(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
-    """The smoothed log-weights and k-hat, NaN where there is no tail to fit."""
-    longest = math.ceil(min(0.2 * len(log_weight), 3 * math.sqrt(len(log_weight))))
-    try:
-        # It divides by zero on weights that are all equal, and takes log-weights with the sign turned.
-        with np.errstate(all="ignore"):
-            if (np.diff(np.sort(log_weight)[-longest:]) > RESOLUTION).sum() < LEAST_TAIL - 1:
-                return log_weight, math.nan
-            smooth, khat = array_stats.psislw(-log_weight)
-    except (ValueError, IndexError):  # how it says that the tail has fewer than 5 draws, or one value only
-        return log_weight, math.nan
-    return np.asarray(smooth), float(khat)
+def _rows(log_weight: Tensor) -> np.ndarray:
+    return log_weight.detach().reshape(-1, log_weight.shape[-1]).double().cpu().numpy()
 
 
 def reverse_kl(log_weight: Tensor, log_z: Tensor) -> Tensor:

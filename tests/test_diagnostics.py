@@ -2,10 +2,11 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from aldrift_hf import diagnostics
+from aldrift_hf import diagnostics, pareto
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOG_L = torch.randn(8, generator=GENERATOR, dtype=torch.float64).log_softmax(0)
@@ -71,6 +72,30 @@ def test_khat_finds_the_shape_of_a_pareto_tail(shape):
     """Weights u^-k have a generalised Pareto tail of shape k; the sign convention would show here at once."""
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     assert diagnostics.pareto_khat(-shape * u.log()).item() == pytest.approx(shape, abs=0.12)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_tail_is_fitted_as_arviz_does():
+    array_stats = pytest.importorskip("arviz_stats.base").array_stats  # it wants Python 3.11
+    rng = np.random.default_rng(0)
+    for n in (30, 61, 225, 1000, 4096):
+        for row in (
+            rng.normal(0, 3, n),
+            -0.9 * np.log(rng.uniform(size=n)),
+            rng.standard_t(2, n),
+            -rng.exponential(size=n),
+            np.repeat(rng.normal(size=n - n // 2), 2)[:n],
+            np.where(rng.uniform(size=n) < 0.9, rng.normal(size=n), -np.inf),
+        ):
+            smooth, khat = pareto.smoothed(row)
+            if math.isnan(khat):  # where steps of the tail are below RESOLUTION
+                assert (np.diff(np.sort(row)[-n // 5 :]) < pareto.RESOLUTION).any()
+                continue
+            theirs, their_khat = array_stats.psislw(-row)
+            assert khat == pytest.approx(their_khat, abs=1e-10)
+            if (smooth != row).any():
+                ours = smooth - np.logaddexp.reduce(smooth)
+                assert np.allclose(np.sort(ours), np.sort(theirs), rtol=0, atol=1e-9)  # ties in any order
 
 
 def test_khat_is_nan_where_there_is_no_tail():

@@ -1,0 +1,64 @@
+"""Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646), a row at a time.
+
+The largest weights are taken for draws from a generalised Pareto distribution. Its shape, k-hat, says how heavy their
+tail is: moments of order 1/k and above do not exist. Its quantiles are steadier than the weights themselves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+RESOLUTION = 1e-3
+"""Nats by which log-weights may be off: their rounding, and the most that generation's and scoring's may differ by."""
+LEAST_TAIL = 5
+"""Different weights below which a tail has no shape."""
+
+
+def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
+    """The log-weights with their tail smoothed, up to a constant, and k-hat.
+
+    Args:
+        log_weight: `[n]`, nats, fp64.
+
+    Returns:
+        `[n]` and a number; the weights as they are and NaN where their tail has too few draws, or of too few different
+        weights, to be fitted to more than rounding errors.
+    """
+    n = len(log_weight)
+    length = math.floor(min(0.2 * n, 3 * math.sqrt(n)))
+    order = np.argsort(log_weight, kind="stable")
+    tail = order[n - length :]
+    with np.errstate(all="ignore"):  # of weights that are zero, and tails that are mostly one value
+        if length < LEAST_TAIL or (np.diff(log_weight[tail]) > RESOLUTION).sum() < LEAST_TAIL - 1:
+            return log_weight, math.nan
+        relative = log_weight - log_weight[tail[-1]]
+        threshold = np.exp(relative[order[n - length - 1]])
+        shape, scale = fit(np.exp(relative[tail]) - threshold)
+        share = (np.arange(length) + 0.5) / length
+        quantile = -np.log1p(-share) if shape == 0 else np.expm1(-shape * np.log1p(-share)) / shape
+        smooth = relative.copy()
+        smooth[tail] = np.minimum(np.log(scale * quantile + threshold), 0.0)  # none grows beyond the largest
+    return (smooth if np.isfinite(smooth[tail]).all() else log_weight), shape
+
+
+def fit(excess: np.ndarray) -> tuple[float, float]:
+    """Shape and scale of a generalised Pareto distribution, by an empirical prior (Zhang and Stephens, 2009).
+
+    The shape is drawn towards 1/2 as ten more observations would do it.
+
+    Args:
+        excess: `[n]`, over the tail's threshold, positive and in ascending order.
+    """
+    n, prior_weight = len(excess), 10
+    points = 30 + math.floor(math.sqrt(n))
+    quartile = excess[math.floor(n / 4 + 0.5) - 1]
+    # θ = -k/σ, on a grid that is denser where the prior has more.
+    theta = 1 / excess[-1] + (1 - np.sqrt(points / (np.arange(points) + 0.5))) / (3 * quartile)
+    shapes = np.log1p(-theta[:, None] * excess).mean(axis=1)
+    log_likelihood = n * (np.log(-theta / shapes) - shapes - 1)
+    share = np.exp(log_likelihood - log_likelihood.max())
+    posterior = float((share * theta).sum() / share.sum())
+    shape = float(np.log1p(-posterior * excess).mean())
+    return (n * shape + prior_weight * 0.5) / (n + prior_weight), -shape / posterior
