@@ -78,8 +78,37 @@ _OF_ONE_MACHINE = ("output_dir", "resume_from_checkpoint", "hub_token", "config"
 """What is left out of a run's own options: paths of this run, and secrets."""
 
 
-class Arguments(TrlParser):
-    """TRL's parser with options in groups, and one line for an error.
+class Parser(TrlParser):
+    """TRL's parser with one line for an error.
+
+    Args:
+        command: what stands before the options.
+        usage: of it.
+        description: of it.
+        options: dataclasses of the options.
+    """
+
+    def __init__(self, command: str, usage: str, description: str, options: Sequence[type]) -> None:
+        self.command = command
+        super().__init__(options, allow_abbrev=False)
+        self.usage, self.description = usage, description
+
+    def refuse(self, unknown: Sequence[str]) -> NoReturn:
+        """Of an option that there is not, name the one that was meant."""
+        known = [option for action in self._actions for option in action.option_strings]
+        alike = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"{self.command} --help lists all options."
+        self.error(f"there is no option {unknown[0]}; {hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """One line, and not before it the usage of two hundred options; from the first process alone."""
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{self.command}: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+class Arguments(Parser):
+    """The options of a run, in groups.
 
     Args:
         command: what stands before the options.
@@ -89,9 +118,7 @@ class Arguments(TrlParser):
     """
 
     def __init__(self, command: str, usage: str, description: str, first: Sequence[type] = ()) -> None:
-        self.command = command
-        super().__init__((*first, TaskArguments, ALDRIFTConfig, AdapterConfig), allow_abbrev=False)
-        self.usage, self.description = usage, description
+        super().__init__(command, usage, description, (*first, TaskArguments, ALDRIFTConfig, AdapterConfig))
         self._untouched = vars(self.parse_known_args(["--objective", ""])[0])
         options = list(self._optionals._group_actions)
         self._optionals.title = "the Trainer's other options (transformers.TrainingArguments)"
@@ -122,10 +149,7 @@ class Arguments(TrlParser):
         except (LookupError, AttributeError, RecursionError) as error:  # YAML of a shape that no option has
             self.error(f"an option cannot take its value from --config: {error!r}")
         if wrong := [text for text in (*unknown, *remaining) if text.startswith("-")] or remaining:
-            known = [option for action in self._actions for option in action.option_strings]
-            alike = difflib.get_close_matches(wrong[0].split("=")[0], known, n=1)
-            hint = f"did you mean {alike[0]}?" if alike else f"{self.command} --help lists all options."
-            self.error(f"there is no option {wrong[0]}; {hint}")
+            self.refuse(wrong)
         namespace, _ = self.parse_known_args(_without_config(argv))
         self.given = {
             name: value.value if isinstance(value, Enum) else value
@@ -136,12 +160,6 @@ class Arguments(TrlParser):
         if isinstance(kwargs := config.model_init_kwargs, dict):  # which may hold a token
             self.given["model_init_kwargs"] = {key: value for key, value in kwargs.items() if key != "token"}
         return tuple(parsed)
-
-    def error(self, message: str) -> NoReturn:
-        """One line, and not before it the usage of two hundred options; from the first process alone."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.command}: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
 
 
 def _without_config(argv: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command `aldrift`: train, sample, evaluate, report, and what to say of the machine when something is wrong."""
+"""The command `aldrift`: train, sample, evaluate, report, and whether all is well with the machine."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from huggingface_hub import snapshot_download
 from rich.console import Console
 from transformers import PrinterCallback, TrainingArguments
 
+from . import selftest as tests
 from . import verdict
 from .arguments import Arguments
 from .config import ALDRIFTConfig
@@ -38,6 +39,7 @@ usage: aldrift COMMAND ...
   sample     draw from a trained model, corrected to p_T
   evaluate   measure how close a trained model is to p_T
   report     write a run's report.html anew, and say how the run came out
+  selftest   check exact probabilities and draws on this machine, device and model
   env        versions and devices, for a bug report
 
 aldrift COMMAND --help explains each. On several processes:
@@ -125,6 +127,10 @@ def report(argv: Sequence[str]) -> None:
         raise SystemExit(f"aldrift report: the files of {argv[0]} are not those of a whole run: {error!r}") from None
 
 
+def selftest(argv: Sequence[str]) -> None:
+    raise SystemExit(tests.main(argv))
+
+
 def env(argv: Sequence[str]) -> None:
     packages = (
         *("aldrift_hf", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"),
@@ -146,7 +152,14 @@ def env(argv: Sequence[str]) -> None:
         print(f"- {name}: {value}")
 
 
-COMMANDS = {"train": train, "sample": sample, "evaluate": evaluate, "report": report, "env": env}
+COMMANDS = {
+    "train": train,
+    "sample": sample,
+    "evaluate": evaluate,
+    "report": report,
+    "selftest": selftest,
+    "env": env,
+}
 
 _FROM_STRANGERS = {
     *(field.name for field in fields(ALDRIFTConfig)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import os
 import socket
 import subprocess
@@ -19,12 +19,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from peft import LoraConfig, get_peft_model
-from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
 from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.selftest import exact
 from aldrift_hf.sequences import Completions, inference, sequence_logprobs
 
 transformers_logging.set_verbosity_error()
@@ -139,15 +139,7 @@ def perturb(model: torch.nn.Module, seed: int = 0, scale: float = 0.3) -> None:
                 )
 
 
-def every_completion(
-    length: int = MAX_LENGTH, vocabulary: int = VOCABULARY, eos: tuple[int, ...] = (EOS,)
-) -> Completions:
-    """All events of the completion space: those that end with an EOS token and those that are cut."""
-    others = [token for token in range(vocabulary) if token not in eos]
-    rows = [
-        [*body, end] for size in range(length) for body in itertools.product(others, repeat=size) for end in eos
-    ] + [list(body) for body in itertools.product(others, repeat=length)]
-    return Completions.of(rows, EOS)
+every_completion = functools.partial(exact.every_completion, length=MAX_LENGTH, vocabulary=VOCABULARY, eos=(EOS,))
 
 
 def log_probs(model: torch.nn.Module, prompt: list[int], completions: Completions) -> torch.Tensor:
@@ -161,17 +153,6 @@ def log_probs(model: torch.nn.Module, prompt: list[int], completions: Completion
 def count_a(prompts: list, completions: list[str], **columns) -> list[float]:
     """The tests' cost: words that are not `a`, in [0, 3]."""
     return [float(sum(word != "a" for word in text.split())) for text in completions]
-
-
-def chi_square_p(counts: torch.Tensor, probabilities: torch.Tensor) -> float:
-    """p-value of observed counts under exact probabilities; rare events are pooled."""
-    expected = probabilities.double() / probabilities.double().sum() * counts.sum()
-    order = expected.argsort()
-    expected, counts = expected[order], counts[order].double()
-    pooled = int((expected.cumsum(0) < 10).sum()) + 1
-    expected = torch.cat([expected[:pooled].sum()[None], expected[pooled:]])
-    counts = torch.cat([counts[:pooled].sum()[None], counts[pooled:]])
-    return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
 
 
 @pytest.fixture

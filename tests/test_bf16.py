@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from conftest import EOS, every_completion, log_probs, tiny_gpt2
-from scipy import stats
 from test_exactness import STEPS, TAU, fixed_model
 
 from aldrift_hf import proposals, proposer
 from aldrift_hf.prior import base_model
+from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.sequences import inference, sequence_logprobs
 
 
@@ -26,20 +26,6 @@ def cached_log_probs(model, prompt, completions):
             steps[:, step], output.logits[:, -1].float().log_softmax(-1).gather(1, tokens)[:, 0].double(), 0.0
         )
     return total
-
-
-def chi_square_excess(counts, target, ratio):
-    """p-value of counts under a law whose probabilities are within a factor `ratio` of the target's.
-
-    Its chi-square statistic is noncentral, with Σ n(π - p)²/p ≤ n(ratio - 1)².
-    """
-    order = target.argsort()
-    expected, counts = target[order] * counts.sum(), counts[order].double()
-    pooled = int((expected.cumsum(0) < 10).sum()) + 1
-    expected = torch.cat([expected[:pooled].sum()[None], expected[pooled:]])
-    counts = torch.cat([counts[:pooled].sum()[None], counts[pooled:]])
-    statistic = ((counts - expected) ** 2 / expected).sum().item()
-    return float(stats.ncx2.sf(statistic, len(counts) - 1, counts.sum().item() * (ratio - 1) ** 2))
 
 
 @pytest.mark.parametrize("kind", ["gpt2-adapter-off", "llama-adapter-off", "gpt2-peft-model", "gpt2-full"])
@@ -66,9 +52,9 @@ def test_corrected_draws_are_from_the_target_up_to_rounding(kind, config, tokeni
             assert ratio < 1.2, "rounding is larger than the test can stand"
             rows = drawn["completion"][1000 * number : 1000 * (number + 1)]
             counts = torch.tensor([names.index(text) for text in rows]).bincount(minlength=len(names))
-            assert chi_square_excess(counts, target, ratio) > 1e-4
+            assert chi_square_p(counts, target, ratio) > 1e-4
             model = torch.zeros(len(names), dtype=torch.float64).index_add_(0, place, log_q.exp())
-            assert chi_square_excess(counts, model, ratio) < 1e-4, "the model is the target: the test shows nothing"
+            assert chi_square_p(counts, model, ratio) < 1e-4, "the model is the target: the test shows nothing"
 
 
 @pytest.mark.parametrize(("off_by", "exact"), [(0.0, True), (5e-4, True), (2e-3, False)])

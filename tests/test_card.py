@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, chi_square_p, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from transformers import GenerationConfig
@@ -15,6 +15,7 @@ from transformers import GenerationConfig
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.card import NOT_ON_THE_HUB, hub_id, model_card
 from aldrift_hf.run_record import RunRecord
+from aldrift_hf.selftest.exact import chi_square_p
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

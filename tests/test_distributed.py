@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONFIGS, accelerate_launch, chi_square_p, count_a, every_completion, log_probs, tiny_gpt2
+from conftest import CONFIGS, accelerate_launch, count_a, every_completion, log_probs, tiny_gpt2
 from safetensors.torch import load_file
+
+from aldrift_hf.selftest.exact import chi_square_p
 
 SCRIPT = """
 import json, os, signal, sys

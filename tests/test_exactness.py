@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import (
     EOS,
-    chi_square_p,
     count_a,
     every_completion,
     log_probs,
@@ -19,6 +18,7 @@ from conftest import (
 
 from aldrift_hf import ALDRIFTTrainer, diagnostics
 from aldrift_hf.prior import base_model
+from aldrift_hf.selftest.exact import chi_square_p
 
 PROMPTS = ["", "b", "a c b c"]
 TAU = 0.8

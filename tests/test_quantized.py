@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import EOS, chi_square_p, count_a, every_completion, log_probs, perturb
+from conftest import EOS, count_a, every_completion, log_probs, perturb
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.prior import base_model, keep_four_bit_weights
+from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.sequences import inference
 
 bitsandbytes = pytest.importorskip("bitsandbytes")

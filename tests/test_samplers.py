@@ -5,10 +5,10 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import chi_square_p
 from hypothesis import given
 
 from aldrift_hf.samplers import isir, metropolis_hastings, systematic_resample, top
+from aldrift_hf.selftest.exact import chi_square_p
 
 STATES = 6
 

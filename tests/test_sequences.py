@@ -9,7 +9,6 @@ import torch
 from conftest import (
     EOS,
     MAX_LENGTH,
-    chi_square_p,
     every_completion,
     log_probs,
     lora,
@@ -21,6 +20,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from aldrift_hf.projection import projected_logprobs
 from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, stream_seed, uniforms
+from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.sequences import Completions, completion_length, inference, join, sequence_logprobs
 
 MODELS = {

@@ -1,0 +1,111 @@
+"""A tiny model of any family, with random weights, of which every completion can be enumerated."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+END, PAD = 0, 1
+"""The first two tokens of `word_tokenizer`."""
+HEADS = 2
+HEAD_DIMS = (32, None)
+"""Narrow heads are quick; some families have numbers that belong to the width of theirs (Phi-3's rope factors)."""
+LAYERS = (2, 3, 4, 6, 8, 12)
+AT_MOST = {"window": 2, "window_size": 2, "chunk_size": 2, "experts": 4, "experts_per_tok": 2, "topk": 2, "_group": 1}
+"""Of numbers whose names end so."""
+SPREAD = 1.2
+"""Standard deviation of the logits: far from uniform, and no token so rare that it is never drawn."""
+
+
+class NotShrunkError(ValueError):
+    """A family of which no tiny model could be made."""
+
+
+def tiny_model(config: PreTrainedConfig, vocabulary: int, seed: int) -> PreTrainedModel:
+    """A model of `config`'s family, with as few layers as have one of every kind.
+
+    Args:
+        config: of a causal language model of any size.
+        vocabulary: tokens; the first ends a completion.
+        seed: of the weights.
+
+    Raises:
+        NotShrunkError: saying what stood in the way.
+    """
+    small = _smallest(config.get_text_config(), vocabulary)
+    torch.manual_seed(seed)
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_config(small)).eval()
+    # With a family's own initialisation, logits are anything from flat to one alone.
+    rows, weight = torch.randint(vocabulary, (64, 6)), model.get_output_embeddings().weight
+    with torch.no_grad():
+        for _ in range(3):  # for they may be capped
+            spread = model(input_ids=rows).logits.float().std(-1).mean().item()
+            weight.mul_(min(max(SPREAD / spread, 0.01), 100.0))
+    return model
+
+
+def _smallest(config: PreTrainedConfig, vocabulary: int) -> PreTrainedConfig:
+    """Of the configs of which a model can be made and run: that with the fewest layers that have all kinds of them."""
+    problem = f"{LAYERS[-1]} layers do not have all kinds of them"
+    for head_dim in HEAD_DIMS:
+        try:
+            with torch.device("meta"):
+                kinds = _kinds(AutoModelForCausalLM.from_config(_shrunk(config, vocabulary, None, head_dim)))
+            for layers in LAYERS:
+                small = _shrunk(config, vocabulary, layers, head_dim)
+                model = AutoModelForCausalLM.from_config(small)
+                if _kinds(model) == kinds:
+                    model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+                    return small
+        except Exception as error:  # whatever a family makes of sizes that it was not written for
+            problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    raise NotShrunkError(f"no tiny model of type {config.model_type} could be made ({problem})")
+
+
+def _kinds(model: nn.Module) -> set[type[nn.Module]]:
+    return {type(module) for module in model.modules()}
+
+
+def _shrunk(config: PreTrainedConfig, vocabulary: int, layers: int | None, head_dim: int | None) -> PreTrainedConfig:
+    """`config` with few layers (`None`: all), heads, experts and tokens, short windows, and widths in proportion."""
+    heads, width, depth = getattr(config, "num_attention_heads", 1), config.hidden_size, config.num_hidden_layers
+    head_dim = head_dim or getattr(config, "head_dim", None) or width // heads
+    values = {name: value for name, value in copy.deepcopy(config).to_dict().items() if "quantization" not in name}
+    kept, numbers = _layers_to_keep(values, depth, layers or depth), list(range(depth))
+    for name, value in values.items():
+        if isinstance(value, list) and len(value) == depth:
+            values[name] = numbers[: len(kept)] if value == numbers else [value[layer] for layer in kept]
+        elif not isinstance(value, int) or isinstance(value, bool):
+            continue
+        elif value == width:
+            values[name] = HEADS * head_dim
+        elif value == config.vocab_size:
+            values[name] = vocabulary
+        elif any(part in name for part in ("intermediate", "ffn", "inner")):
+            values[name] = max(64, 64 * round(value * HEADS * head_dim / width / 64))  # 4-bit layers want 64s
+        else:
+            values[name] = min([value, *(most for end, most in AT_MOST.items() if name.endswith(end))])
+    grouped = getattr(config, "num_key_value_heads", heads) not in (None, heads)
+    spread = (HEADS * head_dim) ** -0.5  # what is usual, 0.02, is for wide models
+    sizes = {"num_hidden_layers": len(kept), "num_attention_heads": HEADS, "head_dim": head_dim}
+    sizes |= {"num_key_value_heads": 1 if grouped else HEADS, "initializer_range": spread, "init_std": spread}
+    for name, size in sizes.items():
+        own_name = type(config).attribute_map.get(name, name)
+        if values.get(own_name) is not None:
+            values[own_name] = size
+    tokens = {"bos_token_id": END, "eos_token_id": END, "pad_token_id": PAD}
+    return cast(PreTrainedConfig, type(config).from_dict(values | tokens))
+
+
+def _layers_to_keep(values: dict[str, Any], depth: int, layers: int) -> list[int]:
+    """The first of every kind of layer that the config lists, and from the first on as many as are wanted."""
+    lists = [value for value in values.values() if isinstance(value, list) and len(value) == depth]
+    lists = [value for value in lists if value != list(range(depth))]  # which only number the layers
+    kinds = [str(kind) for kind in zip(*lists, strict=True)] or [""] * depth
+    first = {kinds.index(kind) for kind in kinds}
+    others = [layer for layer in range(depth) if layer not in first]
+    return sorted([*first, *others[: max(0, layers - len(first))]])
