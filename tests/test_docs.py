@@ -26,7 +26,7 @@ from transformers import logging
 from trl import TrlParser
 
 import aldrift_hf
-from aldrift_hf import cli
+from aldrift_hf import cli, selftest
 from aldrift_hf.testing import check_objective
 
 ROOT = Path(__file__).parents[1]
@@ -239,6 +239,8 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
             (folder / cli.OPTIONS_FILE).write_text("{objective: [my_costs:cost], model_name_or_path: gpt2}")
         monkeypatch.setattr(cli, "make_trainer", stop)
         monkeypatch.setattr(cli.RunRecord, "read", stop)
+        monkeypatch.setattr(selftest, "_examine", stop)
+        monkeypatch.setattr(selftest, "whole_subject", stop)
         with contextlib.suppress(Parsed):
             cli.main(words)
 

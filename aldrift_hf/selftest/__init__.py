@@ -28,7 +28,7 @@ from ..arguments import Parser
 from ..prior import base_model
 from .checks import CHECKS, OF_ANY_MODEL, Distance
 from .options import Options
-from .subjects import Subject, loader, tiny_subject, whole_subject
+from .subjects import Subject, tiny_subject, whole_subject
 from .tiny import NotShrunkError
 
 FAMILIES = (
@@ -78,10 +78,10 @@ def _asked(argv: Sequence[str], folder: str) -> tuple[Options, list[tuple[str, C
         options.folder = folder
         if (name := options.model_name_or_path) is None:
             return options, [_tiny(config, options) for config in FAMILIES]
-        model = loader(options)(name)
+        whole = whole_subject(name, options)
     except (ImportError, OSError, ValueError) as error:
         parser.error(str(error))
-    return options, [(name, lambda: whole_subject(model, options)), _tiny(base_model(model).config, options)]
+    return options, [(name, lambda: whole), _tiny(base_model(whole.trainer.model).config, options)]
 
 
 def _tiny(config: PreTrainedConfig, options: Options) -> tuple[str, Callable[[], Subject]]:
@@ -96,7 +96,7 @@ def _examine(title: str, make: Callable[[], Subject], console: Console) -> list[
         console.print(escape(f"{title} is not checked: {error}"), style="yellow")
         return []
     except Exception as error:
-        return [f"{title}: it cannot be put into a trainer. {_first_line(error)}"]
+        return [f"{title}: there are no checks without it. {_first_line(error)}"]
     table, failures = Table(title=f"[bold]{escape(title)}", box=box.SIMPLE_HEAD, pad_edge=False), []
     for column in ("check", "compared"):
         table.add_column(column)

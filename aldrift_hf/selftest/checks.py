@@ -19,14 +19,14 @@ from ..proposals import assert_neutral, generate, neutral_generation_config, uni
 from ..sequences import sequence_logprobs
 from ..sharding import vocabulary_size
 from .exact import LEAST, chain_law, chi_square_p
-from .subjects import Subject
+from .subjects import Subject, policy_scores, running
 from .tiny import END
 
 P_VALUE = 1e-6
 """Least p-value: of a run's eight tests of draws, one or more fail by chance once in 100,000 runs."""
 LOG_Z = 0.2
 """Nats of noise that estimates of log Z may have in runs as short as these: six standard deviations, over seeds."""
-LEARNT = 0.75
+LEARNT = 0.5
 """Most that may be left of the prior's KL(p_T‖q)."""
 WIDE = 512
 """Tokens of the tiny model whose rare ones are drawn: a top_k=50 leaves most of them out."""
@@ -73,7 +73,7 @@ def scores(subject: Subject) -> Distance:
     rows = torch.linspace(0, len(subject.completions.length) - 1, 45).long()
     completions, prompts = subject.completions.select(rows), [subject.prompts[row % 3] for row in range(45)]
     by_hand = torch.zeros(len(rows), dtype=torch.float64)
-    with subject.running() as model:
+    with running(subject.trainer) as model:
         for row, (prompt, tokens) in enumerate(zip(prompts, completions.tokens(), strict=True)):
             ids = torch.tensor([prompt + tokens], device=model.device)
             logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu().double()
@@ -93,7 +93,7 @@ def generation(subject: Subject) -> Distance:
     then --dtype float32.
     """
     # Prompts of all lengths in one batch, padded on the left, and rows that leave it early, its cache cut.
-    with subject.running() as model:
+    with running(subject.trainer) as model:
         assert_neutral(model, subject.prompts[0], subject.trainer.proposer.generation_config)
         ends = list(range(0, vocabulary_size(model), 8))
     drawn, scored = subject.draw(100 if subject.make else 30, 12, ends)
@@ -101,7 +101,7 @@ def generation(subject: Subject) -> Distance:
 
 
 def adapter_off(subject: Subject) -> Distance:
-    """prior and the bare model
+    """prior and untouched model
 
     Switching the adapter off leaves a trace: base weights that were merged, edited or (4 bits) repacked.
     """
@@ -128,8 +128,7 @@ def rare_tokens(subject: Subject) -> Distance:
     """
     prompt, count = subject.prompts[-1], 4000 if subject.make else 500
     config = neutral_generation_config(max_completion_length=1, eos_token_ids=[END], pad_token_id=END)
-    with subject.running() as policy:
-        model = subject.make(WIDE) if subject.make else policy
+    with running(subject.make(WIDE) if subject.make else subject.trainer) as model:
         drawn = generate(model, [prompt] * count, config, uniforms((subject.options.seed, 1), range(count), 1))
         logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1]
     log_q, tokens = logits.cpu().double().log_softmax(-1), drawn.completions.ids[:, 0]
@@ -190,7 +189,7 @@ def learning(subject: Subject) -> Distance:
     log_p = subject.log_target.log_softmax(-1)
     prior, *learnt = (
         (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-        for log_q in (subject.before, *(run.log_q for run in subject.runs.values()))
+        for log_q in (subject.before, *(policy_scores(run, subject.completions) for run in subject.runs.values()))
     )
     return Distance(max(learnt), LEARNT * prior)
 
@@ -205,7 +204,7 @@ def log_z(subject: Subject) -> Distance:
     estimates = [
         estimate
         for run in subject.runs.values()
-        for estimate in (sum(run.trainer.progress.log_z) / len(subject.prompts), run.trainer.record.metrics["log_z"])
+        for estimate in (sum(run.progress.log_z) / len(subject.prompts), run.record.metrics["log_z"])
     ]
     return Distance(max(abs(estimate - exact) for estimate in estimates), LOG_Z)
 
@@ -216,7 +215,7 @@ def archive(subject: Subject) -> Distance:
     The mixture's weights, or models of the past, are off. If no check above fails, please report it.
     """
     # `log Σ α_k q_k(s)` of all proposals of a run, each model of which is put back and scores them.
-    trainer = subject.runs["archive"].trainer
+    trainer = subject.runs["archive"]
     archive = cast(Archive, trainer.archive)
     pool, drawn, total = archive.mixture(), 0, torch.zeros(())
     for rung, snapshot in zip(archive.rungs, archive.snapshots, strict=True):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -69,13 +68,8 @@ class Options:
         """The dtype of matrix products."""
         return {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision, self.dtype)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The Trainer's, for where there is no Trainer yet."""
-        half = self.mixed_precision != "no"
-        return torch.autocast(self.device, getattr(torch, self.computes_in) if half else None, enabled=half)
-
-    def init_kwargs(self) -> dict[str, Any]:
-        """For `from_pretrained`."""
+    def training(self, **settings: Any) -> ALDRIFTConfig:
+        """Settings of a quiet run in a folder of its own, with those by which its model is loaded."""
         kwargs: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
@@ -83,12 +77,9 @@ class Options:
             nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": self.computes_in}
             kwargs["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
             kwargs["device_map"] = {"": "cpu" if self.device == "cpu" else 0}
-        return kwargs
-
-    def training(self, **settings: Any) -> ALDRIFTConfig:
-        """Settings of a quiet run in a folder of its own."""
         args = ALDRIFTConfig(
             output_dir=tempfile.mkdtemp(dir=self.folder),
+            model_init_kwargs=kwargs,
             use_cpu=self.device == "cpu",
             bf16=self.mixed_precision == "bf16",
             fp16=self.mixed_precision == "fp16",
