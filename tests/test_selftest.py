@@ -139,10 +139,10 @@ BREAKS = {
 """What is broken: where, how, and the check that goes red."""
 
 
-@pytest.fixture(scope="module")
-def subject(tmp_path_factory):
+@pytest.fixture
+def subject(tmp_path):
     options = Options(device="cpu")
-    options.folder = str(tmp_path_factory.mktemp("selftest"))
+    options.folder = str(tmp_path)
     return subjects.tiny_subject(GPT2, options)
 
 
@@ -151,26 +151,18 @@ def test_what_is_broken_goes_red(broken, subject, monkeypatch):
     module, name, defect, red = BREAKS[broken]
     monkeypatch.setattr(module, name, defect)
     monkeypatch.setattr(subjects, "DRAWS", 2000)
-    assert not getattr(checks, red)(dataclasses.replace(subject)).passed
+    assert not getattr(checks, red)(subject).passed
 
 
-@pytest.fixture(scope="module")
-def badly_trained(subject):
-    """Runs that learn nothing, and add log Z up the wrong way round."""
-    trained = dataclasses.replace(subject)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "maximum_likelihood", lambda *args, **kwargs: 0 * maximum_likelihood(*args, **kwargs))
-        patch.setattr(diagnostics, "log_z_increment", lambda before, after: log_z_increment(after, before))
-        assert trained.runs
-    return trained
-
-
-def test_runs_that_are_broken_go_red(badly_trained, monkeypatch):
-    assert not checks.learning(badly_trained).passed
-    assert not checks.log_z(badly_trained).passed
-    assert checks.archive(badly_trained).passed, "the archive is right, until its weights are not"
+def test_runs_that_are_broken_go_red(subject, monkeypatch):
+    """Runs that learn nothing, and add log Z up the wrong way round; then an archive's weights."""
+    monkeypatch.setattr(losses, "maximum_likelihood", lambda *args, **kwargs: 0 * maximum_likelihood(*args, **kwargs))
+    monkeypatch.setattr(diagnostics, "log_z_increment", lambda before, after: log_z_increment(after, before))
+    assert not checks.learning(subject).passed
+    assert not checks.log_z(subject).passed
+    assert checks.archive(subject).passed, "until its weights are broken, too"
     monkeypatch.setattr(Archive, "mixture", own_model_alone)
-    assert not checks.archive(badly_trained).passed
+    assert not checks.archive(subject).passed
 
 
 def test_a_failure_names_the_remedy(monkeypatch, capsys):
