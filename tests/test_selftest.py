@@ -24,7 +24,8 @@ WITHOUT_RUNS = tuple(check for check in checks.CHECKS if check not in (checks.le
 
 
 @pytest.fixture(autouse=True)
-def _wide_terminal(monkeypatch):
+def _quick_and_wide(monkeypatch):
+    monkeypatch.setattr(subjects, "DRAWS", 1500)
     monkeypatch.setenv("COLUMNS", "120")
 
 
@@ -64,7 +65,6 @@ def test_other_precisions_pass(options, capsys, monkeypatch):
         pytest.importorskip("bitsandbytes")
     monkeypatch.setattr(selftest, "FAMILIES", (LLAMA,))
     monkeypatch.setattr(selftest, "CHECKS", WITHOUT_RUNS)
-    monkeypatch.setattr(subjects, "DRAWS", 1000)
     assert main(options) == 0
     assert verdicts(capsys.readouterr().out) == ["pass"] * len(WITHOUT_RUNS)
 
@@ -150,7 +150,6 @@ def subject(tmp_path):
 def test_what_is_broken_goes_red(broken, subject, monkeypatch):
     module, name, defect, red = BREAKS[broken]
     monkeypatch.setattr(module, name, defect)
-    monkeypatch.setattr(subjects, "DRAWS", 2000)
     assert not getattr(checks, red)(subject).passed
 
 

@@ -24,10 +24,10 @@ from .tiny import END
 
 P_VALUE = 1e-6
 """Least p-value: of a run's eight tests of draws, one or more fail by chance once in 100,000 runs."""
-LOG_Z = 0.2
-"""Nats of noise that estimates of log Z may have in runs as short as these: six standard deviations, over seeds."""
+LOG_Z = 0.15
+"""Nats of noise that estimates of log Z may have in runs as short as these: over 20 seeds they had 0.06 at most."""
 LEARNT = 0.5
-"""Most that may be left of the prior's KL(p_T‖q)."""
+"""Most that may be left of the prior's KL(p_T‖q): over 20 seeds it was 0.2 at most."""
 WIDE = 512
 """Tokens of the tiny model whose rare ones are drawn: a top_k=50 leaves most of them out."""
 STEPS = 6
@@ -118,7 +118,7 @@ def draws(subject: Subject) -> Distance:
     drawn, known, prompts = completions.tokens(), subject.completions.tokens(), len(subject.prompts)
     counts = [_counts(drawn[number::prompts], known) for number in range(prompts)]
     laws = [torch.cat([log_q.exp(), torch.zeros(1)]) for log_q in subject.log_q]
-    return Distance(chi_square_p(torch.cat(counts), torch.cat(laws), math.exp(gap)), P_VALUE, "p")
+    return Distance(chi_square_p(torch.stack(counts), torch.stack(laws), math.exp(gap)), P_VALUE, "p")
 
 
 def rare_tokens(subject: Subject) -> Distance:
@@ -154,7 +154,7 @@ def corrected_draws(subject: Subject) -> Distance:
         counts.append(_counts(drawn["completion"][count * number : count * (number + 1)], names))
     # Drawn by generation's probabilities and weighed by the scorer's: off by the gap, and by it again normalised.
     ratio = math.exp(2 * subject.drawn[1])
-    return Distance(chi_square_p(torch.cat(counts), torch.cat(laws), ratio), P_VALUE, "p")
+    return Distance(chi_square_p(torch.stack(counts), torch.stack(laws), ratio), P_VALUE, "p")
 
 
 def detailed_balance(subject: Subject) -> Distance:

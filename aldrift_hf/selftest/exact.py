@@ -36,20 +36,23 @@ def chi_square_p(counts: Tensor, probabilities: Tensor, ratio: float = 1.0) -> f
     `n(ratio - 1)²` where every `π/p` is within the factor.
 
     Args:
-        counts: `[events]`.
-        probabilities: `[events]`, `p` up to a constant.
+        counts: `[events]`, or `[samples, events]`.
+        probabilities: alike, `p` up to a constant of each sample.
         ratio: the factor, at least 1.
     """
     if counts[probabilities == 0].any():
         return 0.0
-    n = int(counts.sum())
-    expected, order = (probabilities.double() / probabilities.double().sum() * n).sort(descending=True)
+    n, samples = int(counts.sum()), counts.numel() // counts.shape[-1]
+    expected = probabilities.double() / probabilities.double().sum(-1, keepdim=True) * counts.sum(-1, keepdim=True)
+    expected, order = expected.flatten().sort(descending=True)
     # Laid end to end, events fall into stretches of LEAST draws; what is left over joins the last.
     cell = ((expected.cumsum(0) - expected / 2) // LEAST).clamp(max=max(n // LEAST - 1, 0)).long()
-    expected, seen = (torch.zeros(n + 1).double().index_add_(0, cell, x.double()) for x in (expected, counts[order]))
+    expected, seen = (
+        torch.zeros(n + 1).double().index_add_(0, cell, x.double()) for x in (expected, counts.flatten()[order])
+    )
     used = expected > 0
     statistic = ((seen - expected)[used] ** 2 / expected[used]).sum().item()
-    return float(stats.ncx2.sf(statistic, int(used.sum()) - 1, n * (ratio - 1) ** 2))
+    return float(stats.ncx2.sf(statistic, int(used.sum()) - samples, n * (ratio - 1) ** 2))
 
 
 def chain_law(log_weight: Tensor, log_q: Tensor, steps: int) -> Tensor:
