@@ -45,6 +45,7 @@ def chi_square_p(counts: Tensor, probabilities: Tensor, ratio: float = 1.0) -> f
     n, samples = int(counts.sum()), counts.numel() // counts.shape[-1]
     expected = probabilities.double() / probabilities.double().sum(-1, keepdim=True) * counts.sum(-1, keepdim=True)
     expected, order = expected.flatten().sort(descending=True)
+    counts = counts.flatten()[order]
     # Laid end to end, events fall into stretches of LEAST draws; what is left over joins the last.
     cell = ((expected.cumsum(0) - expected / 2) // LEAST).clamp(max=max(n // LEAST - 1, 0)).long()
     expected, seen = (
