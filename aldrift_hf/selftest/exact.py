@@ -48,9 +48,7 @@ def chi_square_p(counts: Tensor, probabilities: Tensor, ratio: float = 1.0) -> f
     counts = counts.flatten()[order]
     # Laid end to end, events fall into stretches of LEAST draws; what is left over joins the last.
     cell = ((expected.cumsum(0) - expected / 2) // LEAST).clamp(max=max(n // LEAST - 1, 0)).long()
-    expected, seen = (
-        torch.zeros(n + 1).double().index_add_(0, cell, x.double()) for x in (expected, counts.flatten()[order])
-    )
+    expected, seen = (torch.zeros(n + 1).double().index_add_(0, cell, x.double()) for x in (expected, counts))
     used = expected > 0
     statistic = ((seen - expected)[used] ** 2 / expected[used]).sum().item()
     return float(stats.ncx2.sf(statistic, int(used.sum()) - samples, n * (ratio - 1) ** 2))
