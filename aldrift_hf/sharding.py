@@ -19,7 +19,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, StateDictType, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from trl.models import unwrap_model_for_generation
+
+from ._trl import unwrap_model_for_generation
 
 logger = logging.getLogger(__name__)
 

@@ -483,6 +483,12 @@ class ALDRIFTTrainer(HubTrainer):
     def _get_output_dir(self, trial: Any) -> str:
         return self._staging or str(super()._get_output_dir(trial))
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
+            # Up to Transformers 5.22 the Trainer leaves out the adapter at the top where another lies in a folder.
+            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._staging is None:  # not before it has its name: uploads go on in a thread
             super()._push_from_checkpoint(checkpoint_folder)

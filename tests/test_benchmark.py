@@ -101,6 +101,7 @@ def test_the_others_lower_the_cost_within_their_budget(method, tmp_path, monkeyp
     assert success[1] > 1.3 * success[0]
 
 
+@pytest.mark.slow
 def test_the_recipe_keeps_its_runs(run_recipe, capsys):
     flags = {
         "problems": "trips", "methods": "prior archive rloo", "budgets": 140, "seeds": "0 1", "longer": 2,

@@ -165,6 +165,7 @@ def test_resumed_from_the_command_line(here):
     assert [rung["tau"] for rung in RunRecord.read("out").rungs] == [0.5, 1.0, 1.5]
 
 
+@pytest.mark.slow
 def test_under_accelerate_launch(here):
     how = (CONFIGS / "multi_cpu.yaml", "-m", "aldrift_hf.cli")
     done = accelerate_launch(*how, *line(num_train_epochs=1))

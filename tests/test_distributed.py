@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 
 from aldrift_hf.selftest.exact import chi_square_p
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, os, signal, sys
 sys.path.insert(0, {tests!r})

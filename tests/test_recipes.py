@@ -12,6 +12,8 @@ import pytest
 
 from aldrift_hf.problems.tables import Comparison
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[1] / "recipes"
 QUIET = ("--use_cpu", "--disable_tqdm", "True")
 TINY = {

@@ -16,6 +16,8 @@ from test_distributed import records, result
 
 from aldrift_hf import sharding
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import json, os, sys
 sys.path.insert(0, {tests!r})

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from aldrift_hf.problems.priors import word_tokenizer
 from aldrift_hf.problems.spanning_tree import SEPARATOR, load_problem
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "spanning_tree.py"
 SMALL = {

@@ -6,6 +6,7 @@ import torch
 from aldrift_hf.problems.bare import SIZES, BareRung, make_model, peak_memory
 
 
+@pytest.mark.slow
 def test_the_recipe_compares_side_by_side(run_recipe, capsys):
     small = {"rungs": 2, "chains": 8, "updates": 2, "length": 8, "mean_length": 4}
     folder = run_recipe("speed", sizes="tiny wide", **small)
