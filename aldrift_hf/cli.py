@@ -136,7 +136,7 @@ def env(argv: Sequence[str]) -> None:
         *("aldrift_hf", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes"),
         *("deepspeed", "huggingface_hub", "numpy", "safetensors"),
     )
-    accelerator = torch.accelerator.current_accelerator()
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     count = torch.accelerator.device_count()
     names = [torch.cuda.get_device_name(i) for i in range(count)] if torch.cuda.is_available() else []
     devices = "none" if accelerator is None else f"{count} of {accelerator.type} {', '.join(sorted(set(names)))}"
