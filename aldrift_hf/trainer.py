@@ -12,7 +12,6 @@ import functools
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -28,19 +27,17 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainerCallback,
     TrainerControl,
-    TrainerState,
-    TrainingArguments,
     set_seed,
 )
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, TRAINER_STATE_NAME
-from transformers.trainer_utils import SchedulerType, TrainOutput, rotate_checkpoints
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_utils import SchedulerType, TrainOutput
 
 from . import checkpoint, diagnostics, loading, losses, numerics, prior, samplers, sharding, snapshots, verdict
 from .archive import Archive, Snapshot
 from .bars import Bars
 from .config import ALDRIFTConfig
 from .console import LadderLines, print_completions
-from .hub import HubTrainer
+from .epochs import Rungs
 from .interrupt import Interrupt
 from .ladder import ADAPTIVE_RUNGS, PATIENCE, adaptive_tau, linear_ladder
 from .objective import OBJECTIVE_BATCH, CostFunction, Objective
@@ -51,6 +48,7 @@ from .rehearsal import rehearse, schedule_kwargs
 from .report_page import LiveReport
 from .run_record import RunRecord
 from .rungs import Proposals, RungSamples, SampleCollator, success_share
+from .saving import SavingTrainer
 from .settings import settings_of
 
 logger = logging.getLogger(__name__)
@@ -59,7 +57,7 @@ logger = logging.getLogger(__name__)
 PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE = range(5)
 
 
-class ALDRIFTTrainer(HubTrainer):
+class ALDRIFTTrainer(SavingTrainer):
     """
     Turns a causal language model `L` into a sampler of `p_T(s) ∝ L(s)·exp(-T·d(s))`, without a gradient of `d`.
 
@@ -166,7 +164,7 @@ class ALDRIFTTrainer(HubTrainer):
             eval_dataset=evaluation,
             processing_class=tokenizer,
             compute_loss_func=losses.maximum_likelihood,
-            callbacks=[_Rungs(self), *(callbacks or [])],
+            callbacks=[Rungs(self), *(callbacks or [])],
             optimizers=optimizers,
         )
         sharding.check(self.accelerator, prior.base_model(loaded))
@@ -200,7 +198,6 @@ class ALDRIFTTrainer(HubTrainer):
         self.record = RunRecord(settings_of(args, policy, self.objective.names, self.prompts, tokenizer))
         self.live_report = LiveReport()
         self.rungs_wanted = int(args.num_train_epochs)
-        self._staging: str | None = None
         self._first_proposals: tuple[Proposals, dict[str, float]] | None = None
         self._draws = 0
         self._said: set[str] = set()
@@ -448,51 +445,6 @@ class ALDRIFTTrainer(HubTrainer):
         # The rung's samples come in an order of their own, which the checkpoint keeps.
         return torch.utils.data.SequentialSampler(self.samples)
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, with our files, and under a temporary name until all of them are written."""
-        if self.args.world_size > 1:
-            loss_sum = torch.tensor(self.progress.loss_sum, device=self.args.device)
-            self.progress.loss_sum = cast(Tensor, reduce(loss_sum, "mean")).item()
-        output_dir = str(self.args.output_dir)
-        self._staging = os.path.join(output_dir, checkpoint.STAGING)
-        folder = os.path.join(self._staging, f"checkpoint-{self.state.global_step}")
-        if self.args.should_save:
-            shutil.rmtree(self._staging, ignore_errors=True)
-            checkpoint.save(folder, self.progress, self.samples, self.objective, self._must_agree(), self.archive)
-        self.accelerator.wait_for_everyone()
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._staging = None
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            if self.state.best_model_checkpoint == folder:
-                self.state.best_model_checkpoint = os.path.join(output_dir, os.path.basename(folder))
-                self.state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
-            folder = checkpoint.commit(folder, output_dir)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(folder)
-            rotate_checkpoints(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
-
-    def _must_agree(self) -> dict[str, Any]:
-        """Settings that a checkpoint is resumed under: D as it was asked for, not as it was measured."""
-        asked = {**self.record.settings, "objective_range": self.args.objective_range}
-        return {name: asked[name] for name in checkpoint.MUST_AGREE}
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._staging or str(super()._get_output_dir(trial))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
-            # Up to Transformers 5.22 the Trainer leaves out the adapter at the top where another lies in a folder.
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self._staging is None:  # not before it has its name: uploads go on in a thread
-            super()._push_from_checkpoint(checkpoint_folder)
-
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals: before the first update the policy is the prior."""
         self._first_proposals = self.proposer.propose(self.prompts, self.args.proposals_per_prompt, (PROPOSE, 0))
@@ -724,77 +676,6 @@ class ALDRIFTTrainer(HubTrainer):
             return {}
         means = self.objective.components(self.prompts, proposals.rows.tolist(), proposals.texts)
         return {f"objective/{name}": value for name, value in means.items()}
-
-
-class _Rungs(TrainerCallback):
-    """Calls the trainer's rung at the Trainer's epoch."""
-
-    def __init__(self, trainer: ALDRIFTTrainer) -> None:
-        self.trainer = trainer
-        self.step_began = 0.0
-        self.updates = contextlib.ExitStack()
-        """Holds the bar of the rung's updates."""
-
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        trainer = self.trainer
-        rung = state.global_step // trainer.updates_per_rung
-        progress = trainer.progress
-        self._show(rung)
-        if progress.rung != rung:  # or else resumed in the middle of it, whose samples came with the checkpoint
-            if not progress.complete:
-                trainer.end_rung()  # resumed from a checkpoint of the last update, before the record was complete
-            trainer.begin_rung(rung)
-        bar = trainer.bars.task("updates", trainer.updates_per_rung, progress.updates)
-        self.advance = self.updates.enter_context(bar)
-
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self.step_began = time.perf_counter()
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if self.trainer.accelerator.scaler is None:  # or else it leaves such updates out by itself
-            numerics.check_gradients(self.trainer.model.parameters(), args.learning_rate)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.progress.updates += 1
-        self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
-        self.advance(1)
-        self.trainer._stop_if_asked()
-
-    def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        self.updates.close()
-        self.trainer.end_rung()
-        if self.trainer._budget_is_spent():
-            logger.warning(
-                f"max_objective_calls={self.trainer.args.max_objective_calls} is reached: "
-                f"{self.trainer.objective_calls} distinct completions evaluated. Training ends after rung "
-                f"{self.trainer.progress.rung} at tau = {self.trainer.progress.tau:g}."
-            )
-        if self.trainer._ladder_is_stuck():
-            logger.warning(
-                f"the adaptive ladder cannot leave tau = {self.trainer.progress.tau:g}: for {PATIENCE} rungs the "
-                f"effective sample size of the proposals stayed below ess_threshold={self.trainer.args.ess_threshold} "
-                "of a rung's. Training ends here. Lower ess_threshold, draw more proposals (num_chains), or learn more "
-                "on each rung (updates_per_rung, learning_rate)."
-            )
-        if self.trainer._has_ended():
-            control.should_training_stop = True
-        return control
-
-    def _show(self, rung: int) -> None:
-        """Where the run stands: in rungs or, where their number is not known, in inverse temperature."""
-        trainer, args = self.trainer, self.trainer.args
-        if args.ladder == "adaptive" and trainer.rungs_wanted == -1:
-            trainer.bars.ladder(f"rung {rung}, inverse temperature", args.tau_max, round(trainer.progress.tau, 3))
-        else:
-            trainer.bars.ladder("rungs", int(args.num_train_epochs), rung)
 
 
 def _run_chains(
