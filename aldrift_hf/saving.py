@@ -65,7 +65,8 @@ class SavingTrainer(HubTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
+        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        if whole and prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
             # Up to Transformers 5.22 the Trainer leaves out the adapter at the top where another lies in a folder.
             self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
 

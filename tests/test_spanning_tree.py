@@ -9,11 +9,11 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from conftest import chi_square_p
 from hypothesis import given, settings
 
 from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
 from aldrift_hf.problems.spanning_tree_report import uncounted_trees
+from aldrift_hf.selftest.exact import chi_square_p
 
 
 @cache

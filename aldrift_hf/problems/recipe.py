@@ -15,7 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from ..config import ALDRIFTConfig
-from ..loading import own_device
+from ..loading import NO_FOREIGN_CODE, own_device
 from ..prior import keep_four_bit_weights
 from ..trainer import ALDRIFTTrainer
 from .enumeration import Enumeration
@@ -82,7 +82,7 @@ def make_prior(
     if peft_config is None:
         raise SystemExit("a model given by name is warmed up with LoRA; leave --no_use_peft out")
     name = model_config.model_name_or_path
-    source = {"revision": model_config.model_revision, "trust_remote_code": model_config.trust_remote_code}
+    source = {"revision": model_config.model_revision, **NO_FOREIGN_CODE}
     tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **source))
     quantization = get_quantization_config(model_config)
     model = AutoModelForCausalLM.from_pretrained(
