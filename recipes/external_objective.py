@@ -41,7 +41,7 @@ STEPS = [*(f"\tx+={n}" for n in range(1, 7)), "\tx-=1", "\tx*=2", "\tx*=3"]
 END = "print(x)"
 D = 8.0
 
-# The child reads the program from its standard input. Whatever the program does, it does not exit with EX_TEMPFAIL.
+# The child reads the program from its standard input. None of these lines makes it exit with EX_TEMPFAIL.
 EVALUATOR = """
 import os, random, resource, sys
 outages, seconds = float(sys.argv[1]), int(sys.argv[2])
