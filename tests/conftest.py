@@ -52,6 +52,11 @@ def fuzz(examples: int) -> settings:
     )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first: last, it would leave one worker idle, or be set up on both."""
+    items.sort(key=lambda item: item.path.name != "test_killed.py")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Models this small spend their time on waking threads up."""
