@@ -61,7 +61,7 @@ def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftMode
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     try:
-        if find_adapter_config_file(model_id, revision=kwargs.get("revision")) is not None:
+        if is_adapter(model_id, args):
             return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
     except (TypeError, AttributeError, KeyError) as error:
@@ -84,27 +84,37 @@ def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
         policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
 
-def check_trainable(model: PreTrainedModel, adapter: bool) -> None:
+def check_trainable(config: PreTrainedConfig, args: ALDRIFTConfig, adapter: bool) -> None:
     """Refuse a model that could not be fine-tuned towards `p_T`.
 
     Args:
-        model: the transformers model, without adapter.
+        config: the transformers model's, without adapter.
+        args: with what the model is, or will be, loaded with.
         adapter: whether an adapter is trained, and not the model itself.
 
     Raises:
         ValueError: with what to change.
     """
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
+    # What is loaded by name may yet be changed by model_init_kwargs.
+    settings = {**config.get_text_config().to_dict(), **cast(dict[str, Any], args.model_init_kwargs or {})}
+    if settings.get("output_router_logits"):
         raise ValueError(
             "the model's config asks for the router's auxiliary loss (output_router_logits=True). It balances the "
             "experts' load and pulls the model away from p_T, so it is no part of what is learnt here: set "
-            "model.config.output_router_logits=False."
+            "output_router_logits=False, in model.config or in model_init_kwargs."
         )
-    if not adapter and getattr(model, "is_quantized", False):
+    if not adapter and (settings.get("quantization_config") or getattr(config, "quantization_config", None)):
         raise ValueError(
             "a quantized model cannot be fine-tuned in full. Pass a peft_config: its adapter is trained, and the "
             "quantized model is the prior."
         )
+
+
+def is_adapter(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> bool:
+    """Whether a model comes with an adapter on it."""
+    if not isinstance(model, str):
+        return isinstance(model, PeftModel)
+    return find_adapter_config_file(model, **_where(args, *_PLACE)) is not None
 
 
 def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
@@ -133,15 +143,17 @@ def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> 
     """
     if not isinstance(model, str):
         return base_model(model).config
-    here = _where(args, "token", "cache_dir", "local_files_only")
-    version = _where(args, "revision", "subfolder")
-    name = model
+    name, place = model, _where(args, *_PLACE)
     try:
-        if find_adapter_config_file(model, **here, **version) is not None:
-            name, version = str(PeftConfig.from_pretrained(model, **here, **version).base_model_name_or_path), {}
-        return AutoConfig.from_pretrained(name, **here, **version, **_where(args, "trust_remote_code"))
+        if is_adapter(model, args):
+            name = str(PeftConfig.from_pretrained(model, **place).base_model_name_or_path)
+            place = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
+        return AutoConfig.from_pretrained(name, **place, **_where(args, "trust_remote_code"))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
+
+
+_PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
 
 
 def _where(args: ALDRIFTConfig, *names: str) -> dict[str, Any]:

@@ -146,5 +146,5 @@ def test_the_routers_auxiliary_loss_is_refused(family, config, tokenizer):
     """It would be left out in silence: the Trainer hands the labels to our loss, not to the model."""
     model = AutoModelForCausalLM.from_config(CONFIGS[family]())
     model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits=False"):
+    with pytest.raises(ValueError, match=r"output_router_logits=False, in model\.config or in model_init_kwargs"):
         ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer)

@@ -157,6 +157,12 @@ def test_gradient_checkpointing_changes_nothing(folder, config, tokenizer, tmp_p
         assert torch.allclose(adapters[1][name], tensor, atol=1e-5), name
 
 
-def test_fine_tuning_in_full_is_refused(folder, config, tokenizer):
-    with pytest.raises(ValueError, match=r"cannot be fine-tuned in full\. Pass a peft_config"):
-        ALDRIFTTrainer(quantized(folder), count_a, config(), processing_class=tokenizer)
+def test_fine_tuning_in_full_is_refused(folder, config, tokenizer, monkeypatch):
+    model = quantized(folder)
+    monkeypatch.setattr(
+        "aldrift_hf.loading.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded")
+    )
+    nf4 = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
+    for given, kwargs in ((model, None), (str(folder), nf4)):
+        with pytest.raises(ValueError, match=r"cannot be fine-tuned in full\. Pass a peft_config"):
+            ALDRIFTTrainer(given, count_a, config(model_init_kwargs=kwargs), processing_class=tokenizer)
