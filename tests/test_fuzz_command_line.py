@@ -106,6 +106,7 @@ def ends(run, argv):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(run.parent)
+        patch.setattr("aldrift_hf.selftest._examine", lambda *parts: [])
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(task, "ALDRIFTTrainer", made)
         patch.setattr(cli, "write_report", lambda record, folder: None)
