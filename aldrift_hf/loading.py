@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -50,8 +52,8 @@ NO_FOREIGN_CODE = {"trust_remote_code": False}
 """Said outright: where it is left open, transformers asks whoever sits at the terminal."""
 
 
-def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftModel:
-    """The model of an id or path; an adapter's is loaded on its base model, ready to be trained on.
+def load_model(model_id: str, args: ALDRIFTConfig, adapter: bool) -> PreTrainedModel | PeftModel:
+    """The model of an id or path; an `adapter` is loaded on its base model, ready to be trained on.
 
     Raises:
         OSError: if there is none.
@@ -61,7 +63,7 @@ def load_model(model_id: str, args: ALDRIFTConfig) -> PreTrainedModel | PeftMode
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     try:
-        if is_adapter(model_id, args):
+        if adapter:
             return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
     except (TypeError, AttributeError, KeyError) as error:
@@ -111,10 +113,15 @@ def check_trainable(config: PreTrainedConfig, args: ALDRIFTConfig, adapter: bool
 
 
 def is_adapter(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> bool:
-    """Whether a model comes with an adapter on it."""
+    """Whether a model comes with an adapter on it.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
     if not isinstance(model, str):
         return isinstance(model, PeftModel)
-    return find_adapter_config_file(model, **_where(args, *_PLACE)) is not None
+    with _found(model):
+        return find_adapter_config_file(model, **_where(args, *_PLACE)) is not None
 
 
 def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
@@ -135,8 +142,8 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) 
         ) from error
 
 
-def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedConfig:
-    """A model's config, whose weights need not be loaded yet.
+def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig, adapter: bool) -> PreTrainedConfig:
+    """A model's config, of an `adapter` its base model's, whose weights need not be loaded yet.
 
     Raises:
         ValueError: where there is no such model.
@@ -144,13 +151,19 @@ def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> 
     if not isinstance(model, str):
         return base_model(model).config
     name, place = model, _where(args, *_PLACE)
-    try:
-        if is_adapter(model, args):
+    with _found(model):
+        if adapter:
             name = str(PeftConfig.from_pretrained(model, **place).base_model_name_or_path)
             place = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
         return AutoConfig.from_pretrained(name, **place, **_where(args, "trust_remote_code"))
+
+
+@contextlib.contextmanager
+def _found(model: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {name!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
+        raise ValueError(f"model {model!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
 
 
 _PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")

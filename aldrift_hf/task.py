@@ -16,11 +16,11 @@ from datasets import Dataset, load_dataset
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from transformers import AutoTokenizer
-from transformers.utils.peft_utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 
 from .arguments import AdapterConfig, TaskArguments
 from .config import ALDRIFTConfig
+from .loading import is_adapter
 from .objective import CostFunction
 from .trainer import ALDRIFTTrainer
 
@@ -127,7 +127,7 @@ def make_trainer(
     if run is not None:
         peft_config = PeftConfig.from_pretrained(str(run)) if (run / PEFT_CONFIG).is_file() else None
     # An adapter is trained on as it is: its frozen copy is the prior.
-    is_adapter = find_adapter_config_file(model.model_name_or_path, revision=model.model_revision) is not None
+    adapter = is_adapter(model.model_name_or_path, config)
     return ALDRIFTTrainer(
         model=model.model_name_or_path,
         objective=objectives,
@@ -136,5 +136,5 @@ def make_trainer(
         processing_class=None
         if run is None
         else AutoTokenizer.from_pretrained(run, trust_remote_code=model.trust_remote_code),
-        peft_config=None if is_adapter else peft_config,
+        peft_config=None if adapter else peft_config,
     )

@@ -144,12 +144,13 @@ class ALDRIFTTrainer(SavingTrainer):
             )
         self.args = args
         self.processing_class = tokenizer
-        model_config = loading.config_of(model, args)
-        loading.check_trainable(model_config, args, peft_config is not None or loading.is_adapter(model, args))
+        adapter = loading.is_adapter(model, args)  # asked once: of an id, the Hub is
+        model_config = loading.config_of(model, args, adapter)
+        loading.check_trainable(model_config, args, adapter or peft_config is not None)
         self.context_length = loading.context_length(model_config)
         self.prompts = self._encode(train)
         self.eval_prompts = self._encode(evaluation)
-        loaded = loading.load_model(model, args) if isinstance(model, str) else model
+        loaded = loading.load_model(model, args, adapter) if isinstance(model, str) else model
         pad_token_id = int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
 
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them

@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
-from transformers.utils.peft_utils import find_adapter_config_file
 
 from ..config import ALDRIFTConfig
+from ..loading import is_adapter
 from ..prior import base_model
 from ..problems.priors import word_tokenizer
 from ..proposals import Draws, generate, neutral_generation_config, uniforms
@@ -181,7 +181,7 @@ def _trainer(
         args,
         train_dataset=list(prompts),
         processing_class=tokenizer,
-        peft_config=lora if find_adapter_config_file(name) is None else None,
+        peft_config=None if is_adapter(name, args) else lora,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
