@@ -17,17 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation.baselines import expert_iteration, policy_gradient
+from evaluation.benchmark_report import report
+from evaluation.exact_distance import ExactTarget
+from evaluation.recipe import RecipeConfig, RecipeModelConfig, make_prior, make_trainer
+from problems.line_scheduling import LineSchedulingProblem
+from problems.round_trips import RoundTripProblem
+from problems.spanning_tree import load_problem
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.baselines import expert_iteration, policy_gradient
-from aldrift_hf.problems.benchmark_report import report
-from aldrift_hf.problems.exact_distance import ExactTarget
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_prior, make_trainer
-from aldrift_hf.problems.round_trips import RoundTripProblem
-from aldrift_hf.problems.spanning_tree import load_problem
+from aldrift_hf.models.prior import base_model
 
 PROBLEMS = {  # the problem, T, and up to what share above the least cost a string counts as solved
     "florentine": (load_problem("florentine"), 6.0, 0.0),

@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
+from evaluation.clustering_report import KMEANS, compare, draw_figure, kmeans_draws
+from evaluation.recipe import RecipeConfig, RecipeModelConfig, make_trainer
+from evaluation.reports import effort_in_words, missing_mass_in_words
+from problems.clustering import ClusteringProblem
 from rich.console import Console
 from trl import TrlParser
-
-from aldrift_hf.problems.clustering import ClusteringProblem
-from aldrift_hf.problems.clustering_report import KMEANS, compare, draw_figure, kmeans_draws
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_trainer
-from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
 
 
 @dataclass

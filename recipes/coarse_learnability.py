@@ -23,11 +23,10 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
+from evaluation import coarse_learnability as theory
+from evaluation.coarse_learnability_report import Sweep, compare, draw_figure, verdicts
 from rich.console import Console
 from trl import TrlParser
-
-from aldrift_hf.problems import coarse_learnability as theory
-from aldrift_hf.problems.coarse_learnability_report import Sweep, compare, draw_figure, verdicts
 
 TILT = 2.0  # θ of (b): p is proportional to exp(θx) on [0, 1]
 KDE_SEPARATION = 4.0  # Δ of the mixture in (c)

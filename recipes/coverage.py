@@ -18,20 +18,20 @@ from typing import Any, Optional
 
 import numpy as np
 import torch
+from evaluation.enumeration import text_log_probs
+from evaluation.figures import figure, plot_lines
+from evaluation.recipe import RecipeConfig, RecipeModelConfig, enumerable_graph, make_prior, one_of_several
+from evaluation.tables import Comparison
 from peft import get_peft_model
+from problems.tree_modes import two_modes
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl import TrlParser
 
-from aldrift_hf.problems.enumeration import text_log_probs
-from aldrift_hf.problems.figures import figure, plot_lines
-from aldrift_hf.problems.priors import completion_ids
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, enumerable_graph, make_prior, one_of_several
-from aldrift_hf.problems.tables import Comparison
-from aldrift_hf.problems.tree_modes import two_modes
-from aldrift_hf.prompts import encode_prompt
-from aldrift_hf.rungs import RungSamples, SampleCollator
-from aldrift_hf.sequences import Completions
+from aldrift_hf.models.prompts import encode_prompt
+from aldrift_hf.toy import completion_ids
+from aldrift_hf.trainer.samples import RungSamples, SampleCollator
+from aldrift_hf.types import Completions
 
 
 @dataclass

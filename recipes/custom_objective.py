@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import LoraConfig
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.problems.priors import small_prior
+from aldrift_hf.toy import small_prior
 
 CITIES = {  # degrees north and east
     "Berlin": (52.5, 13.4), "Lisbon": (38.7, -9.1), "London": (51.5, -0.1), "Madrid": (40.4, -3.7),

@@ -25,15 +25,15 @@ from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
+from evaluation.recipe import RecipeConfig
+from evaluation.reports import effort_in_words, missing_mass_in_words
+from evaluation.tables import Comparison
 from peft import LoraConfig
 from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
 from trl import TrlParser
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.problems.priors import SmallPriorConfig, small_prior
-from aldrift_hf.problems.recipe import RecipeConfig
-from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
-from aldrift_hf.problems.tables import Comparison
+from aldrift_hf.toy import SmallPriorConfig, small_prior
 
 STARTS = [f"x={n}" for n in range(1, 10)]
 LOOPS = [f"while(x<{n}):" for n in range(20, 70, 10)]

@@ -15,12 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
-from rich.console import Console
-from trl import TrlParser
-
-from aldrift_hf.problems.exact_rungs import ExactRungs
-from aldrift_hf.problems.figures import figure, plot_lines
-from aldrift_hf.problems.recipe import (
+from evaluation.exact_rungs import ExactRungs
+from evaluation.figures import figure, plot_lines
+from evaluation.recipe import (
     RecipeConfig,
     RecipeModelConfig,
     enumerable_graph,
@@ -28,7 +25,9 @@ from aldrift_hf.problems.recipe import (
     make_trainer,
     one_of_several,
 )
-from aldrift_hf.problems.tables import Comparison
+from evaluation.tables import Comparison
+from rich.console import Console
+from trl import TrlParser
 
 
 @dataclass

@@ -18,21 +18,15 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
+from evaluation.enumeration import text_log_probs
+from evaluation.line_scheduling_report import EXACT, compare, draw_figure, first_waitless_rung, preference_in_words
+from evaluation.recipe import RecipeConfig, RecipeModelConfig, make_trainer
+from evaluation.reports import effort_in_words, missing_mass_in_words
+from problems.line_scheduling import LineSchedulingProblem
 from rich.console import Console
 from trl import TrlParser
 
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.enumeration import text_log_probs
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.line_scheduling_report import (
-    EXACT,
-    compare,
-    draw_figure,
-    first_waitless_rung,
-    preference_in_words,
-)
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, make_trainer
-from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
+from aldrift_hf.models.prior import base_model
 
 
 @dataclass

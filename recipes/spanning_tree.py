@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Literal, Optional
 
 import numpy as np
+from evaluation.enumeration import Enumeration
+from evaluation.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, enumerate_strings, make_trainer
+from evaluation.reports import effort_in_words, missing_mass_in_words
+from evaluation.spanning_tree_report import compare, draw_figure, uncounted_trees
+from problems.spanning_tree import SpanningTreeProblem, load_problem
 from rich.console import Console
 from trl import TrlParser
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.enumeration import Enumeration
-from aldrift_hf.problems.recipe import RecipeConfig, RecipeModelConfig, can_enumerate, enumerate_strings, make_trainer
-from aldrift_hf.problems.reports import effort_in_words, missing_mass_in_words
-from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
-from aldrift_hf.problems.spanning_tree_report import compare, draw_figure, uncounted_trees
+from aldrift_hf.models.prior import base_model
 
 
 @dataclass

@@ -19,15 +19,18 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
+from evaluation.bare import SIZES, BareRung, make_model, peak_memory, timed
+from evaluation.tables import Comparison
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, projection, proposals
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.bare import SIZES, BareRung, make_model, peak_memory, timed
-from aldrift_hf.problems.tables import Comparison
-from aldrift_hf.sequences import Completions, inference, sequence_logprobs
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models import generation as proposals
+from aldrift_hf.models import head as projection
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.types import Completions
 
 
 @dataclass

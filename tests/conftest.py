@@ -23,9 +23,10 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from transformers import logging as transformers_logging
 
 from aldrift_hf import ALDRIFTConfig
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.selftest import exact
-from aldrift_hf.sequences import Completions, inference, sequence_logprobs
+from aldrift_hf.toy import word_tokenizer
+from aldrift_hf.types import Completions
 
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -66,7 +67,7 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _no_report(monkeypatch) -> None:
     """A report takes a second to draw, and those of most runs here are not looked at."""
-    monkeypatch.setattr("aldrift_hf.report_page.write_report", lambda record, folder: None)
+    monkeypatch.setattr("aldrift_hf.reporting.report.write_report", lambda record, folder: None)
 
 
 @pytest.fixture

@@ -26,10 +26,12 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from aldrift_hf import ALDRIFTTrainer, projection
-from aldrift_hf.prior import base_model
-from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, uniforms
-from aldrift_hf.sequences import inference, sequence_logprobs
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models import head as projection
+from aldrift_hf.models.generation import assert_neutral, generate, neutral_generation_config
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.streams import uniforms
 
 LENGTH = 12  # longer than the sliding windows
 PROMPTS = [[EOS], [2, 3], [4, 4, 2, 3, 1]]

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer, diagnostics, samplers, snapshots
-from aldrift_hf.archive import Archive
-from aldrift_hf.prior import base_model
-from aldrift_hf.rungs import Proposals, join_rungs
-from aldrift_hf.sequences import Completions
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.algorithm import diagnostics, samplers
+from aldrift_hf.algorithm.archive import Archive
+from aldrift_hf.models import snapshots
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.types import Completions, Proposals, join_rungs
 
 # Four events; a prior and two models whose probabilities are whole numbers of draws.
 PRIOR = torch.tensor([0.5, 0.25, 0.125, 0.125], dtype=torch.float64)

@@ -4,8 +4,10 @@ import pytest
 import torch
 from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
 
-from aldrift_hf import ALDRIFTTrainer, batches, checkpoint
-from aldrift_hf.batches import Batches, fitting
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models import batching as batches
+from aldrift_hf.models.batching import Batches, fitting
+from aldrift_hf.trainer import checkpoints
 
 
 def out_of_memory_above(limit, done):
@@ -92,5 +94,5 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, token
         ], key
     trainer = runs["short"]
     folder = str(tmp_path / "short" / "checkpoint-12")
-    saved = checkpoint.load(folder, trainer.samples, trainer.objective, trainer._must_agree())
+    saved = checkpoints.load(folder, trainer.samples, trainer.objective, trainer._must_agree())
     assert saved.batches == Batches(8, fixed=False), "a resumed run would draw in other batches"

@@ -6,14 +6,14 @@ import math
 import numpy as np
 import pytest
 from conftest import log_probs, tiny_gpt2
+from evaluation.baselines import Counted, expert_iteration, policy_gradient
+from evaluation.exact_distance import ExactTarget
+from evaluation.recipe import RecipeModelConfig, make_prior
+from problems.round_trips import RoundTripProblem
+from problems.text_problem import TextProblem
 
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.baselines import Counted, expert_iteration, policy_gradient
-from aldrift_hf.problems.exact_distance import ExactTarget
-from aldrift_hf.problems.recipe import RecipeModelConfig, make_prior
-from aldrift_hf.problems.round_trips import RoundTripProblem
-from aldrift_hf.problems.text_problem import TextProblem
-from aldrift_hf.sequences import Completions
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.types import Completions
 
 QUICK = RecipeModelConfig(prior_steps=60)
 

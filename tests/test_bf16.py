@@ -7,10 +7,11 @@ import torch
 from conftest import EOS, every_completion, log_probs, tiny_gpt2
 from test_exactness import STEPS, TAU, fixed_model
 
-from aldrift_hf import proposals, proposer
-from aldrift_hf.prior import base_model
+from aldrift_hf.models import generation as proposals
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p
-from aldrift_hf.sequences import inference, sequence_logprobs
+from aldrift_hf.trainer import rollout as proposer
 
 
 def cached_log_probs(model, prompt, completions):

@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from transformers import GenerationConfig
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.card import NOT_ON_THE_HUB, hub_id, model_card
-from aldrift_hf.run_record import RunRecord
+from aldrift_hf.reporting.card import NOT_ON_THE_HUB, hub_id, model_card
+from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.selftest.exact import chi_square_p
 
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

@@ -26,10 +26,11 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, arguments, cli
-from aldrift_hf.problems.priors import word_tokenizer
-from aldrift_hf.run_record import RunRecord
-from aldrift_hf.task import load_objective
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli
+from aldrift_hf.cli import parser as arguments
+from aldrift_hf.cli.task import load_objective
+from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.toy import word_tokenizer
 
 COSTS = """
 factor = 1.0

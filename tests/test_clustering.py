@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from problems.clustering import ClusteringProblem
 from sklearn.datasets import load_iris
 from sklearn.metrics import adjusted_rand_score
 
-from aldrift_hf.problems.clustering import ClusteringProblem
 from aldrift_hf.selftest.exact import chi_square_p
 
 RNG = np.random.default_rng(3)

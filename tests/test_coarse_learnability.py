@@ -8,10 +8,9 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from evaluation import coarse_learnability as theory
 from hypothesis import given, settings
 from scipy import integrate, optimize, special, stats
-
-from aldrift_hf.problems import coarse_learnability as theory
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "coarse_learnability.py"
 NORMAL = theory.even_mixture(1, 1.0)

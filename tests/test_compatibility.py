@@ -19,7 +19,8 @@ from packaging.version import Version
 from transformers import Trainer, TrainerCallback
 
 import aldrift_hf
-from aldrift_hf import ALDRIFTTrainer, _trl
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models import _trl
 
 ROOT = Path(__file__).parents[1]
 

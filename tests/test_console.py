@@ -12,8 +12,9 @@ import pytest
 from conftest import count_a, lora_config, tiny_gpt2
 from rich.console import Console
 
-from aldrift_hf import ALDRIFTTrainer, bars
-from aldrift_hf.bars import Bars
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.reporting import progress as bars
+from aldrift_hf.reporting.progress import Bars
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from conftest import count_a, lora_config, tiny_gpt2
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.toy import word_tokenizer
 
 args = ALDRIFTConfig(
     {folder!r}, tau_max=1.5, tau_step=0.5, objective_range=3.0, num_chains=16, chain_length=4, max_completion_length=3,

@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import count_a, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer, numerics, verdict
-from aldrift_hf.run_record import RunRecord
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models import numerics
+from aldrift_hf.reporting import health
+from aldrift_hf.reporting.record import RunRecord
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def test_nothing_is_better_than_the_worst(make, sampler, ladder, objective_range
     assert "let it give partial credit" in caplog.text
     check_finite(trainer)
     assert trainer.progress.tau == 1.5
-    assert sum(words in warning for warning in verdict.warnings(RunRecord.read(trainer.args.output_dir))) == 1
+    assert sum(words in warning for warning in health.warnings(RunRecord.read(trainer.args.output_dir))) == 1
 
 
 def test_all_costs_are_equal(make, caplog):
@@ -69,7 +71,7 @@ def test_all_costs_are_equal(make, caplog):
     trainer.train()
     words = "For 100% of the prompts all of the prior's draws cost the same"
     assert caplog.text.count(words) == 1
-    assert any(words in warning for warning in verdict.warnings(trainer.record))
+    assert any(words in warning for warning in health.warnings(trainer.record))
     check_finite(trainer)
     assert abs(trainer.record.metrics["missing_mass"]) < 0.1  # the target is the prior, and known to be
 
@@ -77,8 +79,8 @@ def test_all_costs_are_equal(make, caplog):
 def test_a_converged_model_is_not_blamed_for_equal_costs():
     figures = {"rung": 7, "flat": 1.0, "objective_best": 2.0, "ess": 0.9}
     settings = defaultdict(lambda: 100, objective_range=5.0)
-    assert verdict.cautions("The model", settings, figures) == {}
-    assert [*verdict.cautions("The prior", settings, figures | {"rung": 0})] == ["flat"]
+    assert health.cautions("The model", settings, figures) == {}
+    assert [*health.cautions("The prior", settings, figures | {"rung": 0})] == ["flat"]
 
 
 def test_a_cost_above_its_range(make):
@@ -161,7 +163,7 @@ def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     assert (
         f"{rung['excluded']:.1%} of the draws have probability 0 under the prior. The model writes what" in caplog.text
     )
-    assert any("have probability 0 under the prior" in warning for warning in verdict.warnings(trainer.record))
+    assert any("have probability 0 under the prior" in warning for warning in health.warnings(trainer.record))
     if sampler != "reweight":
         learnt = trainer.proposer.decode(trainer.samples.completions)
         assert not any("b" in text for text in learnt)

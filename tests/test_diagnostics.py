@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from aldrift_hf import diagnostics, pareto
+from aldrift_hf.algorithm import diagnostics, pareto
 
 GENERATOR = torch.Generator().manual_seed(0)
 LOG_L = torch.randn(8, generator=GENERATOR, dtype=torch.float64).log_softmax(0)

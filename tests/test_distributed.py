@@ -19,8 +19,9 @@ sys.path.insert(0, {tests!r})
 import torch
 from conftest import count_a, lora_config, perturb, tiny_gpt2
 from safetensors.torch import save_file
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, batches as fitting
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models import batching as fitting
+from aldrift_hf.toy import word_tokenizer
 
 torch.set_num_threads(1)
 output, world = sys.argv[1], int(sys.argv[2])

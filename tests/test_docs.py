@@ -27,7 +27,7 @@ from trl import TrlParser
 
 import aldrift_hf
 from aldrift_hf import cli, selftest
-from aldrift_hf.testing import check_objective
+from aldrift_hf.objective.testing import check_objective
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "recipes", "tests")

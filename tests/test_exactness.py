@@ -16,8 +16,9 @@ from conftest import (
     tiny_llama,
 )
 
-from aldrift_hf import ALDRIFTTrainer, diagnostics
-from aldrift_hf.prior import base_model
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.algorithm import diagnostics
+from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 
 PROMPTS = ["", "b", "a c b c"]

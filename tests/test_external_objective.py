@@ -15,10 +15,10 @@ import psutil
 import pytest
 import tenacity
 
-from aldrift_hf.objective import Objective, ObjectiveError
-from aldrift_hf.problems.priors import SmallPriorConfig
-from aldrift_hf.prompts import Prompts
-from aldrift_hf.testing import check_objective
+from aldrift_hf.objective.objective import Objective, ObjectiveError
+from aldrift_hf.objective.testing import check_objective
+from aldrift_hf.toy import SmallPriorConfig
+from aldrift_hf.types import Prompts
 
 EXAMPLE = "x=2\nwhile(x<40):\n\tx*=3\n\tx-=1\nprint(x)"  # 2, 5, 14, 41
 NOTHING = Prompts([{"prompt": ""}], [[0]], [""])

@@ -10,9 +10,10 @@ import yaml
 from conftest import WORDS, count_a, fuzz, lora_config, tiny_gpt2
 from hypothesis import given
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli, task
-from aldrift_hf.problems.priors import word_tokenizer
-from aldrift_hf.run_record import RunRecord
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli
+from aldrift_hf.cli import task
+from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.toy import word_tokenizer
 
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=8), st.dates(),
@@ -85,7 +86,7 @@ def run(tmp_path_factory):
     (folder / "model").mkdir()
     (folder / "empty").mkdir()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aldrift_hf.report_page.write_report", lambda record, folder: None)
+        patch.setattr("aldrift_hf.reporting.report.write_report", lambda record, folder: None)
         args = ALDRIFTConfig(
             **{"output_dir": str(folder / "run"), "num_chains": 2, "chain_length": 2, "max_completion_length": 2},
             **{"objective_range": 3.0, "num_train_epochs": 1, "disable_tqdm": True, "save_strategy": "no"},

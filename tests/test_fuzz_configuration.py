@@ -16,8 +16,9 @@ from datasets import Dataset
 from hypothesis import example, given, note
 from peft import PromptTuningConfig
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, loading
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models import loading
+from aldrift_hf.toy import word_tokenizer
 
 SMALL = {
     "tau_max": 1.5,

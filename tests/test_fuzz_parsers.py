@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from conftest import fuzz
 from hypothesis import given
-
-from aldrift_hf.problems.clustering import ClusteringProblem
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.round_trips import RoundTripProblem
-from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
-from aldrift_hf.problems.tree_modes import largest_degree
+from problems.clustering import ClusteringProblem
+from problems.line_scheduling import LineSchedulingProblem
+from problems.round_trips import RoundTripProblem
+from problems.spanning_tree import SpanningTreeProblem, load_problem
+from problems.tree_modes import largest_degree
 
 TEXTS = 50
 """Texts in one of Hypothesis' examples, of which it makes about a thousand a second."""

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.prior import base_model
-from aldrift_hf.sequences import inference
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="a GPU")]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, accelerate_launch, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+from evaluation.recipe import one_of_several
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import filter_repo_objects
@@ -22,10 +23,9 @@ from test_card import check_code
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from aldrift_hf import ALDRIFTTrainer, cli
-from aldrift_hf.arguments import Arguments
-from aldrift_hf.checkpoint import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE
-from aldrift_hf.problems.recipe import one_of_several
-from aldrift_hf.run_record import RunRecord
+from aldrift_hf.cli.parser import Arguments
+from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.trainer.checkpoints import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "spanning_tree.py"
 RECORD = {"run.json", "rungs.jsonl", "draws.jsonl", "README.md"}

@@ -13,7 +13,7 @@ import torch
 from conftest import count_a, lora_config, tiny_gpt2
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.journal import FOLDER, Journal, identity
+from aldrift_hf.objective.store import FOLDER, Journal, identity
 
 ITEMS = [(("row", "a b"), [1.0, 2.5]), (("row", "\x00\ud800\u2028é"), [0.0, 0.0])]
 

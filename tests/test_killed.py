@@ -24,8 +24,8 @@ import torch
 from conftest import count_a, lora_config, tiny_gpt2
 from transformers.trainer_utils import get_last_checkpoint
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.journal import Journal
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.objective.store import Journal
+from aldrift_hf.toy import word_tokenizer
 
 root, kills, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.set_num_threads(1)

@@ -5,8 +5,8 @@ import pytest
 import torch
 from hypothesis import given
 
-from aldrift_hf.diagnostics import effective_sample_size
-from aldrift_hf.ladder import adaptive_tau, linear_ladder
+from aldrift_hf.algorithm.diagnostics import effective_sample_size
+from aldrift_hf.algorithm.ladder import adaptive_tau, linear_ladder
 
 
 def test_the_papers_steps():

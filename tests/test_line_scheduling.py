@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
+from problems.line_scheduling import LineSchedulingProblem
 
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
 from aldrift_hf.selftest.exact import chi_square_p
 
 SMALL = LineSchedulingProblem(stations=3, longest_visit=6, travel=4, headway=5, phase=2, preference=1.5)

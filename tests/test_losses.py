@@ -6,12 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from evaluation.enumeration import kl_divergence
 from torch import nn
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, losses
-from aldrift_hf.prior import base_model
-from aldrift_hf.problems.enumeration import kl_divergence
-from aldrift_hf.rungs import SampleCollator
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.algorithm import losses
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.trainer.samples import SampleCollator
 
 PROMPT = [2, 3]
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from aldrift_hf import from_reward
-from aldrift_hf.journal import Journal
-from aldrift_hf.objective import Objective, ObjectiveError
-from aldrift_hf.prompts import Prompts
+from aldrift_hf.objective.objective import Objective, ObjectiveError
+from aldrift_hf.objective.store import Journal
+from aldrift_hf.types import Prompts
 
 
 def prompts(*texts, **columns):
@@ -311,7 +311,7 @@ def test_a_function_that_ends_the_program_is_heard_of_too():
 
 def test_a_cost_that_hangs_does_not_keep_the_program_alive():
     code = (
-        "import time\nfrom aldrift_hf.objective import Objective\nfrom aldrift_hf.prompts import Prompts\n"
+        "import time\nfrom aldrift_hf.objective.objective import Objective\nfrom aldrift_hf.models.prompts import Prompts\n"
         "where = Prompts([{'prompt': 'x'}], [[0]], ['x'])\n"
         "slow = Objective(lambda prompts, completions: time.sleep(600), None, None)\n"
         "slow.begin(where, [0], ['a'])\ntime.sleep(0.2)\nraise SystemExit(3)\n"

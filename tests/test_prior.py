@@ -7,9 +7,10 @@ import torch
 from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2, tiny_llama
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from aldrift_hf import ALDRIFTTrainer, prior
-from aldrift_hf.prior import base_model
-from aldrift_hf.sequences import inference
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models import prior
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 

@@ -6,24 +6,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import lora_config, tiny_gpt2
+from evaluation.enumeration import Enumeration, kl_divergence, total_variation
 from peft import PeftModel
+from problems.line_scheduling import LineSchedulingProblem
+from problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
+from problems.warm_up import warm_up
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from aldrift_hf.problems import priors
-from aldrift_hf.problems.enumeration import Enumeration, kl_divergence, total_variation
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.priors import (
-    END,
-    UNKNOWN,
-    SmallPriorConfig,
-    completion_ids,
-    small_prior,
-    warm_up,
-    word_tokenizer,
-)
-from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
-from aldrift_hf.prompts import encode_prompt
-from aldrift_hf.sequences import Completions, inference, sequence_logprobs
+from aldrift_hf import toy as priors
+from aldrift_hf.models.prompts import encode_prompt
+from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.toy import END, UNKNOWN, SmallPriorConfig, completion_ids, small_prior, word_tokenizer
+from aldrift_hf.types import Completions
 
 SMALL = {"layers": 1, "width": 16, "heads": 2, "steps": 30, "batch_size": 16}
 EDGES = [(0, 1), (1, 2), (2, 3), (0, 3), (0, 2)]  # a 4-cycle and a chord

@@ -7,9 +7,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.prior import base_model, keep_four_bit_weights
+from aldrift_hf.models.prior import base_model, keep_four_bit_weights
+from aldrift_hf.models.scoring import inference
 from aldrift_hf.selftest.exact import chi_square_p
-from aldrift_hf.sequences import inference
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
@@ -160,7 +160,7 @@ def test_gradient_checkpointing_changes_nothing(folder, config, tokenizer, tmp_p
 def test_fine_tuning_in_full_is_refused(folder, config, tokenizer, monkeypatch):
     model = quantized(folder)
     monkeypatch.setattr(
-        "aldrift_hf.loading.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded")
+        "aldrift_hf.models.loading.AutoModelForCausalLM.from_pretrained", lambda *a, **k: pytest.fail("loaded")
     )
     nf4 = {"quantization_config": BitsAndBytesConfig(load_in_4bit=True)}
     for given, kwargs in ((model, None), (str(folder), nf4)):

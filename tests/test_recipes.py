@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from aldrift_hf.problems.tables import Comparison
+from evaluation.tables import Comparison
 
 pytestmark = pytest.mark.slow
 

@@ -14,10 +14,11 @@ from conftest import count_a, lora_config, tiny_gpt2
 from matplotlib.figure import Figure
 from playwright.sync_api import Error, sync_playwright
 
-from aldrift_hf import ALDRIFTTrainer, report_page
-from aldrift_hf.figures import Plot, plots, relative_weights
-from aldrift_hf.report_page import LADDER_FILE, REPORT_FILE, LiveReport, render, write_report
-from aldrift_hf.run_record import RunRecord
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.reporting import report as report_page
+from aldrift_hf.reporting.figures import Plot, plots, relative_weights
+from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, LiveReport, render, write_report
 
 CHAT = [{"role": "system", "content": "Be  brief."}, {"role": "user", "content": "A riddle,\nplease"}]
 SETTINGS = {

@@ -8,8 +8,9 @@ import pytest
 import torch
 from conftest import count_a, lora, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer, checkpoint
-from aldrift_hf.proposals import stream_seed
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.streams import stream_seed
+from aldrift_hf.trainer import checkpoints
 
 # Dropout, so that the Trainer's random state matters; 4 updates a rung and 3 rungs make 12 updates.
 KINDS = {
@@ -109,7 +110,7 @@ def test_a_checkpoint_holds_everything(config, tokenizer, tmp_path):
     trainer = trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer)
     trainer.train()
     folder = Path(trainer.args.output_dir, "checkpoint-12")
-    assert {checkpoint.STATE_FILE, checkpoint.SAMPLES_FILE, checkpoint.OBJECTIVE_FILE} <= set(os.listdir(folder))
+    assert {checkpoints.STATE_FILE, checkpoints.SAMPLES_FILE, checkpoints.OBJECTIVE_FILE} <= set(os.listdir(folder))
 
 
 def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
@@ -119,7 +120,7 @@ def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
     other = trainer_of("adapter-off", config(updates_per_rung=5), tokenizer)
     with pytest.raises(ValueError, match="2 prompts and 16 training rows a rung; this run has 2 and 20"):
         other.train(resume_from_checkpoint=folder)
-    os.remove(os.path.join(folder, checkpoint.MANIFEST_FILE))
+    os.remove(os.path.join(folder, checkpoints.MANIFEST_FILE))
     with pytest.raises(ValueError, match="it is not a checkpoint of ALDRIFTTrainer, or not a whole one: it has no"):
         trainer.train(resume_from_checkpoint=folder)
 
@@ -157,7 +158,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenize
     trainer = trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer)
     trainer.train()
     newest, good = (Path(trainer.args.output_dir, f"checkpoint-{step}") for step in (12, 8))
-    files = [path for path in newest.iterdir() if path.name != checkpoint.MANIFEST_FILE]
+    files = [path for path in newest.iterdir() if path.name != checkpoints.MANIFEST_FILE]
     assert len(files) > 8
     for path in files:
         whole = path.read_bytes()
@@ -167,10 +168,10 @@ def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenize
         ):
             trainer.train(resume_from_checkpoint=True)
         path.write_bytes(whole)
-    assert checkpoint.damage(str(newest)) is None
+    assert checkpoints.damage(str(newest)) is None
     os.remove(newest / "optimizer.pt")
-    assert checkpoint.damage(str(newest)) == "optimizer.pt is missing"
-    (good / checkpoint.MANIFEST_FILE).write_text("{")
+    assert checkpoints.damage(str(newest)) == "optimizer.pt is missing"
+    (good / checkpoints.MANIFEST_FILE).write_text("{")
     with pytest.raises(ValueError, match="There is no good one; start anew"):
         trainer.train(resume_from_checkpoint=str(newest))
 
@@ -185,15 +186,15 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(config, tokenizer, monk
             raise KeyboardInterrupt  # as if killed with all files written
         return whole(folder, output_dir)
 
-    whole = checkpoint.commit
-    monkeypatch.setattr(checkpoint, "commit", commit)
+    whole = checkpoints.commit
+    monkeypatch.setattr(checkpoints, "commit", commit)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert seen == [[], ["checkpoint-4"]]
-    assert checkpoint.to_resume_from(True, trainer.args.output_dir).endswith("checkpoint-4")
-    monkeypatch.setattr(checkpoint, "commit", whole)
+    assert checkpoints.to_resume_from(True, trainer.args.output_dir).endswith("checkpoint-4")
+    monkeypatch.setattr(checkpoints, "commit", whole)
     trainer.train(resume_from_checkpoint=True)
-    assert not Path(trainer.args.output_dir, checkpoint.STAGING).exists(), "what was left lying is cleared away"
+    assert not Path(trainer.args.output_dir, checkpoints.STAGING).exists(), "what was left lying is cleared away"
 
 
 def test_the_best_checkpoint_is_known_by_its_own_name(config, tokenizer):
@@ -201,7 +202,7 @@ def test_the_best_checkpoint_is_known_by_its_own_name(config, tokenizer):
     trainer = trainer_of("adapter-off", config(**best, load_best_model_at_end=True, greater_is_better=False), tokenizer)
     trainer.train()
     state = json.loads(
-        (Path(checkpoint.get_last_checkpoint(trainer.args.output_dir)) / "trainer_state.json").read_text()
+        (Path(checkpoints.get_last_checkpoint(trainer.args.output_dir)) / "trainer_state.json").read_text()
     )
     for known in (trainer.state.best_model_checkpoint, state["best_model_checkpoint"]):
         assert Path(known).parent == Path(trainer.args.output_dir)

@@ -4,8 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-
-from aldrift_hf.problems.round_trips import CAPITALS, RoundTripProblem
+from problems.round_trips import CAPITALS, RoundTripProblem
 
 PROBLEM = RoundTripProblem()
 
@@ -22,7 +21,7 @@ def test_a_trip_is_as_long_from_everywhere_and_both_ways_round():
 def test_known_distances():
     """There and back between two cities that the problem is reduced to: London and Paris are 344 km apart."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aldrift_hf.problems.round_trips.CAPITALS", {k: CAPITALS[k] for k in ("London", "Paris")})
+        patch.setattr("problems.round_trips.CAPITALS", {k: CAPITALS[k] for k in ("London", "Paris")})
         assert RoundTripProblem().cost_of("London, Paris") == pytest.approx(
             2 * 0.344, abs=0.02
         )  # to a tenth of a degree

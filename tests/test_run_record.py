@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 from conftest import count_a, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer, verdict
-from aldrift_hf.run_record import DRAWS_FILE, MOST_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.reporting import health
+from aldrift_hf.reporting.record import DRAWS_FILE, MOST_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
 
 SETTINGS = {"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "num_chains": 128, "chain_length": 4}
 RUNG = {"tau": 2.0, "objective_mean": 1.0, "success": 0.5, "ess": 0.5, "khat": 0.2, "missing_mass": 0.0}
@@ -85,7 +86,7 @@ def test_a_run_under_way_can_be_read(make):
     assert not under_way.finished
     assert not under_way.metrics
     assert [rung["rung"] for rung in under_way.rungs] == [0, 1]
-    assert verdict.outcome(under_way).startswith("So far, after 2 rungs")
+    assert health.outcome(under_way).startswith("So far, after 2 rungs")
 
 
 def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
@@ -122,8 +123,8 @@ def test_odd_characters_survive(tmp_path):
 
 def test_a_good_run_has_no_warning():
     good = record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01})
-    assert verdict.warnings(good) == []
-    assert verdict.outcome(good) == (
+    assert health.warnings(good) == []
+    assert health.outcome(good) == (
         "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws are as good as any seen "
         "(the prior's: 50.0%); they account for 99% of p_T by the ladder's log Z."
     )
@@ -145,11 +146,11 @@ def test_a_good_run_has_no_warning():
     ],
 )
 def test_what_a_reader_should_know_is_said(run, said):
-    (warning,) = verdict.warnings(run)
+    (warning,) = health.warnings(run)
     assert said in warning
 
 
 def test_a_run_under_way_is_not_blamed_for_being_short_of_its_end():
-    assert verdict.warnings(record(finished=False, tau=0.5)) == []
-    assert verdict.warnings(RunRecord(SETTINGS)) == []
-    assert verdict.outcome(RunRecord(SETTINGS)) == "The first rung is under way."
+    assert health.warnings(record(finished=False, tau=0.5)) == []
+    assert health.warnings(RunRecord(SETTINGS)) == []
+    assert health.outcome(RunRecord(SETTINGS)) == "The first rung is under way."

@@ -14,8 +14,9 @@ import yaml
 from conftest import EOS, WORDS, count_a, lora_config, tiny_gpt2
 from test_cli import COSTS
 
-from aldrift_hf import ALDRIFTTrainer, checkpoint, cli
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf import ALDRIFTTrainer, cli
+from aldrift_hf.toy import word_tokenizer
+from aldrift_hf.trainer import checkpoints
 
 
 class Planted:
@@ -68,12 +69,12 @@ def make(config, tokenizer):
 
 def sealed(folder):
     """The manifest of a checkpoint written again, as who tampers with its files would."""
-    (folder / checkpoint.MANIFEST_FILE).unlink()
+    (folder / checkpoints.MANIFEST_FILE).unlink()
     output_dir = folder.parent
-    staging = output_dir / checkpoint.STAGING
+    staging = output_dir / checkpoints.STAGING
     staging.mkdir()
     folder.rename(staging / folder.name)
-    return checkpoint.commit(str(staging / folder.name), str(output_dir))
+    return checkpoints.commit(str(staging / folder.name), str(output_dir))
 
 
 @pytest.mark.parametrize("write", [plain, as_torch_saves])
@@ -124,11 +125,11 @@ def test_a_manifest_names_no_file_outside_its_folder(make, tmp_path):
     outside = tmp_path / "outside"
     outside.write_text("secret")
     for name in ("../../outside", str(outside), "/dev/zero"):
-        (folder / checkpoint.MANIFEST_FILE).write_text(json.dumps({name: "0"}))
-        assert checkpoint.damage(str(folder)) == f"{name} is missing"
+        (folder / checkpoints.MANIFEST_FILE).write_text(json.dumps({name: "0"}))
+        assert checkpoints.damage(str(folder)) == f"{name} is missing"
     for text in ("[]", "null", "1", '"optimizer.pt"', "\x00", ""):
-        (folder / checkpoint.MANIFEST_FILE).write_text(text)
-        assert checkpoint.damage(str(folder)) == f"{checkpoint.MANIFEST_FILE} is damaged"
+        (folder / checkpoints.MANIFEST_FILE).write_text(text)
+        assert checkpoints.damage(str(folder)) == f"{checkpoints.MANIFEST_FILE} is damaged"
 
 
 CODE = """

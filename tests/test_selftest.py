@@ -12,13 +12,17 @@ import torch
 from conftest import WORDS, tiny_gpt2
 from transformers import BartConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config
 
-from aldrift_hf import cli, diagnostics, losses, prior, proposals, samplers, selftest, sequences
-from aldrift_hf.archive import Archive
-from aldrift_hf.problems.priors import word_tokenizer
-from aldrift_hf.rungs import Proposals, join_rungs
+from aldrift_hf import cli, selftest
+from aldrift_hf.algorithm import diagnostics, losses, samplers
+from aldrift_hf.algorithm.archive import Archive
+from aldrift_hf.models import generation as proposals
+from aldrift_hf.models import prior
+from aldrift_hf.models import scoring as sequences
 from aldrift_hf.selftest import checks, main, subjects, tiny
 from aldrift_hf.selftest.exact import chain_law, chi_square_p
 from aldrift_hf.selftest.options import Options
+from aldrift_hf.toy import word_tokenizer
+from aldrift_hf.types import Proposals, join_rungs
 
 GPT2, LLAMA = selftest.FAMILIES
 WITHOUT_RUNS = tuple(check for check in checks.CHECKS if check not in (checks.learning, checks.log_z, checks.archive))

@@ -18,10 +18,12 @@ from conftest import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from aldrift_hf.projection import projected_logprobs
-from aldrift_hf.proposals import assert_neutral, generate, neutral_generation_config, stream_seed, uniforms
+from aldrift_hf.models.generation import assert_neutral, generate, neutral_generation_config
+from aldrift_hf.models.head import projected_logprobs
+from aldrift_hf.models.scoring import completion_length, inference, join, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p
-from aldrift_hf.sequences import Completions, completion_length, inference, join, sequence_logprobs
+from aldrift_hf.streams import stream_seed, uniforms
+from aldrift_hf.types import Completions
 
 MODELS = {
     "gpt2": tiny_gpt2,
@@ -323,7 +325,7 @@ def test_finished_rows_leave_the_batch(monkeypatch):
 
 def test_a_token_is_as_likely_as_its_share_of_the_numbers():
     """Inverse transform, on a grid of numbers instead of random ones: every token's share to within one step."""
-    from aldrift_hf.proposals import _draw
+    from aldrift_hf.models.generation import _draw
 
     scores = torch.tensor([[0.0, -math.inf, 3.0, -9.0, 1.0]])
     grid = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
@@ -340,7 +342,7 @@ def test_a_token_is_as_likely_as_its_share_of_the_numbers():
 
 def test_rare_tokens_do_not_vanish_beside_a_likely_one():
     """100,000 tokens of weight 1e-8 behind one of weight 1: in fp32 their sum would stay at 1."""
-    from aldrift_hf.proposals import _draw
+    from aldrift_hf.models.generation import _draw
 
     scores = torch.full((1, 100_001), math.log(1e-8))
     scores[0, 0] = 0.0
@@ -404,7 +406,7 @@ class _Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("make", [tiny_gpt2, lambda: lora(tiny_gpt2(vocab_size=1000), seed=1)])
 def test_scoring_never_holds_more_logits_than_its_budget(monkeypatch, make):
-    from aldrift_hf import projection
+    from aldrift_hf.models import head as projection
 
     model = make()
     vocabulary = base(model).config.vocab_size

@@ -14,7 +14,7 @@ from conftest import CONFIGS, accelerate_launch, tiny_gpt2
 from safetensors.torch import load_file
 from test_distributed import records, result
 
-from aldrift_hf import sharding
+from aldrift_hf.models import sharding
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ from accelerate.utils import DistributedType
 from conftest import count_a, lora_config, tiny_gpt2, tiny_llama
 from safetensors.torch import save_file
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.problems.priors import word_tokenizer
+from aldrift_hf.toy import word_tokenizer
 
 torch.set_num_threads(1)
 output, flags = sys.argv[1], sys.argv[2:]

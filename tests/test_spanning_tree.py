@@ -9,10 +9,10 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from evaluation.spanning_tree_report import uncounted_trees
 from hypothesis import given, settings
+from problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
 
-from aldrift_hf.problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
-from aldrift_hf.problems.spanning_tree_report import uncounted_trees
 from aldrift_hf.selftest.exact import chi_square_p
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, accelerate_launch, tiny_gpt2
+from problems.spanning_tree import SEPARATOR, load_problem
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from aldrift_hf.problems.priors import word_tokenizer
-from aldrift_hf.problems.spanning_tree import SEPARATOR, load_problem
+from aldrift_hf.toy import word_tokenizer
 
 pytestmark = pytest.mark.slow
 

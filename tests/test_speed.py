@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from aldrift_hf.problems.bare import SIZES, BareRung, make_model, peak_memory
+from evaluation.bare import SIZES, BareRung, make_model, peak_memory
 
 
 @pytest.mark.slow

@@ -13,13 +13,13 @@ import pytest
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems.clustering import ClusteringProblem
+from problems.line_scheduling import LineSchedulingProblem
+from problems.round_trips import RoundTripProblem
+from problems.spanning_tree import load_problem
 
 from aldrift_hf import from_reward
-from aldrift_hf.problems.clustering import ClusteringProblem
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.round_trips import RoundTripProblem
-from aldrift_hf.problems.spanning_tree import load_problem
-from aldrift_hf.testing import check_objective
+from aldrift_hf.objective.testing import check_objective
 
 EXAMPLES = ["[1, 2]", "[3]", "[2, 2, 2]"]
 

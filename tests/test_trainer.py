@@ -11,8 +11,9 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, proposer
-from aldrift_hf.prior import base_model
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.trainer import rollout as proposer
 
 RECORD = {
     "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",

@@ -3,11 +3,10 @@
 import networkx as nx
 import numpy as np
 import pytest
-
-from aldrift_hf.problems.line_scheduling import LineSchedulingProblem
-from aldrift_hf.problems.line_scheduling_report import first_waitless_rung, preference_in_words
-from aldrift_hf.problems.spanning_tree import SpanningTreeProblem, load_problem
-from aldrift_hf.problems.tree_modes import largest_degree, two_modes
+from evaluation.line_scheduling_report import first_waitless_rung, preference_in_words
+from problems.line_scheduling import LineSchedulingProblem
+from problems.spanning_tree import SpanningTreeProblem, load_problem
+from problems.tree_modes import largest_degree, two_modes
 
 
 def test_two_modes_of_the_florentine_families():

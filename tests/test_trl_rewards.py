@@ -6,9 +6,9 @@ import pytest
 from trl import rewards
 
 from aldrift_hf import from_reward
-from aldrift_hf.objective import Objective
-from aldrift_hf.prompts import Prompts
-from aldrift_hf.testing import check_objective
+from aldrift_hf.objective.objective import Objective
+from aldrift_hf.objective.testing import check_objective
+from aldrift_hf.types import Prompts
 
 CHAT = [{"role": "user", "content": "What is one third?"}]
 ROW = {"prompt": CHAT, "solution": r"\frac{1}{3}"}

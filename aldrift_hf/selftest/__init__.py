@@ -24,8 +24,8 @@ from rich.table import Table
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 from transformers import logging as transformers_logging
 
-from ..arguments import Parser
-from ..prior import base_model
+from ..cli.parser import Parser
+from ..models.prior import base_model
 from .checks import CHECKS, OF_ANY_MODEL, Distance
 from .options import Options
 from .subjects import Subject, tiny_subject, whole_subject

@@ -1,5 +1,5 @@
 import sys
 
-from . import main
+from ..selftest import main
 
 sys.exit(main())

@@ -13,11 +13,13 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from .. import samplers, snapshots
-from ..archive import Archive
-from ..proposals import assert_neutral, generate, neutral_generation_config, uniforms
-from ..sequences import sequence_logprobs
-from ..sharding import vocabulary_size
+from ..algorithm import samplers
+from ..algorithm.archive import Archive
+from ..models import snapshots
+from ..models.generation import assert_neutral, generate, neutral_generation_config
+from ..models.scoring import sequence_logprobs
+from ..models.sharding import vocabulary_size
+from ..streams import uniforms
 from .exact import LEAST, chain_law, chi_square_p
 from .subjects import Subject, policy_scores, running
 from .tiny import END

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ..sequences import Completions
+from ..types import Completions
 
 LEAST = 20
 """Draws that a cell of a chi-square test is expected to have, about; rarer events share one."""

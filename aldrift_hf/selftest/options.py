@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from transformers import BitsAndBytesConfig
 
-from ..config import ALDRIFTConfig
+from ..trainer.config import ALDRIFTConfig
 
 BATCH = 4096
 """Rows drawn or scored at once, of the few tokens that they are here."""

@@ -15,13 +15,15 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from ..config import ALDRIFTConfig
-from ..loading import is_adapter
-from ..prior import base_model
-from ..problems.priors import word_tokenizer
-from ..proposals import Draws, generate, neutral_generation_config, uniforms
-from ..sequences import Completions, inference, sequence_logprobs
-from ..trainer import ALDRIFTTrainer
+from ..models.generation import Draws, generate, neutral_generation_config
+from ..models.loading import is_adapter
+from ..models.prior import base_model
+from ..models.scoring import inference, sequence_logprobs
+from ..streams import uniforms
+from ..toy import word_tokenizer
+from ..trainer.config import ALDRIFTConfig
+from ..trainer.trainer import ALDRIFTTrainer
+from ..types import Completions
 from .exact import every_completion
 from .options import BATCH, Options
 from .tiny import END, tiny_model

@@ -1,0 +1,190 @@
+"""What a model brings along when it is passed in, by name or as an object: its weights, its tokenizer, its limits."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate import PartialState
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils.peft_utils import find_adapter_config_file
+
+from ..trainer.config import ALDRIFTConfig
+from . import sharding
+from .prior import base_model
+
+
+def check_writable(output_dir: str) -> None:
+    """Make the output directory and try it.
+
+    Raises:
+        OSError: naming it and the remedy.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
+        ) from error
+
+
+def own_device() -> dict[str, int] | None:
+    """Where a quantized model is loaded to, for it cannot be moved there later: each process's own accelerator."""
+    return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
+
+
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""Said outright: where it is left open, transformers asks whoever sits at the terminal."""
+
+
+def load_model(model_id: str, args: ALDRIFTConfig, adapter: bool) -> PreTrainedModel | PeftModel:
+    """The model of an id or path; an `adapter` is loaded on its base model, ready to be trained on.
+
+    Raises:
+        OSError: if there is none.
+        ValueError: if it cannot be loaded with `model_init_kwargs`.
+    """
+    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **cast(dict[str, Any], args.model_init_kwargs or {})}
+    if "quantization_config" in kwargs:
+        kwargs.setdefault("device_map", own_device())
+    try:
+        if adapter:
+            return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
+        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+    except (TypeError, AttributeError, KeyError) as error:
+        if not args.model_init_kwargs:
+            raise
+        names = ", ".join(cast(dict[str, Any], args.model_init_kwargs))
+        raise ValueError(f"{model_id} cannot be loaded with model_init_kwargs ({names}): {error}") from error
+
+
+def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
+    """Put the weights that a run saved in `folder` into a policy made as that run's was.
+
+    Raises:
+        ValueError, OSError, RuntimeError: if they are not there, or do not fit.
+    """
+    if isinstance(policy, PeftModel):
+        name = policy.active_adapter
+        policy.load_adapter(str(folder if name == "default" else folder / name), name, is_trainable=True)
+    else:  # by transformers, which knows of shards and tied weights
+        policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
+
+
+def check_trainable(config: PreTrainedConfig, args: ALDRIFTConfig, adapter: bool) -> None:
+    """Refuse a model that could not be fine-tuned towards `p_T`.
+
+    Args:
+        config: the transformers model's, without adapter.
+        args: with what the model is, or will be, loaded with.
+        adapter: whether an adapter is trained, and not the model itself.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    # What is loaded by name may yet be changed by model_init_kwargs.
+    settings = {**config.get_text_config().to_dict(), **cast(dict[str, Any], args.model_init_kwargs or {})}
+    if settings.get("output_router_logits"):
+        raise ValueError(
+            "the model's config asks for the router's auxiliary loss (output_router_logits=True). It balances the "
+            "experts' load and pulls the model away from p_T, so it is no part of what is learnt here: set "
+            "output_router_logits=False, in model.config or in model_init_kwargs."
+        )
+    if not adapter and (settings.get("quantization_config") or getattr(config, "quantization_config", None)):
+        raise ValueError(
+            "a quantized model cannot be fine-tuned in full. Pass a peft_config: its adapter is trained, and the "
+            "quantized model is the prior."
+        )
+
+
+def is_adapter(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> bool:
+    """Whether a model comes with an adapter on it.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    if not isinstance(model, str):
+        return isinstance(model, PeftModel)
+    with _found(model):
+        return find_adapter_config_file(model, **_where(args, *_PLACE)) is not None
+
+
+def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        ValueError: where there is none to be found.
+    """
+    name = model if isinstance(model, str) else base_model(model).config._name_or_path
+    kwargs = _where(args, "revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+    if not name:
+        raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
+    try:
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
+        ) from error
+
+
+def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig, adapter: bool) -> PreTrainedConfig:
+    """A model's config, of an `adapter` its base model's, whose weights need not be loaded yet.
+
+    Raises:
+        ValueError: where there is no such model.
+    """
+    if not isinstance(model, str):
+        return base_model(model).config
+    name, place = model, _where(args, *_PLACE)
+    with _found(model):
+        if adapter:
+            name = str(PeftConfig.from_pretrained(model, **place).base_model_name_or_path)
+            place = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
+        return AutoConfig.from_pretrained(name, **place, **_where(args, "trust_remote_code"))
+
+
+@contextlib.contextmanager
+def _found(model: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {model!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
+
+
+_PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
+
+
+def _where(args: ALDRIFTConfig, *names: str) -> dict[str, Any]:
+    """Of the keyword arguments for `from_pretrained`, those that say where things are and whether to trust them."""
+    kwargs = NO_FOREIGN_CODE | cast(dict[str, Any], args.model_init_kwargs or {})
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Any of the generation config's end-of-text tokens ends a completion, and the tokenizer's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
+    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
+    vocabulary = sharding.vocabulary_size(model)
+    return sorted(token for token in ids if token < vocabulary)
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most positions that a model can attend to, where its config says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)

@@ -1,0 +1,185 @@
+"""What the prior `L` is, for each kind of model that can be passed in: exactly that model, never a reload of it.
+
+| passed in | prior `L` | policy `q` |
+|---|---|---|
+| plain model and a `peft_config` | the model with its new adapter switched off | with the adapter |
+| [`peft.PeftModel`] | a frozen copy of its active adapter | that adapter, trained on |
+| plain model | a frozen copy of the model | the model, fine-tuned in full |
+
+Adapters are switched, never merged: merging into 4-bit weights, or merging and unmerging in bf16, moves the prior.
+And 4-bit weights stay as they are: see [`keep_four_bit_weights`].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any, Protocol, cast
+
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import sharding
+
+PRIOR_ADAPTER = "prior"
+"""Name of the frozen adapter that holds the prior of a `PeftModel`."""
+
+# LoRA initialisations that subtract the adapter's start from the base weights: with the adapter off, the base is then
+# no longer the model that was passed in.
+_INITS_THAT_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Prior(Protocol):
+    """Turns the policy into the prior for the time of a `with` block."""
+
+    def active(self, policy: nn.Module) -> contextlib.AbstractContextManager[PreTrainedModel]:
+        """Yields the module whose forward pass computes `L`."""
+        ...
+
+
+class AdapterOff:
+    """`L` is the policy's base model."""
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
+        peft_model = cast(PeftModel, policy)
+        with peft_model.disable_adapter():
+            yield base_model(peft_model)
+
+
+class FrozenAdapter:
+    """`L` is the policy's base model under the frozen adapter [`PRIOR_ADAPTER`]."""
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
+        peft_model = cast(PeftModel, policy)
+        trained = peft_model.active_adapter
+        peft_model.set_adapter(PRIOR_ADAPTER)
+        try:
+            yield base_model(peft_model)
+        finally:
+            # set_adapter also moves requires_grad along: the prior is frozen again, the policy trainable.
+            peft_model.set_adapter(trained)
+
+
+class FrozenCopy:
+    """`L` is a copy of the model, made before the first update."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        if sharding.is_sharded(model):
+            raise ValueError(
+                "full fine-tuning keeps a frozen copy of the model beside it, and this model was spread over the "
+                "processes as it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
+            )
+        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+
+    @contextlib.contextmanager
+    def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
+        self.model.to(base_model(policy).device)
+        yield self.model
+
+
+def split(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> tuple[PreTrainedModel | PeftModel, Prior]:
+    """The policy to train and the prior to keep, from the model passed in.
+
+    Raises:
+        ValueError: for a `peft_config` under which switching the adapter off would not give the model back, or for a
+            `PeftModel` that cannot be split; the message names the remedy.
+    """
+    keep_four_bit_weights(model)
+    if isinstance(model, PeftModel):
+        if peft_config is not None:
+            raise ValueError(
+                "model is a PeftModel already, so peft_config is ambiguous. Drop peft_config to train on from its "
+                "adapter (a frozen copy of it is the prior), or pass model.merge_and_unload() with the peft_config."
+            )
+        return _with_frozen_adapter(model), FrozenAdapter()
+    if peft_config is None:
+        return model, FrozenCopy(model)
+    check_peft_config(peft_config)
+    return cast(PeftModel, get_peft_model(model, peft_config)), AdapterOff()
+
+
+def keep_four_bit_weights(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16.
+
+    At the first forward pass in eval mode it packs them for a kernel of its own: their scales are rounded to bf16,
+    which moves the prior, and the kernel has no backward pass, so that in training no gradient comes through.
+
+    Raises:
+        ValueError: if it has happened already.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False):
+            cast(Any, module).support_avx512bf16_for_cpu = False
+            if getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
+                raise ValueError(
+                    "the 4-bit model has been used on this CPU before it was passed in, and bitsandbytes has rounded "
+                    "its weights for a kernel that cannot be trained through. Load it anew, and call "
+                    "aldrift_hf.models.prior.keep_four_bit_weights(model) before you use it."
+                )
+
+
+def check_peft_config(config: PeftConfig) -> None:
+    """Refuse an adapter that cannot be switched off without a trace.
+
+    Raises:
+        TypeError, ValueError: with the option to change.
+    """
+    if not isinstance(config, PeftConfig):
+        raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(config).__name__}")
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "
+            "cover. Use LoRA or another adapter on the weights."
+        )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"peft_config with bias={config.bias!r} trains the base model's own biases, so the prior would drift with "
+            "them. Use bias='none'."
+        )
+    init = getattr(config, "init_lora_weights", True)
+    if isinstance(init, str) and init.lower().startswith(_INITS_THAT_EDIT_THE_BASE):
+        raise ValueError(
+            f"peft_config with init_lora_weights={init!r} rewrites the base weights, so the prior would not be the "
+            "model that you passed in. Use init_lora_weights=True."
+        )
+
+
+def base_model(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside, adapter layers in place: what generates and what is scored."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
+
+
+def _with_frozen_adapter(model: PeftModel) -> PeftModel:
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"the PeftModel has {len(active)} active adapters ({active}); activate the one to train.")
+    name = active[0]
+    if PRIOR_ADAPTER in model.peft_config:
+        raise ValueError(
+            f"the PeftModel already has an adapter called {PRIOR_ADAPTER!r}, the name that the frozen copy takes. "
+            f"Rename it, or remove it with model.delete_adapter({PRIOR_ADAPTER!r})."
+        )
+    config = model.peft_config[name]
+    if config.is_prompt_learning:
+        check_peft_config(config)
+    if getattr(model.base_model, "merged_adapters", []) or any(
+        getattr(module, "merged", False) for module in model.modules()
+    ):
+        raise ValueError("the PeftModel's adapter is merged into its base; call model.unmerge_adapter() first.")
+    frozen = copy.deepcopy(config)
+    # The values are copied over in the next line: what matters is that creating the adapter leaves the base alone.
+    if hasattr(frozen, "init_lora_weights"):
+        cast(Any, frozen).init_lora_weights = True
+    model.add_adapter(PRIOR_ADAPTER, frozen)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=name), adapter_name=PRIOR_ADAPTER)
+    model.set_adapter(name)
+    for parameter_name, parameter in model.named_parameters():
+        if f".{PRIOR_ADAPTER}." in parameter_name or parameter_name.endswith(f".{PRIOR_ADAPTER}"):
+            parameter.requires_grad_(False)
+    return model

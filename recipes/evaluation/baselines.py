@@ -1,0 +1,168 @@
+"""What else one would do with a prior and a cost: policy gradients with a KL penalty (TRL), and expert iteration.
+
+Each takes a budget of proposals, and leaves a model. The two trainers of TRL maximise `E_q[-d] - KL(q‖L)/T`, whose
+optimum is `p_T`: the same target as ALDRIFT's.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from problems.text_problem import TextProblem
+from transformers import PreTrainedTokenizerBase
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+from aldrift_hf.models.generation import generate, neutral_generation_config
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.prompts import encode_prompt
+from aldrift_hf.models.scoring import inference
+from aldrift_hf.streams import stream_seed, uniforms
+from aldrift_hf.toy import fit
+from evaluation.recipe import RecipeModelConfig, longest_completion, make_prior
+
+Learnt = tuple[PeftModel, PreTrainedTokenizerBase, int]
+"""A model, its tokenizer, and how many distinct completions the objective was asked for."""
+
+
+class Counted:
+    """An objective that remembers what it was asked: costs are paid once for each distinct completion."""
+
+    def __init__(self, problem: TextProblem) -> None:
+        self.problem = problem
+        self.known: dict[tuple[str, str], float] = {}
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        pairs = list(zip(prompts, completions, strict=True))
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self.known]
+        costs = self.problem.cost([prompt for prompt, _ in new], [completion for _, completion in new])
+        self.known.update(zip(new, costs, strict=True))
+        return [self.known[pair] for pair in pairs]
+
+
+def policy_gradient(
+    method: str,
+    problem: TextProblem,
+    model_config: RecipeModelConfig,
+    *,
+    tau_max: float,
+    proposals: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+) -> Learnt:
+    """TRL's `RLOOTrainer` or `GRPOTrainer` with `beta = 1/T`: one update for every batch of proposals.
+
+    Args:
+        method: `rloo` or `grpo`.
+        problem: what is drawn and what it costs.
+        model_config: the prior, with LoRA.
+        tau_max: T.
+        proposals: budget; what does not fill a batch is not drawn.
+        batch_size: proposals an update, all prompts together.
+        learning_rate: constant.
+        seed: of everything random.
+    """
+    model, tokenizer, peft_config = make_prior(problem, model_config)
+    tokenizer.pad_token = tokenizer.eos_token
+    objective, prompts = Counted(problem), problem.prompts
+    generations = batch_size // len(prompts)
+
+    def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        return [-cost for cost in objective(prompts, completions)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {
+            "output_dir": folder,
+            "beta": 1 / tau_max,
+            "learning_rate": learning_rate,
+            "lr_scheduler_type": "constant",
+            "max_steps": proposals // (generations * len(prompts)),
+            "per_device_train_batch_size": generations * len(prompts),
+            "num_generations": generations,
+            "max_completion_length": longest_completion(problem, tokenizer),
+            "disable_dropout": True,
+            "max_grad_norm": 1.0,
+            "seed": seed,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "bf16": False,
+            "use_cpu": not torch.accelerator.is_available(),
+        }
+        trainer: RLOOTrainer | GRPOTrainer
+        common: dict[str, Any] = {
+            "model": model,
+            "reward_funcs": reward,
+            "train_dataset": Dataset.from_dict({"prompt": prompts}),
+            "processing_class": tokenizer,
+            "peft_config": peft_config,
+        }
+        if method == "rloo":
+            trainer = RLOOTrainer(args=RLOOConfig(normalize_advantages=False, **settings), **common)
+        else:
+            trainer = GRPOTrainer(args=GRPOConfig(loss_type="dr_grpo", scale_rewards="none", **settings), **common)
+        trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model), tokenizer, len(objective.known)
+
+
+def expert_iteration(
+    problem: TextProblem,
+    model_config: RecipeModelConfig,
+    *,
+    rounds: int,
+    proposals: int,
+    updates: int,
+    learning_rate: float,
+    seed: int,
+    keep: float = 0.1,
+) -> Learnt:
+    """In each round the model draws, and is then fine-tuned on the best of all that was drawn so far.
+
+    Args:
+        problem: what is drawn and what it costs.
+        model_config: the prior, with LoRA.
+        rounds: how often.
+        proposals: budget of all rounds together.
+        updates: of 128 rows each, a round.
+        learning_rate: peak of each round's one-cycle schedule.
+        seed: of everything random.
+        keep: share of the draws that counts as the best, of each prompt alike.
+    """
+    model, tokenizer, peft_config = make_prior(problem, model_config)
+    torch.manual_seed(seed)
+    policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
+    objective, prompts = Counted(problem), problem.prompts
+    end = cast(int, tokenizer.eos_token_id)
+    config = neutral_generation_config(
+        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
+    )
+    per_prompt = proposals // (rounds * len(prompts))
+    drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
+    for number in range(rounds):
+        for index, prompt in enumerate(prompts):
+            starts = [encode_prompt(prompt, index, tokenizer)] * per_prompt
+            with inference(policy):
+                numbers = uniforms((seed, number, index), range(per_prompt), cast(int, config.max_new_tokens))
+                draws = generate(base_model(policy), starts, config, numbers)
+            texts = tokenizer.batch_decode(draws.completions.tokens(), skip_special_tokens=True)
+            drawn[prompt] += zip(objective([prompt] * per_prompt, texts), texts, strict=True)
+        best = [
+            problem.separator.join(filter(None, (prompt, text)))
+            for prompt, rows in drawn.items()
+            for _, text in sorted(rows)[: max(1, round(keep * len(rows)))]
+        ]
+        fit(
+            policy,
+            tokenizer,
+            lambda count, rng, best=best: [best[i] for i in rng.integers(len(best), size=count)],  # type: ignore[misc]
+            updates,
+            128,
+            learning_rate,
+            stream_seed(seed, number),
+        )
+    return policy, tokenizer, len(objective.known)

@@ -1,0 +1,69 @@
+"""The benchmark's table for each problem, and its figure."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from evaluation.figures import figure, plot_lines
+from evaluation.tables import Comparison
+
+COLUMNS = {  # of the table: the measure, and how it is written
+    "TV": ("tv", ".2f"),
+    "KL(p_T‖q)": ("kl", ".3g"),
+    "KL(q‖p_T)": ("reverse_kl", ".3g"),
+    "success": ("success", ".3f"),
+    "distinct solutions": ("distinct", ",.0f"),
+    "TV of corrected draws": ("corrected_tv", ".2f"),
+    "proposals": ("proposals", ",.0f"),
+    "objective calls": ("calls", ",.0f"),
+    "seconds": ("seconds", ",.0f"),
+}
+
+
+Run = dict[str, Any]
+"""The measures of one run, with its problem, method, budget, learning rate and seed."""
+
+
+def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
+    """Print and write everything.
+
+    Args:
+        groups: for each problem its runs, those that differ by the seed alone together.
+        folder: where to write.
+    """
+    path, blocks = folder / "benchmark.md", []
+    for problem, runs in groups.items():
+        table = Comparison(f"{problem}: means over seeds {[run['seed'] for run in runs[-1]]}", [*COLUMNS])
+        for group in runs:
+            first = group[0]
+            label = first["method"] + (f", lr {first['learning_rate']:g}" if first["budget"] else "")
+            table.rows.append((label, [_cell(group, *column) for column in COLUMNS.values()]))
+        table.print()
+        table.write_markdown(path)
+        blocks.append(path.read_text())
+    path.write_text("\n".join(blocks))
+    with figure(folder / "benchmark.png", [[*groups]], (5 * len(groups), 4.5)) as axes:
+        for problem, runs in groups.items():
+            lines: dict[str, tuple[list[float], list[float]]] = {}
+            for group in runs:
+                if group[0]["budget"]:
+                    x, y = lines.setdefault(group[0]["method"], ([], []))
+                    x.append(statistics.mean(run["calls"] for run in group))
+                    y.append(statistics.mean(run["kl"] for run in group))
+            plot_lines(axes[problem], lines, "distinct objective calls", "KL(p_T || q) (nats)", log="xy")
+            axes[problem].set_title(problem)
+    Console().print(f"figure and table: {folder}/benchmark.*   every run: {folder}/runs.jsonl")
+
+
+def _cell(group: list[Run], name: str, spec: str) -> str:
+    """Mean over seeds, with the standard deviation where it tells something."""
+    values = [run[name] for run in group if name in run]
+    if not values:
+        return ""
+    spread = f" ± {format(statistics.stdev(values), spec)}" if len(values) > 1 and name in ("kl", "success") else ""
+    return format(statistics.mean(values), spec) + spread

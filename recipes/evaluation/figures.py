@@ -1,0 +1,119 @@
+"""The recipes' figures, in the style of a run's own: axes with names and units."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import networkx as nx
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+from aldrift_hf.reporting.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, styled
+
+
+@contextmanager
+def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
+    """The axes of a mosaic in the common style; saved as a PNG on leaving."""
+    with styled():
+        sheet = Figure(size)
+        yield sheet.subplot_mosaic(mosaic)
+        sheet.savefig(path, dpi=150)
+
+
+def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], what: str) -> None:
+    """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order; `what` names the y-axis."""
+    tau = [record["tau"] for record in records]
+    lines = {label: (tau, [record.get(key, np.nan) for record in records]) for key, label in curves.items()}
+    lines = {label: line for label, line in lines.items() if not np.isnan(line[1]).all()}  # no chains, no acceptance
+    plot_lines(axes, lines, "inverse temperature τ (nats per unit of cost)", what)
+
+
+def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *, log: str = "") -> None:
+    """Lines `{label: (x values, y values)}` in the palette's order.
+
+    Args:
+        axes: where to.
+        lines: a legend is drawn where there are several.
+        x, y: what the axes show, with units.
+        log: axes on a logarithmic scale: `"x"`, `"y"` or `"xy"`.
+    """
+    for (label, (across, up)), colour in zip(lines.items(), itertools.cycle(PALETTE)):
+        axes.plot(across, up, color=colour, marker=".", label=label)
+    axes.set(xlabel=x, ylabel=y)
+    if "x" in log:
+        axes.set_xscale("log")
+        ticks = sorted({float(value) for across, _ in lines.values() for value in across})
+        if len(ticks) > 8:  # no steps of a few settings, but measurements: round numbers then
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        else:
+            axes.set_xticks(ticks, [f"{tick:,g}" for tick in ticks])
+        axes.xaxis.set_minor_locator(NullLocator())
+    if "y" in log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+    if len(lines) > 1:
+        axes.legend()
+
+
+def plot_shares(axes: Axes, shares: np.ndarray, title: str, rows: str, columns: str) -> None:
+    """A matrix of shares as a heat map, rows and columns counted from 1; dark is 0, bright the largest share."""
+    axes.imshow(
+        shares,
+        aspect="auto",
+        cmap="cividis",
+        vmin=0.0,
+        extent=(0.5, shares.shape[1] + 0.5, shares.shape[0] + 0.5, 0.5),
+    )
+    axes.set(title=title, xlabel=columns, ylabel=rows)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
+
+
+def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:
+    """The graph, each edge as wide and dark as its learnt share of trees, with `learnt | exact` in per cent on it."""
+    layout = nx.kamada_kawai_layout(graph)
+    values = np.array(list(learnt.values()))
+    nx.draw_networkx_edges(
+        graph,
+        layout,
+        ax=axes,
+        edgelist=list(learnt),
+        width=list(0.5 + 4 * values),
+        edge_color=list(values),
+        edge_cmap=matplotlib.colormaps["cividis_r"],
+        edge_vmin=0,
+        edge_vmax=1,
+    )
+    nx.draw_networkx_nodes(graph, layout, ax=axes, node_size=25, node_color=GREY)
+    if graph.number_of_edges() <= 40:
+        nx.draw_networkx_labels(graph, layout, ax=axes, font_size=7, verticalalignment="bottom")
+        nx.draw_networkx_edge_labels(
+            graph,
+            layout,
+            ax=axes,
+            edge_labels={
+                edge: f"{100 * a:.0f}|{100 * b:.0f}" for (edge, a), b in zip(learnt.items(), exact, strict=True)
+            },
+            font_size=6,
+        )
+    axes.set_title("share of trees that hold each edge: learnt | exact, in %")
+    axes.axis("off")
+
+
+def plot_marginals(axes: Axes, learnt: dict[str, np.ndarray], exact: np.ndarray) -> None:
+    """Learnt against exact edge marginals, one colour a source, with the diagonal on which they would agree."""
+    axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
+    for (label, values), colour in zip(learnt.items(), (ORANGE, BLUE, GREEN), strict=False):
+        axes.scatter(exact, values, s=14, color=colour, label=label)
+    axes.set(xlabel="exact edge marginal (Kirchhoff)", ylabel="edge marginal of drawn trees", title="edge marginals")
+    axes.legend()

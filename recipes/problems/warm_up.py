@@ -1,0 +1,68 @@
+"""A LoRA warm-up of any causal language model on the texts of a problem, cached outside the repository."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from aldrift_hf.streams import stream_seed
+from aldrift_hf.toy import FINGERPRINT, TextSource, cache_folder, completion_ids, fit, store
+
+logger = logging.getLogger(__name__)
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    draw: TextSource,
+    peft_config: PeftConfig,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int = 0,
+    cache_dir: str | Path | None = None,
+) -> PeftModel:
+    """`model` with an adapter fitted to the texts that `draw` yields, from the cache or trained now.
+
+    Handed to the trainer as it is, this adapter becomes the frozen prior, and a copy of it the policy.
+
+    Args:
+        model: a causal language model, quantised or not.
+        tokenizer: its tokenizer.
+        draw: `(count, rng) -> count texts`.
+        peft_config: the adapter.
+        steps, batch_size, learning_rate, seed: of the fit.
+        cache_dir: as in [`small_prior`].
+    """
+    adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
+    texts = completion_ids(draw(FINGERPRINT, np.random.default_rng(seed)), tokenizer)
+    folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            logger.warning(f"warming up the prior: {steps} steps of {batch_size} texts, to be kept in {folder}")
+            with torch.random.fork_rng():
+                torch.manual_seed(stream_seed(seed))
+                fitted = cast(PeftModel, get_peft_model(model, peft_config))
+                fit(fitted, tokenizer, draw, steps, batch_size, learning_rate, seed)
+            store(fitted, tokenizer, folder)
+            model = cast(PreTrainedModel, fitted.unload())  # the base as it was: the adapter is loaded below
+    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+
+
+def _weights(model: PreTrainedModel) -> str:
+    """A fingerprint of a model: a few values of every tensor, which no other revision or quantisation shares."""
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, tensor in model.state_dict().items():
+        ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).cpu()
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {ends.tolist()}".encode())
+    return digest.hexdigest()
