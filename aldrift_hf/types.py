@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -140,3 +141,19 @@ def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
     """Token ids as one tensor, `[n, width]`, padded on the right to the longest row."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows])
+
+
+Advance = Callable[[int], None]
+"""Moves a piece of work on by so many steps."""
+
+
+class Progress(Protocol):
+    """Shows how far a piece of work is: a context manager for the time of the work, which yields [`Advance`]."""
+
+    def __call__(self, description: str, total: int, done: int = 0) -> contextlib.AbstractContextManager[Advance]: ...
+
+
+@contextlib.contextmanager
+def no_progress(description: str, total: int, done: int = 0) -> Iterator[Advance]:
+    """A [`Progress`] that shows nothing."""
+    yield lambda steps: None

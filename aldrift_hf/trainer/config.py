@@ -19,8 +19,8 @@ from .kinds import check_bounds, check_kinds
 from .secret import Secret
 
 COUNTS = (
-    *("num_chains", "chain_length", "archive_window", "max_objective_calls", "max_completion_length"),
-    *("generation_batch_size", "scoring_batch_tokens", "updates_per_rung", "per_device_train_batch_size"),
+    *("num_rungs", "num_generations", "chain_length", "archive_window", "max_objective_calls", "max_completion_length"),
+    *("per_device_generation_batch_size", "scoring_batch_tokens", "updates_per_rung", "per_device_train_batch_size"),
     *("gradient_accumulation_steps", "per_device_eval_batch_size", "eval_accumulation_steps"),
     *("dataloader_prefetch_factor", "save_total_limit"),
 )
@@ -75,8 +75,8 @@ class ALDRIFTConfig(TrainingArguments):
     r"""
     Settings of [`ALDRIFTTrainer`]: those below, and all of [`transformers.TrainingArguments`].
 
-    One epoch is one rung of the temperature ladder. Some defaults differ from `TrainingArguments`: `num_train_epochs`
-    follows the ladder, `learning_rate` is 1e-4 and constant, a checkpoint is saved after every rung and the last two
+    One epoch is one rung of the temperature ladder: `num_rungs` takes the place of `num_train_epochs`. Some defaults
+    differ from `TrainingArguments`: `learning_rate` is 1e-4 and constant, a checkpoint is saved after every rung and the last two
     are kept.
 
     Parameters:
@@ -94,23 +94,24 @@ class ALDRIFTConfig(TrainingArguments):
             Step of the linear ladder. `None` is the paper's `1/D`.
         ess_threshold (`float`, *optional*, defaults to `0.5`):
             Of the adaptive ladder: the least effective sample size, as a share of a rung's proposals.
-        num_train_epochs (`float`, *optional*, defaults to `-1`):
-            Number of rungs. `-1` is as many as the ladder has; more repeat the last rung at T, fewer stop before T. For
-            `sampler="top"`, which knows no temperature, simply the number of rounds. With `ladder="adaptive"`, `-1` is
-            as many as it takes to learn the first rung at T.
+        num_rungs (`int`, *optional*):
+            Number of rungs. `None` is as many as the ladder has; more repeat the last rung at T, fewer stop before T.
+            For `sampler="top"`, which knows no temperature, simply the number of rounds. With `ladder="adaptive"`,
+            `None` is as many as it takes to learn the first rung at T.
 
         **Parameters that control the correction**
 
-        sampler (`str`, *optional*, defaults to `"metropolis_hastings"`):
-            How samples are made of proposals: `"metropolis_hastings"` (ALDRIFT), `"archive"` (resampled from every
-            proposal of the run so far, weighted against all the models that drew them: fewer objective calls),
-            `"top"` (TOPIFT: the best by cost, no correction) or `"reweight"` (the ablation: resampled by `exp(-Δτ·d)`,
-            no correction).
-        num_chains (`int`, *optional*, defaults to `128`):
-            m, the number of chains a prompt, and so of samples a prompt and rung.
+        sampler (`str`, *optional*, defaults to `"archive"`):
+            How samples are made of proposals: `"archive"` (resampled from every proposal of the run so far, weighted
+            against all the models that drew them), `"metropolis_hastings"` (the paper's: chains over a rung's own
+            proposals, which take several times as many objective calls), `"top"` (TOPIFT: the best by cost, no
+            correction) or `"reweight"` (the ablation: resampled by `exp(-Δτ·d)`, no correction).
+        num_generations (`int`, *optional*, defaults to `1024`):
+            n, the number of proposals per prompt per rung.
         chain_length (`int`, *optional*, defaults to `8`):
-            M, proposals a chain. `None` is the paper's `m²`. A rung draws `m·M` proposals a prompt, whatever the
-            sampler.
+            M, proposals per Metropolis-Hastings chain: a rung has m = `num_generations / chain_length` chains per
+            prompt, and as many samples. `None` is the paper's M = m². Also the length of the chains by which `sample`
+            corrects.
         archive_window (`int`, *optional*, defaults to `16`):
             With `sampler="archive"`, most rungs whose proposals and models are kept, the first (the prior's) among
             them. A rung costs about twice as many forward passes over its proposals as there are rungs in the window.
@@ -131,7 +132,7 @@ class ALDRIFTConfig(TrainingArguments):
 
         max_completion_length (`int`, *optional*, defaults to `256`):
             Tokens after which a completion is cut. Being cut is part of the event space, of the prior's too.
-        generation_batch_size (`int`, *optional*):
+        per_device_generation_batch_size (`int`, *optional*):
             Completions that a process generates, scores or hands to the objective at once. `None`: as many as are
             likely to fit into memory (up to 1,024), and half as many whenever they do not; 128 for the objective.
         scoring_batch_tokens (`int`, *optional*, defaults to `16384`):
@@ -161,13 +162,6 @@ class ALDRIFTConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults that differ from TrainingArguments
-    num_train_epochs: float = field(
-        default=-1.0,
-        metadata={
-            "help": "Number of rungs. -1: as many as the ladder has; more repeat the last rung at tau_max, fewer stop "
-            "before it."
-        },
-    )
     learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of the optimizer."})
     lr_scheduler_type: str = field(
         default="constant",
@@ -214,17 +208,31 @@ class ALDRIFTConfig(TrainingArguments):
         metadata={"help": "Least effective sample size of the adaptive ladder, as a share of a rung's proposals."},
     )
 
-    # Parameters that control the correction
-    sampler: Literal["metropolis_hastings", "archive", "top", "reweight"] = field(
-        default="metropolis_hastings",
+    num_rungs: Optional[int] = field(
+        default=None,
         metadata={
-            "help": "How samples are made of proposals: metropolis_hastings (ALDRIFT), archive (resampled from every "
-            "proposal of the run so far), top (TOPIFT: the best, no correction), reweight (the ablation: resampled by "
-            "exp(-step d), no correction)."
+            "help": "Number of rungs. None: as many as the ladder has; more repeat the last rung at tau_max, fewer "
+            "stop before it."
         },
     )
-    num_chains: int = field(default=128, metadata={"help": "m, chains (and so samples) a prompt and rung."})
-    chain_length: int | None = field(default=8, metadata={"help": "M, proposals a chain. None: the paper's m squared."})
+
+    # Parameters that control the correction
+    sampler: Literal["archive", "metropolis_hastings", "top", "reweight"] = field(
+        default="archive",
+        metadata={
+            "help": "How samples are made of proposals: archive (resampled from every proposal of the run so far), "
+            "metropolis_hastings (the paper's: chains over a rung's proposals), top (TOPIFT: the best, no "
+            "correction), reweight (the ablation: resampled by exp(-step d), no correction)."
+        },
+    )
+    num_generations: int = field(default=1024, metadata={"help": "n, proposals per prompt per rung."})
+    chain_length: Optional[int] = field(
+        default=8,
+        metadata={
+            "help": "M, proposals per Metropolis-Hastings chain; a rung has num_generations / chain_length chains per "
+            "prompt, and as many samples. None: the paper's, the square of the number of chains."
+        },
+    )
     archive_window: int = field(
         default=16, metadata={"help": "Most rungs that sampler=archive keeps, the prior's among them; at least 2."}
     )
@@ -252,7 +260,7 @@ class ALDRIFTConfig(TrainingArguments):
     max_completion_length: int = field(
         default=256, metadata={"help": "Tokens after which a completion is cut, under the prior as under the policy."}
     )
-    generation_batch_size: int | None = field(
+    per_device_generation_batch_size: int | None = field(
         default=None,
         metadata={
             "help": "Completions that a process generates, scores or hands to the objective at once. None: as many as "
@@ -313,11 +321,7 @@ class ALDRIFTConfig(TrainingArguments):
             self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}
         # Joins the processes, before anyone asks Accelerate how many there are and freezes the answer at one.
         _ = self.world_size
-        if self.proposals_per_prompt > MOST:
-            raise ValueError(
-                f"num_chains={self.num_chains} chains of chain_length={self.steps_per_chain} steps are more proposals "
-                f"than can be kept for a prompt and rung ({MOST:,}). Lower one of them."
-            )
+        self._check_chains()
         if self.archive_window < 2:
             raise ValueError(
                 f"archive_window must be at least 2 (the prior's rung and one more), got {self.archive_window}"
@@ -345,10 +349,10 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError("tau_step is the step of ladder='linear'; an adaptive ladder finds its own. Drop one.")
         if self.ladder == "linear" and (step := self.tau_step or (self.objective_range and 1 / self.objective_range)):
             linear_ladder(self.tau_max, step)
-        if self.num_train_epochs != -1 and (self.num_train_epochs < 1 or self.num_train_epochs % 1):
+        if self.num_train_epochs != TrainingArguments.num_train_epochs:
             raise ValueError(
-                f"num_train_epochs is the number of rungs: a whole number of at least 1, or -1 for all that the ladder "
-                f"has; got {self.num_train_epochs}"
+                f"num_train_epochs={self.num_train_epochs!r} has no meaning here: one epoch is one rung of the ladder. "
+                "Set num_rungs, the number of rungs, or leave it out for as many as the ladder has."
             )
         if self.objective_weights is not None and any(
             not math.isfinite(weight) or weight < 0 for weight in self.objective_weights
@@ -367,19 +371,32 @@ class ALDRIFTConfig(TrainingArguments):
         return settings
 
     @property
-    def proposals_per_prompt(self) -> int:
-        """m·M, the proposals that a rung draws for each prompt."""
-        return self.num_chains * self.steps_per_chain
+    def steps_per_chain(self) -> int:
+        """M, with `None` resolved to the paper's m², where `num_generations` is m·M = m³."""
+        return round(self.num_generations ** (2 / 3)) if self.chain_length is None else self.chain_length
 
     @property
-    def steps_per_chain(self) -> int:
-        """M, with `None` resolved to the paper's m²."""
-        return self.num_chains**2 if self.chain_length is None else self.chain_length
+    def num_chains(self) -> int:
+        """m, Metropolis-Hastings chains per prompt per rung."""
+        return self.num_generations // self.steps_per_chain
 
     @property
     def learns_densities(self) -> bool:
         """Whether a rung minimises the generalised KL divergence: `loss_type`, with `None` resolved."""
         return self.loss_type == "generalized_kl" or (self.loss_type is None and self.sampler == "archive")
+
+    def _check_chains(self) -> None:
+        steps = self.steps_per_chain
+        if self.num_generations % steps:
+            wanted = (
+                "be a cube for chain_length=None, the paper's M = m²"
+                if self.chain_length is None
+                else f"be a multiple of chain_length={steps}"
+            )
+            raise ValueError(
+                f"num_generations must {wanted}, so that a rung's proposals make whole chains; got "
+                f"{self.num_generations}. Set it to {max(1, self.num_chains) * steps}, or change chain_length."
+            )
 
     def _refuse_what_breaks_a_rung(self) -> None:
         if self.auto_find_batch_size:
