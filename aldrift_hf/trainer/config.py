@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, Optional, Union, cast
 
 import torch
 from transformers import TrainingArguments
@@ -173,8 +173,8 @@ class ALDRIFTConfig(TrainingArguments):
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
     )
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep; the oldest go first."})
-    remove_unused_columns: bool | None = field(
+    save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints to keep; the oldest go first."})
+    remove_unused_columns: Optional[bool] = field(
         default=False, metadata={"help": "Kept off: the data set's columns belong to the objective."}
     )
     dataloader_pin_memory: bool = field(
@@ -188,7 +188,7 @@ class ALDRIFTConfig(TrainingArguments):
             "help": "T, the target's inverse temperature in p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost."
         },
     )
-    objective_range: float | None = field(
+    objective_range: Optional[float] = field(
         default=None,
         metadata={
             "help": "D, the largest value the objective can take; a cost above it is an error. None: the largest cost "
@@ -202,7 +202,9 @@ class ALDRIFTConfig(TrainingArguments):
             "ess_threshold allows."
         },
     )
-    tau_step: float | None = field(default=None, metadata={"help": "Step of the linear ladder. None: the paper's 1/D."})
+    tau_step: Optional[float] = field(
+        default=None, metadata={"help": "Step of the linear ladder. None: the paper's 1/D."}
+    )
     ess_threshold: float = field(
         default=0.5,
         metadata={"help": "Least effective sample size of the adaptive ladder, as a share of a rung's proposals."},
@@ -240,11 +242,11 @@ class ALDRIFTConfig(TrainingArguments):
         default=False,
         metadata={"help": "Smooth the archive's largest weights by their fitted Pareto tail before drawing by them."},
     )
-    max_objective_calls: int | None = field(
+    max_objective_calls: Optional[int] = field(
         default=None,
         metadata={"help": "Training ends after the rung in which so many distinct completions have been evaluated."},
     )
-    objective_weights: list[float] | None = field(
+    objective_weights: Optional[list[float]] = field(
         default=None, metadata={"help": "A factor for each of several objectives. None: 1 each."}
     )
 
@@ -283,7 +285,7 @@ class ALDRIFTConfig(TrainingArguments):
     )
 
     # Parameters that control learning
-    loss_type: Literal["nll", "generalized_kl"] | None = field(
+    loss_type: Optional[Literal["nll", "generalized_kl"]] = field(
         default=None,
         metadata={
             "help": "What a rung minimises: nll (maximum likelihood on the samples) or, with sampler=archive, "
@@ -291,10 +293,10 @@ class ALDRIFTConfig(TrainingArguments):
             "nll otherwise."
         },
     )
-    updates_per_rung: int | None = field(
+    updates_per_rung: Optional[int] = field(
         default=None, metadata={"help": "Optimizer updates a rung. None: one pass over the rung's samples."}
     )
-    model_init_kwargs: dict[str, Any] | str | None = field(
+    model_init_kwargs: Optional[Union[dict[str, Any], str]] = field(
         default=None,
         metadata={"help": "Keyword arguments for from_pretrained when the trainer is given a model id or path."},
     )
