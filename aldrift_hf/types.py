@@ -1,11 +1,10 @@
-"""The data that flows through the package: prompts, completions, and proposals with all that weights are made of."""
+"""The data that flows through the package: prompts, completions, proposals, and the samples that a rung learns from."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,8 +15,8 @@ class Completions(NamedTuple):
     """`n` completions.
 
     Attributes:
-        ids: `[n, max_completion_length]` token ids; what lies behind a completion's end is padding of no meaning.
-        length: `[n]`, number of tokens, the end-of-text token included.
+        ids: `[n, max_completion_length]` token ids; those after a completion's end are padding and have no meaning.
+        length: `[n]`, number of tokens, including the end-of-text token.
     """
 
     ids: Tensor
@@ -40,12 +39,12 @@ class Completions(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a run, one row each.
+    """The prompts of a run, one per row of the data set.
 
     Attributes:
-        rows: the data set's rows as they are: `"prompt"` and whatever columns the objective wants.
-        token_ids: each prompt's tokens, at least one.
-        keys: a fingerprint of each row's contents, under which its objective values are cached.
+        rows: the data set's rows, unchanged: `"prompt"` and the columns that the objective takes.
+        token_ids: the tokens of each prompt, at least one.
+        keys: a fingerprint of each row's contents, under which its costs are cached.
     """
 
     rows: list[dict[str, Any]]
@@ -57,7 +56,7 @@ class Prompts:
 
     @property
     def columns(self) -> list[str]:
-        """Names of the columns beside `"prompt"`, which are handed to the objective."""
+        """Names of the columns other than `"prompt"`, which are passed to the objective."""
         return [name for name in self.rows[0] if name != "prompt"]
 
 
@@ -68,26 +67,29 @@ def columns_of(prompts: Prompts, rows: Sequence[int]) -> dict[str, list[Any]]:
 
 @dataclass
 class Proposals:
-    """`n` draws for each of `P` prompts with all that weights are made of; rows are ordered by prompt.
+    """`n` draws for each of `P` prompts with everything that their weights are made of; rows are ordered by prompt.
 
     Attributes:
         rows: `[P·n]`, the prompt of each draw.
         completions: the `P·n` token sequences.
-        texts: their decoded texts.
-        objective: `[P, n]`, costs `d`.
-        log_prior: `[P, n]`, `log L`, nats.
-        log_model: `[P, n]`, `log q` of the model that drew them, nats.
+        objective: `[P, n]`, costs `d(s)`.
+        log_prior: `[P, n]`, `log L(s)` under the prior, nats.
+        log_model: `[P, n]`, `log q(s)` under the model that drew them, nats.
+        texts: the decoded texts; `None` where draws of several rungs are put together.
     """
 
     rows: Tensor
     completions: Completions
-    texts: list[str]
     objective: Tensor
     log_prior: Tensor
     log_model: Tensor
+    texts: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     def log_target(self, tau: float) -> Tensor:
-        """`log L(s) - τ·d(s)`, `[P, n]`: `log p_τ` up to `log Z_τ`, nats."""
+        """`log L(s) - τ·d(s)`, `[P, n]`: `log p_τ(s)` up to `log Z_τ`, nats."""
         return self.log_prior - tau * self.objective
 
     def log_weight(self, tau: float) -> Tensor:
@@ -95,7 +97,7 @@ class Proposals:
         return self.log_target(tau) - self.log_model
 
     def flat(self, index: Tensor) -> Tensor:
-        """Positions in the flat columns of draws `index` (`[P, m]`, into each prompt's `n`); `[P·m]`."""
+        """Positions in the flat columns of the draws `index` (`[P, m]`, into each prompt's `n`); `[P·m]`."""
         prompts, n = self.objective.shape
         return (index + n * torch.arange(prompts)[:, None]).flatten()
 
@@ -107,44 +109,67 @@ class Proposals:
         pairs = {(row, *tokens) for row, tokens in zip(rows.tolist(), completions.tokens(), strict=True)}
         return len(pairs) / len(rows)
 
-    def flat_share(self) -> float:
-        """Share of prompts whose draws all cost the same."""
+    def constant_cost_share(self) -> float:
+        """Share of prompts for which all draws have the same cost."""
         return (self.objective.amin(-1) == self.objective.amax(-1)).double().mean().item()
 
 
 def join_rungs(parts: Sequence[Proposals]) -> Proposals:
-    """Proposals of several rungs as one set of `N` a prompt, ordered by prompt and, within it, by rung."""
+    """Proposals of several rungs as one set of `N` per prompt, ordered by prompt and, for each prompt, by rung."""
     prompts = parts[0].objective.shape[0]
 
     def flat(columns: list[Tensor]) -> Tensor:
         return torch.cat([column.view(prompts, -1, *column.shape[1:]) for column in columns], dim=1).flatten(0, 1)
 
-    order = flat([torch.arange(len(part.texts)) + offset for part, offset in zip(parts, _offsets(parts), strict=True)])
-    texts = [text for part in parts for text in part.texts]
     return Proposals(
         rows=flat([part.rows for part in parts]),
         completions=Completions(
             flat([part.completions.ids for part in parts]), flat([part.completions.length for part in parts])
         ),
-        texts=[texts[index] for index in order.tolist()],
         objective=torch.cat([part.objective for part in parts], dim=1),
         log_prior=torch.cat([part.log_prior for part in parts], dim=1),
         log_model=torch.cat([part.log_model for part in parts], dim=1),
     )
 
 
-def _offsets(parts: Sequence[Proposals]) -> list[int]:
-    return list(itertools.accumulate((len(part.texts) for part in parts[:-1]), initial=0))
+@dataclass
+class Samples:
+    """The samples that a rung learns from, and the order in which its updates see them.
+
+    Attributes:
+        rows: `[n]`, the prompt of each sample.
+        completions: the `n` token sequences.
+        order: `[length]`, the sample of each training row of the rung.
+        columns: what the loss needs beside the tokens, by name, each `[n]`.
+    """
+
+    rows: Tensor
+    completions: Completions
+    order: Tensor
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """As named tensors, for a checkpoint."""
+        named = {"rows": self.rows, "ids": self.completions.ids, "length": self.completions.length, "order": self.order}
+        return named | {f"columns.{name}": column for name, column in self.columns.items()}
+
+    @classmethod
+    def from_state_dict(cls, tensors: Mapping[str, Tensor]) -> Samples:
+        """The inverse of [`state_dict`]."""
+        prefix = "columns."
+        columns = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
+        completions = Completions(tensors["ids"], tensors["length"])
+        return cls(tensors["rows"], completions, tensors["order"], columns)
 
 
 def pad_right(rows: Sequence[Sequence[int]], pad_token_id: int) -> Tensor:
-    """Token ids as one tensor, `[n, width]`, padded on the right to the longest row."""
+    """Token ids as one tensor `[n, width]`, padded on the right to the longest row."""
     width = max(map(len, rows))
     return torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in rows])
 
 
 Advance = Callable[[int], None]
-"""Moves a piece of work on by so many steps."""
+"""Moves a piece of work on by a number of steps."""
 
 
 class Progress(Protocol):

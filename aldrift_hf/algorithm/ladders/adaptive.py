@@ -1,0 +1,94 @@
+"""A ladder whose steps are as large as the effective sample size allows."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ...types import Proposals
+from ..diagnostics import effective_sample_size
+from .base import Ladder, LadderSettings, LadderState
+
+PATIENCE = 3
+"""Rungs at one `τ` after which the ladder gives up: learning did not make the next step possible."""
+
+
+def adaptive_tau(log_ratio: Tensor, objective: Tensor, tau: float, tau_max: float, least_draws: float) -> float:
+    """The largest `τ'` up to which the effective sample size of the full weights stays above a threshold.
+
+    With `ℓ_τ'(s) = log L(s) - τ'·d(s) - log q(s)`, the mean over prompts of Kish's effective sample size
+    `(Σ w)² / Σ w²` is followed upwards from `τ` to where it first falls below `least_draws`, to a precision of 1e-6 of
+    `T - τ`. The weights are relative to the model that drew, not to `p_τ`: what the model has not learned yet counts.
+
+    Args:
+        log_ratio: `[P, n]`, `log L - log q` of the draws, nats.
+        objective: `[P, n]`, costs.
+        tau: where the ladder stands.
+        tau_max: T.
+        least_draws: the threshold, in effective draws per prompt.
+
+    Returns:
+        A value in `[τ, T]`; `τ` itself where the effective sample size is already below the threshold there.
+    """
+
+    def enough(at: float) -> bool:
+        share = effective_sample_size(log_ratio - at * objective).mean().item()
+        return bool(share * objective.shape[-1] >= least_draws)
+
+    # On a grid first: with full weights the effective sample size need not fall monotonically.
+    grid: list[float] = torch.linspace(tau, tau_max, 65, dtype=torch.float64).tolist()
+    fallen = next((step for step, at in enumerate(grid) if not enough(at)), None)
+    if fallen is None:
+        return tau_max
+    if fallen == 0:
+        return tau
+    low, high = grid[fallen - 1], grid[fallen]
+    while high - low > 1e-6 * (tau_max - tau):
+        middle = (low + high) / 2
+        low, high = (middle, high) if enough(middle) else (low, middle)
+    return low
+
+
+class AdaptiveLadder(Ladder):
+    """Takes the largest step for which the weights are worth enough independent draws ([`adaptive_tau`]).
+
+    Args:
+        tau_max: T, nats per unit of cost.
+        ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1.
+        num_generations: proposals per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
+        num_rungs: rungs to climb; `None` ends the run with the first rung at T.
+    """
+
+    uses_weights: ClassVar[bool] = True
+
+    def __init__(
+        self, tau_max: float, ess_threshold: float, num_generations: int, num_rungs: int | None = None
+    ) -> None:
+        self.tau_max, self.ess_threshold, self.num_generations = tau_max, ess_threshold, num_generations
+        self._num_rungs = num_rungs
+
+    @classmethod
+    def from_settings(cls, settings: LadderSettings) -> Self:
+        return cls(settings.tau_max, settings.ess_threshold, settings.num_generations, settings.num_rungs)
+
+    def next_tau(self, state: LadderState, pool: Proposals) -> float:
+        least = self.ess_threshold * self.num_generations
+        return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, self.tau_max, least)
+
+    def num_rungs(self, state: LadderState) -> int | None:
+        return self._num_rungs
+
+    def stop_reason(self, state: LadderState) -> str | None:
+        if state.tau == self.tau_max:
+            return None if self._num_rungs else f"the ladder has reached tau_max = {self.tau_max:g}."
+        last = state.taus[-PATIENCE:]
+        if len(last) < PATIENCE or len(set(last)) > 1:
+            return None
+        return (
+            f"the adaptive ladder cannot leave tau = {state.tau:g}: for {PATIENCE} rungs the effective sample size of "
+            f"the proposals stayed below ess_threshold={self.ess_threshold} of a rung's. Lower ess_threshold, draw "
+            "more proposals (num_generations), or learn more on each rung (updates_per_rung, learning_rate)."
+        )

@@ -1,0 +1,76 @@
+"""The temperature ladder's seam: which inverse temperatures `τ` lead from the prior to the target."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+from typing_extensions import Self
+
+from ...types import Proposals
+
+
+@dataclass(frozen=True)
+class LadderState:
+    """Where a run stands on its ladder: all that one rung passes on to the next, beside the model.
+
+    Attributes:
+        log_z: `[P]`, the ladder's `log Z_τ` of each prompt, nats; 0 before the first rung.
+        taus: the inverse temperature of each rung so far, in nats per unit of cost.
+        objective_range: D, the largest cost, as given or as measured on the prior's draws; `None` if neither.
+    """
+
+    log_z: Tensor
+    taus: tuple[float, ...] = ()
+    objective_range: float | None = None
+
+    @property
+    def tau(self) -> float:
+        """The inverse temperature reached; 0 before the first rung."""
+        return self.taus[-1] if self.taus else 0.0
+
+
+class LadderSettings(Protocol):
+    """What a ladder may read of a run's settings (`ALDRIFTConfig`)."""
+
+    tau_max: float
+    tau_step: float | None
+    ess_threshold: float
+    num_generations: int
+    num_rungs: int | None
+
+
+class Ladder(ABC):
+    """Chooses each rung's inverse temperature, and says when the run has ended.
+
+    Attributes:
+        uses_weights: whether it looks at the pool's log-weights, which a sampler without a correction does not have.
+        takes_step: whether it climbs in steps of `tau_step`.
+    """
+
+    uses_weights: ClassVar[bool] = False
+    takes_step: ClassVar[bool] = False
+
+    @classmethod
+    def from_settings(cls, settings: LadderSettings) -> Self:
+        """A ladder for a run with these settings."""
+        return cls()
+
+    @abstractmethod
+    def next_tau(self, state: LadderState, pool: Proposals) -> float:
+        """The next rung's inverse temperature, at least `state.tau`.
+
+        Args:
+            state: where the ladder stands.
+            pool: the draws that the rung's samples will be chosen from.
+        """
+
+    def num_rungs(self, state: LadderState) -> int | None:
+        """How many rungs there are; `None` where that shows only on the way. Called before the first rung."""
+        return None
+
+    def stop_reason(self, state: LadderState) -> str | None:
+        """Why the run ends with the rung that `state` has reached, in words for the user; `None` to go on."""
+        return None

@@ -1,0 +1,91 @@
+"""ALDRIFT (arXiv 2503.06917), whole: one rung of the ladder is [`run_rung`], and a run repeats it.
+
+Nothing here reads a file, holds a model or knows of a trainer. The model is behind a [`Rollout`], the correction is a
+[`Sampler`], the inverse temperature comes from a [`Ladder`], and what the samples carry along for learning is the
+[`Loss`]'s. The updates themselves (step 3) are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .. import streams
+from ..types import Proposals, Samples
+from .ladders.base import Ladder, LadderState
+from .losses.base import Loss
+from .samplers.base import Policy, Sampler, Selection
+from .samplers.kernels import systematic_resample
+
+
+class Rollout(Policy, Protocol):
+    """The model that is trained, as a distribution over completions of the run's prompts."""
+
+    def propose(self, rung: int) -> Proposals:
+        """A rung's proposals: draws `s ~ q` with `log q(s)`, `log L(s)` and the cost `d(s)`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung's results.
+
+    Attributes:
+        before: where the ladder stood.
+        state: where it stands now.
+        proposals: the rung's own draws, `n` per prompt.
+        pool: the draws that the samples were chosen from, with the density that they were drawn from.
+        selection: which draws of the pool the sampler chose.
+        samples: what is learned from.
+    """
+
+    before: LadderState
+    state: LadderState
+    proposals: Proposals
+    pool: Proposals
+    selection: Selection
+    samples: Samples
+
+
+def run_rung(
+    state: LadderState, rollout: Rollout, sampler: Sampler, ladder: Ladder, loss: Loss, *, num_rows: int, seed: int
+) -> Rung:
+    """Steps 1 and 2 of ALDRIFT on the next rung, and the rows for step 3.
+
+    Args:
+        state: where the ladder stands.
+        rollout: the model that is trained.
+        sampler, ladder, loss: the run's.
+        num_rows: training rows that the rung's updates take in, over all prompts.
+        seed: the run's; the rung's random numbers depend on it and on the rung's index alone.
+    """
+    rung = len(state.taus)
+    proposals = rollout.propose(rung)  # 1. propose: s ~ q
+    pool = sampler.pool(proposals, rollout)
+    tau = ladder.next_tau(state, pool)
+    log_z = sampler.log_z(pool, state, tau)
+    size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
+    selection = sampler.select(pool, state.tau, tau, size, streams.generator(seed, streams.CORRECT, rung))  # 2. correct
+    samples = _lay_out(
+        pool, selection.index, loss, tau, log_z, num_rows, streams.generator(seed, streams.SHUFFLE, rung)
+    )
+    reached = replace(state, taus=(*state.taus, tau), log_z=log_z)
+    return Rung(state, reached, proposals, pool, selection, samples)  # 3. learn: the loss on the samples
+
+
+def _lay_out(
+    pool: Proposals, index: Tensor, loss: Loss, tau: float, log_z: Tensor, num_rows: int, generator: torch.Generator
+) -> Samples:
+    """The rung's training rows: whole random passes over its samples, the last one cut to `num_rows`."""
+    if loss.reference_share:  # as many again of the pool's draws, unweighted
+        unweighted = systematic_resample(torch.zeros_like(pool.objective), index.shape[1], generator)
+        index = torch.cat([index, unweighted], dim=1)
+    columns = {name: column.gather(1, index).flatten() for name, column in loss.columns(pool, tau, log_z).items()}
+    chosen = pool.flat(index)
+    passes = math.ceil(num_rows / len(chosen))
+    order = torch.cat([torch.randperm(len(chosen), generator=generator) for _ in range(passes)])[:num_rows]
+    return Samples(pool.rows[chosen], pool.completions.select(chosen), order, columns)

@@ -1,0 +1,68 @@
+"""Importance resampling from every proposal of the run so far."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from ...types import Proposals
+from .. import diagnostics
+from ..archive import Archive
+from ..ladders.base import LadderState
+from .base import Policy, Sampler, SamplerSettings, Selection
+from .kernels import systematic_resample
+
+
+class ArchiveSampler(Sampler):
+    """Resamples by deterministic-mixture weights over all proposals of the run so far ([`Archive`]).
+
+    Args:
+        window: most rungs whose proposals and models are kept, the first included; at least 2.
+        pareto_smoothing: whether the largest weights are smoothed by their fitted tail before resampling.
+    """
+
+    draws_by_weight: ClassVar[bool] = True
+
+    def __init__(self, window: int = 16, pareto_smoothing: bool = False) -> None:
+        self.archive = Archive(window)
+        self.pareto_smoothing = pareto_smoothing
+
+    @classmethod
+    def from_settings(cls, settings: SamplerSettings) -> Self:
+        return cls(settings.archive_window, settings.pareto_smoothing)
+
+    def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
+        self.archive.extend(proposals, policy.snapshot(), policy.log_prob)
+        return self.archive.mixture()
+
+    def select(
+        self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
+    ) -> Selection:
+        log_weight = pool.log_weight(tau)
+        if self.pareto_smoothing:
+            log_weight = diagnostics.pareto_smoothed(log_weight)
+        return Selection(systematic_resample(log_weight, size, generator))
+
+    def log_z(self, pool: Proposals, state: LadderState, tau: float) -> Tensor:
+        return diagnostics.log_z(pool.log_weight(tau))  # the prior's draws are still there: no need to go step by step
+
+    def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
+        log_weight = pool.log_weight(tau)
+        return {
+            "archive_draws": pool.objective.shape[1],
+            "archive_ess": diagnostics.effective_sample_size(log_weight).mean().item(),
+            "archive_khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
+        }
+
+    def draws(self) -> Proposals | None:
+        return self.archive.mixture() if self.archive.rungs else None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.archive.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.archive.load_state_dict(state)

@@ -1,0 +1,47 @@
+"""Samplers without a correction, for comparison: the model drifts to low cost, and not to `p_T`."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from typing_extensions import Self
+
+from ...types import Proposals
+from .base import Sampler, SamplerSettings, Selection
+from .kernels import systematic_resample, top
+
+
+class _Uncorrected(Sampler):
+    """Keeps `m` of each prompt's proposals.
+
+    Args:
+        num_samples: m.
+    """
+
+    corrects: ClassVar[bool] = False
+
+    def __init__(self, num_samples: int) -> None:
+        self.num_samples = num_samples
+
+    @classmethod
+    def from_settings(cls, settings: SamplerSettings) -> Self:
+        return cls(settings.num_chains)
+
+
+class Top(_Uncorrected):
+    """TOPIFT, the paper's heuristic: the proposals of lowest cost; ties go to the higher prior probability."""
+
+    def select(
+        self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
+    ) -> Selection:
+        return Selection(top(pool.objective, pool.log_prior, self.num_samples))
+
+
+class Reweight(_Uncorrected):
+    """The ablation: proposals resampled by `exp(-Δτ·d)` alone, as if the model were `p_τ` of the rung before."""
+
+    def select(
+        self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
+    ) -> Selection:
+        return Selection(systematic_resample(-(tau - tau_before) * pool.objective, self.num_samples, generator))
