@@ -1,17 +1,18 @@
 """All proposals of the run so far, weighted against all the models that drew them (`sampler="archive"`).
 
 Deterministic-mixture importance sampling (Owen and Zhou, 2000; adaptive multiple importance sampling, Cornuet et al.,
-2012): with `n_k` draws of model `q_k` out of `N`, a draw has the weight
+2012): with `n_k` draws of model `q_k` among `N` in all, a draw has the weight
 
     w(s) = L(s)·exp(-τ·d(s)) / Σ_k α_k q_k(s),    α_k = n_k / N,
 
-whichever model it came from. Language models are normalised, so no partition function is needed, and the plain mean of
-the weights is `Z_τ`. The first rung's model is the prior, and stays in the mixture for good: with its share `α_0` the
-weights are bounded, `w ≤ exp(-τ·d) / α_0`.
+whichever model it came from. Language models are normalised, so no partition function is needed, and the mean of the
+weights estimates `Z_τ`. The first rung's model is the prior, and it always stays in the mixture: with its share `α_0`
+the weights are bounded, `w ≤ exp(-τ·d) / α_0`.
 
-A new rung costs one forward pass of its model over the draws that are there, and one of each model that is there over
-the new draws; what is known is never computed again. `window` bounds both: beyond it the oldest rung after the first is
-forgotten, its draws with its model (a draw whose own model left the mixture would be weighted wrongly).
+A new rung costs one forward pass of its model over the draws in the archive, and one forward pass of each model in the
+archive over the new draws; known log-probabilities are never computed again. `window` bounds both: beyond it the oldest
+rung after the first is dropped, draws and model together (a draw whose own model has left the mixture would get a wrong
+weight).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch import Tensor
 
 from ..types import Completions, Proposals, join_rungs
 
-Snapshot = dict[str, Tensor]
-"""A model of the past: its trained parameters; empty for the prior, of which every log-probability is known."""
+Snapshot = Mapping[str, Tensor]
+"""The model of a rung: its trained parameters by name. Empty for the prior, whose log-probabilities are known."""
 Scorer = Callable[[Snapshot | None, Proposals], Tensor]
-"""`(snapshot, proposals) -> [P, n]`: log-probabilities under a model of the past or (`None`) the present one."""
+"""`(snapshot, proposals) -> [P, n]`: log-probabilities under a snapshot's model, or the present one (`None`), nats."""
 
 
 class Archive:
@@ -38,9 +39,9 @@ class Archive:
         window: most rungs to keep, the first included; at least 2.
 
     Attributes:
-        rungs: their proposals, oldest first.
-        snapshots: the model that drew each.
-        log_q: for each rung's draws `[K, P, n]`: log-probabilities under the `K` models.
+        rungs: the proposals of each rung, oldest first, without texts.
+        snapshots: the model that drew each rung's proposals.
+        log_q: for each rung's draws, `[K, P, n]`: log-probabilities under the `K` models, nats.
     """
 
     def __init__(self, window: int) -> None:
@@ -54,8 +55,8 @@ class Archive:
 
         Args:
             proposals: `n` draws for each of `P` prompts.
-            snapshot: the present model, as it is to be kept; empty if it is the prior.
-            score: called once for each model that is there, over the new draws, and once over the draws that are there.
+            snapshot: the present model; empty if it is the prior.
+            score: called once per model in the archive, on the new draws, and once on all draws in the archive.
         """
         if len(self.rungs) == self.window:
             self._forget(1)
@@ -65,7 +66,7 @@ class Archive:
             columns = torch.split(score(None, join_rungs(self.rungs)), drawn, dim=1)
             self.log_q = [torch.cat([log_q, new[None]]) for log_q, new in zip(self.log_q, columns, strict=True)]
         self.log_q.append(torch.stack([*known, proposals.log_model]))
-        self.rungs.append(proposals)
+        self.rungs.append(replace(proposals, texts=None))
         self.snapshots.append(snapshot)
 
     def mixture(self) -> Proposals:
@@ -75,8 +76,8 @@ class Archive:
         log_mixture = torch.cat([(log_share + log_q).logsumexp(0) for log_q in self.log_q], dim=1)
         return replace(join_rungs(self.rungs), log_model=log_mixture)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """As named tensors: `<rung>.<column>`, and `<rung>.model.<parameter>` for the rung's model."""
         kept: dict[str, Tensor] = {}
         for number, (rung, log_q, snapshot) in enumerate(zip(self.rungs, self.log_q, self.snapshots, strict=True)):
             columns = {
@@ -90,23 +91,21 @@ class Archive:
             kept |= {f"{number}.model.{name}": value for name, value in snapshot.items()}
         return kept
 
-    def load(self, tensors: Mapping[str, Tensor], decode: Callable[[Completions], list[str]]) -> None:
-        """The inverse of [`tensors`]; the texts are decoded again."""
-        rungs = 1 + max((int(name.split(".")[0]) for name in tensors), default=-1)
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """The inverse of [`state_dict`]."""
+        rungs = 1 + max((int(name.split(".")[0]) for name in state), default=-1)
         self.rungs, self.snapshots, self.log_q = [], [], []
         for number in range(rungs):
             ids, length, objective, log_prior, log_q = (
-                tensors[f"{number}.{name}"] for name in ("ids", "length", "objective", "log_prior", "log_q")
+                state[f"{number}.{name}"] for name in ("ids", "length", "objective", "log_prior", "log_q")
             )
-            completions = Completions(ids, length)
             prompts, n = objective.shape
             rows = torch.arange(prompts).repeat_interleave(n)
-            drawn = Proposals(rows, completions, decode(completions), objective, log_prior, log_q[number])
-            prefix = f"{number}.model."
-            self.rungs.append(drawn)
+            self.rungs.append(Proposals(rows, Completions(ids, length), objective, log_prior, log_q[number]))
             self.log_q.append(log_q)
+            prefix = f"{number}.model."
             self.snapshots.append(
-                {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
             )
 
     def _forget(self, number: int) -> None:

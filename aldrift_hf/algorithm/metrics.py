@@ -1,20 +1,31 @@
-"""A rung's figures."""
+"""The figures of a rung and of a set of draws, for records and logs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from ..types import Proposals
+from ..types import Completions, Proposals
 from . import diagnostics
+from .rung import Rung
 
 
 def success_share(objective: Tensor, best: float) -> float:
-    """Share of draws of cost 0 or, where none was ever seen, of the best cost known."""
+    """Share of draws of cost 0 or, where no cost of 0 was ever seen, of the lowest cost seen."""
     return (objective <= max(best, 0.0) + 1e-9).double().mean().item()
 
 
 def proposal_metrics(proposals: Proposals, tau: float, best: float) -> dict[str, float]:
-    """Cost, success and the weights' diagnostics at `tau`; means over prompts."""
+    """Cost, success and the diagnostics of the weights at `tau`; means over prompts.
+
+    Args:
+        proposals: the draws.
+        tau: the inverse temperature of the target.
+        best: the lowest cost ever seen.
+    """
     log_weight = proposals.log_weight(tau)
     return {
         "objective_mean": proposals.objective.mean().item(),
@@ -23,3 +34,50 @@ def proposal_metrics(proposals: Proposals, tau: float, best: float) -> dict[str,
         "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
         "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
     }
+
+
+def completion_metrics(proposals: Proposals, eos_token_ids: Sequence[int]) -> dict[str, float]:
+    """What TRL's trainers log of completions, under TRL's names; `entropy` in nats per token.
+
+    The entropy is estimated by the draws' own `-log q`, and so needs no logits.
+    """
+    completions = proposals.completions
+    length = completions.length.double()
+    return {
+        "completions/mean_length": length.mean().item(),
+        "completions/clipped_ratio": _clipped(completions, eos_token_ids).double().mean().item(),
+        "entropy": (-proposals.log_model.sum() / length.sum()).item(),
+        "kl_to_prior": (proposals.log_model - proposals.log_prior).mean().item(),
+    }
+
+
+def rung_metrics(rung: Rung, best: float) -> dict[str, float]:
+    """A rung's figures; means over prompts.
+
+    Args:
+        rung: the rung.
+        best: the lowest cost ever seen.
+    """
+    proposals, pool, tau, log_z = rung.proposals, rung.pool, rung.state.tau, rung.state.log_z
+    chosen = pool.flat(rung.selection.index)
+    log_weight = proposals.log_weight(tau)
+    excluded = (proposals.log_prior == -math.inf).double().mean().item()
+    return {
+        **proposal_metrics(proposals, tau, best),
+        "sample_objective_mean": pool.objective.flatten()[chosen].mean().item(),
+        "acceptance_rate": rung.selection.acceptance_rate,
+        "log_z_increment": (log_z - rung.before.log_z).mean().item(),
+        "log_z": log_z.mean().item(),
+        "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
+        "kl_to_target": diagnostics.reverse_kl(log_weight, log_z).mean().item(),
+        "distinct_proposals": proposals.distinct_share(),
+        "distinct_samples": pool.distinct_share(chosen),
+        "constant_cost": proposals.constant_cost_share(),
+        **({"excluded": excluded} if excluded else {}),
+    }
+
+
+def _clipped(completions: Completions, eos_token_ids: Sequence[int]) -> Tensor:
+    """`[n]`, whether a completion was cut at the limit: it does not end with an end-of-text token."""
+    last = completions.ids.gather(1, completions.length[:, None] - 1)[:, 0]
+    return ~torch.isin(last, torch.tensor(list(eos_token_ids)))

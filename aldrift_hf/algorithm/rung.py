@@ -70,9 +70,8 @@ def run_rung(
     log_z = sampler.log_z(pool, state, tau)
     size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
     selection = sampler.select(pool, state.tau, tau, size, streams.generator(seed, streams.CORRECT, rung))  # 2. correct
-    samples = _lay_out(
-        pool, selection.index, loss, tau, log_z, num_rows, streams.generator(seed, streams.SHUFFLE, rung)
-    )
+    shuffle = streams.generator(seed, streams.SHUFFLE, rung)
+    samples = _lay_out(pool, selection.index, loss, tau, log_z, num_rows, shuffle)
     reached = replace(state, taus=(*state.taus, tau), log_z=log_z)
     return Rung(state, reached, proposals, pool, selection, samples)  # 3. learn: the loss on the samples
 

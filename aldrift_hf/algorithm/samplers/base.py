@@ -13,10 +13,8 @@ from typing_extensions import Self
 
 from ...types import Proposals
 from .. import diagnostics
+from ..archive import Snapshot
 from ..ladders.base import LadderState
-
-Snapshot = Mapping[str, Tensor]
-"""The model of a rung: its trained parameters by name. Empty for the prior, whose log-probabilities are known."""
 
 
 class Policy(Protocol):
