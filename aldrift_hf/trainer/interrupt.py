@@ -1,4 +1,7 @@
-"""Ctrl-C: the first stops a run at the next safe point, with a checkpoint; the second stops it at once."""
+"""Ctrl-C: the first stops a run at the next safe point, with a checkpoint; the second stops it at once.
+
+SIGTERM, which clusters send before they take a machine away, is the Trainer's: `enable_jit_checkpoint=True`.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +18,14 @@ logger = logging.getLogger(__name__)
 
 
 class Interrupt:
-    """Whether the user asked a run to stop."""
+    """Whether the user asked for a run to stop."""
 
     def __init__(self) -> None:
         self._asked = False
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Takes the first Ctrl-C of a block; in the main thread, for no other can."""
+        """Catches the first Ctrl-C of a `with` block, if it runs in the main thread: signals arrive only there."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -34,11 +37,11 @@ class Interrupt:
             self._asked = False
 
     def asked(self) -> bool:
-        """On any process, so that all stop at the same point; they call this together."""
+        """Whether Ctrl-C was pressed on any process. All processes call this together, so all stop at the same point."""
         return any(gather_object([self._asked]))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        logger.warning("Ctrl-C: stopping at the next safe point, with a checkpoint; press it again to stop at once.")
+        logger.warning("Ctrl-C: stopping at the next safe point, with a checkpoint. Press it again to stop at once.")

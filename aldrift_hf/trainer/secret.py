@@ -1,4 +1,4 @@
-"""A token that can be used but is not written down."""
+"""A token that can be used but is never written down."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 class Secret(str):
     """A string that is shown as `<secret>` and pickled as `None`.
 
-    The Trainer pickles its settings into `training_args.bin`, beside the weights and in every push to the Hub.
+    The Trainer pickles its settings into `training_args.bin`, next to the weights and in every push to the Hub.
     """
 
     __slots__ = ()

@@ -1,68 +1,86 @@
-"""What a run was asked for, as plain values: for its record, its report and its model card."""
+"""The settings of a run as plain values, for its record, its report and its model card."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import platform
-from dataclasses import fields
 from importlib.metadata import version
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase
 
+from ..algorithm.ladders import LADDERS, Ladder
+from ..algorithm.losses import LOSSES, Loss
+from ..algorithm.samplers import SAMPLERS, Sampler
+from ..models.engines import ENGINES, Engine
 from ..models.prior import PRIOR_ADAPTER, base_model
 from ..types import Prompts
 from .config import ALDRIFTConfig
+from .validation import name_of, own_fields
 
 _OF_THE_TRAINER = (
-    "learning_rate",
-    "lr_scheduler_type",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "weight_decay",
-    "bf16",
-    "fp16",
-    "seed",
+    *("learning_rate", "lr_scheduler_type", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    *("weight_decay", "bf16", "fp16", "seed"),
 )
-_NOT_OF_THE_RUN = ("model_init_kwargs", "log_completions", "overlap_objective")
-"""Our settings that change nothing about the result, or may hold what is nobody's business (a token)."""
+"""Settings of `TrainingArguments` that are recorded."""
+_NOT_RECORDED = ("model_init_kwargs", "log_completions", "overlap_objective")
+"""ALDRIFT's own settings that do not affect the result, or that may hold a token."""
 _PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
 
 
 def settings_of(
     args: ALDRIFTConfig,
     model: nn.Module,
-    objective: list[str],
+    objective_names: list[str],
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    sampler: Sampler,
+    ladder: Ladder,
+    loss: Loss,
+    engine: Engine,
 ) -> dict[str, Any]:
-    """Settings of a run: no path but a model's, no token, nothing of the machine.
+    """The settings of a run as they were asked for, without tokens or paths other than the model's.
+
+    What a run finds out by itself (the objective's range, the number of rungs) is not here but in its record.
 
     Args:
-        args: the trainer's.
+        args: the trainer's settings.
         model: the policy, unwrapped.
-        objective: names of the cost functions.
-        prompts: what it draws for.
-        tokenizer: whose vocabulary is meant.
+        objective_names: names of the cost functions.
+        prompts: the training prompts.
+        tokenizer: the tokenizer, whose vocabulary is recorded as a hash.
+        sampler, ladder, loss, engine: the run's parts. The built-in ones are recorded by their names in the settings,
+            the user's own by the names of their classes.
+
+    Returns:
+        Values that JSON can hold: those of `args`, with the parts' names in place of the names asked for, and what the
+        model is (`base_model`, `architecture`, `tuning`, `adapter_name` (`None` for full fine-tuning), `prior`).
+        `loss` is the loss that is minimised where `loss_type` is `None`. `corrects` tells whether the sampler aims at
+        `p_T`.
     """
-    own = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
-    asked = {name: getattr(args, name) for name in sorted(own - set(_NOT_OF_THE_RUN))}
-    learning = {name: getattr(args, name) for name in _OF_THE_TRAINER}
+    asked = {field.name: getattr(args, field.name) for field in own_fields(ALDRIFTConfig)}
     return {
         "base_model": base_model(model).config._name_or_path or None,
         "architecture": type(base_model(model)).__name__,
         "tuning": _tuning(model),
+        "adapter_name": model.active_adapter if isinstance(model, PeftModel) else None,
         "prior": _prior(model),
-        "objective": objective,
+        "objective": objective_names,
         "vocabulary": _fingerprint(sorted((id, token) for token, id in tokenizer.get_vocab().items())),
         "prompts": len(prompts),
         "prompts_fingerprint": _fingerprint(prompts.keys),
-        **asked,
+        **{name: asked[name] for name in sorted(asked) if name not in _NOT_RECORDED},
         "chain_length": args.steps_per_chain,
-        **learning,
+        "sampler": name_of(sampler, SAMPLERS),
+        "corrects": sampler.corrects,
+        "ladder": name_of(ladder, LADDERS),
+        "loss": name_of(loss, LOSSES),
+        "engine": name_of(engine, ENGINES),
+        **{name: getattr(args, name) for name in _OF_THE_TRAINER},
         "processes": args.world_size,
         "versions": {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}},
     }
