@@ -37,7 +37,7 @@ class Interrupt:
             self._asked = False
 
     def asked(self) -> bool:
-        """Whether Ctrl-C was pressed on any process. All processes call this together, so all stop at the same point."""
+        """Whether Ctrl-C was pressed on any process. All processes call this together, to stop at one point."""
         return any(gather_object([self._asked]))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
