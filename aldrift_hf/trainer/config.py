@@ -89,6 +89,11 @@ class ALDRIFTConfig(TrainingArguments):
             ends the run; all costs evaluated so far are on disk. `"worst"` evaluates the batch's completions again, one
             at a time, and gives those that still fail the cost `objective_range`, with a warning and a count
             (`objective_failures`).
+        objective_cache_key (`str`, *optional*):
+            Identity of the objective among the costs kept in `output_dir`, by which a later start finds those already
+            evaluated. `None` is a hash of the functions' content: their code and the data that they refer to. Set a key
+            to keep the costs when the code changes but its costs do not; set another key when files, services or
+            models that the hash cannot see change the costs.
 
         **Parameters that control generation**
 
@@ -238,6 +243,13 @@ class ALDRIFTConfig(TrainingArguments):
             "choices": ["raise", "worst"],
             "help": "If the objective raises or returns a value that is not a cost: raise (end the run), or worst "
             "(evaluate one completion at a time, and give those that fail the cost objective_range).",
+        },
+    )
+    objective_cache_key: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Identity of the objective among the costs kept in output_dir. None: a hash of the functions' code "
+            "and of the data that they refer to; files, services and models are not seen."
         },
     )
 
