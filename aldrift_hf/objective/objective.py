@@ -1,127 +1,64 @@
-"""The objective `d(s)`: a black box on text, called in batches, checked, cached and counted.
-
-A cost function has the shape
-
-    def cost(prompts, completions, **columns) -> list[float]
-
-where `prompts` are the data set's prompts as they are, `completions` the decoded texts, and `columns` the data set's
-other columns, all of one length. Lower is better and 0 is perfect; values lie in `[0, D]`. It may be `async`.
-"""
+"""The objective `d(s)` of a run: cost functions called in batches, with every cost checked, stored and counted."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import inspect
 import logging
-import math
-import numbers
-import queue
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
-from ..reporting.progress import Bars
-from ..types import Prompts, columns_of
-from .store import Journal, Key
+from ..types import Progress, Prompts, no_progress
+from .calling import ObjectiveError
+from .counts import Counts, hash_of
+from .identity import identity_of
+from .protocol import CostFunction, check_signature
+from .store import Costs, CostStore, Key
+from .weighted import Batch, WeightedCost
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
-OBJECTIVE_BATCH = 128
-"""Completions a call of the objective, unless told otherwise."""
-
-CostFunction = Callable[..., Any]
-
-
-class ObjectiveError(RuntimeError):
-    """A cost function raised; the message names it and the batch, the cause hangs on `__cause__`."""
-
-
-def from_reward(
-    reward: CostFunction, best: float = 1.0, tokenizer: PreTrainedTokenizerBase | None = None
-) -> CostFunction:
-    """A cost from a reward function of TRL's shape (higher is better): `best - reward`.
-
-    Args:
-        reward: takes `prompts`, `completions` and the data set's columns, and returns a list of floats, as for TRL's
-            `GRPOTrainer(reward_funcs=...)`. Sync or async. With chat prompts it gets each completion as a list of one
-            assistant message, as TRL hands it over; those of `trl.rewards` that read text want chat prompts.
-            `None`, which in TRL leaves a reward out for a row, is no cost: leave such rows out of the data set. Of
-            what TRL's trainers hand over besides, `trainer_state`, `log_extra`, `log_metric` and `environments` do not
-            exist here.
-        best: the highest reward there is. A reward above it would give a negative cost, which training refuses.
-        tokenizer: for rewards that take `completion_ids`: each text's tokens, without an end-of-text token. They are
-            made of the text, for that is what a cost is a function of: a text that was drawn in other tokens has the
-            same cost.
-
-    Returns:
-        A cost function under the reward's name.
-    """
-
-    def arguments(prompts: list[Any], completions: list[str]) -> dict[str, Any]:
-        chat = [
-            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-            for prompt, text in zip(prompts, completions, strict=True)
-        ]
-        ids = (
-            {} if tokenizer is None else {"completion_ids": tokenizer(completions, add_special_tokens=False).input_ids}
-        )
-        return {"prompts": prompts, "completions": chat, **ids}
-
-    def costs(rewards: Sequence[Any]) -> list[Any]:
-        # What is no number goes through as it is: the objective's own check then names the row.
-        return [best - value if isinstance(value, numbers.Real) else value for value in rewards]
-
-    if _is_async(reward):
-
-        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:
-            return costs(await reward(**arguments(prompts, completions), **columns))
-    else:
-
-        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
-            return costs(reward(**arguments(prompts, completions), **columns))
-
-    cost.__name__ = name_of(reward)
-    # What the reward asks for, the trainer is to look for in the data set.
-    signature = inspect.signature(reward)
-    if tokenizer is not None:
-        try:
-            signature = inspect.signature(functools.partial(reward, completion_ids=None))
-        except ValueError:
-            raise TypeError(f"reward {cost.__name__!r} takes no completion_ids: leave tokenizer out") from None
-    cost.__signature__ = signature  # type: ignore[attr-defined]
-    return cost
+DEFAULT_BATCH_SIZE = 128
+"""Completions per call of a cost function, unless specified."""
 
 
 class Objective:
-    """One cost function, or a weighted sum of several, behind a cache.
+    """One cost function, or a weighted sum of several, that is evaluated once per prompt row and completion.
 
-    Values are cached by (prompt row, completion): the same text for the same row is never paid for twice, whatever
-    rung, evaluation or process asks. Under several processes each evaluates its share of what is new, and all end up
-    with the same cache.
+    Costs are kept in a [`CostStore`]: the same text for the same prompt row is evaluated once, whichever rung,
+    evaluation or process asks for it. With several processes, each evaluates its share of the new completions, and all
+    have the same costs afterwards.
 
-    Completions can be handed over as they are drawn ([`begin`]) and their costs asked for later ([`finish`]): the
-    functions then run in a thread, one batch after the other, while the caller goes on.
+    Completions can be handed over as soon as they are drawn ([`begin`]) and their costs asked for later ([`finish`]).
+    In between, the functions run in a thread, one batch after the other.
 
     Args:
-        functions: one or more cost functions.
-        weights: as many non-negative factors; `None` means 1 each.
-        objective_range: `D`; a weighted cost above it is refused. `None` checks no upper bound.
-        batch_size: completions a call.
-        on_error: `"raise"`, or `"worst"`: where a function raises or gives what is no cost, the batch is asked for
-            again one by one, and what fails by itself costs `objective_range`.
-        overlap: whether to run beside the caller; otherwise [`finish`] does all the work, in the caller's thread.
-        output_dir: where costs are written down as they are paid for, and those of an earlier start are found (see
-            [`aldrift_hf.objective.store`]); `None`: nowhere.
-        bars: show the calls that [`finish`] waits for.
+        functions: one or more cost functions ([`aldrift_hf.objective.protocol`]).
+        weights: a non-negative factor per function; `None` is 1 each.
+        objective_range: D, an upper bound on the weighted cost; a higher cost is an error. `None` sets no bound.
+        batch_size: completions per call.
+        on_error: what happens where a function raises an exception or returns an invalid cost. `"raise"` raises an
+            error. `"worst"` evaluates the completions of the batch one by one, and those that fail again cost D.
+        overlap: whether the functions run in a thread. Otherwise [`finish`] calls them, in the caller's thread.
+        output_dir: the run's directory, where costs are written as soon as they are evaluated and where those of an
+            earlier start are found; `None` keeps them in memory.
+        cache_key: the identity of the objective in `output_dir`; `None` is a hash of the functions' content
+            ([`aldrift_hf.objective.identity`]).
+        progress: shows how many batches [`finish`] still waits for.
+
+    Attributes:
+        store: the costs evaluated so far.
+
+    Raises:
+        TypeError: without a cost function.
+        ValueError: for weights that do not match, or `on_error="worst"` without `objective_range`.
     """
 
     def __init__(
@@ -129,370 +66,279 @@ class Objective:
         functions: CostFunction | Sequence[CostFunction],
         weights: Sequence[float] | None,
         objective_range: float | None,
-        batch_size: int = OBJECTIVE_BATCH,
+        *,
+        batch_size: int = DEFAULT_BATCH_SIZE,
         on_error: str = "raise",
         overlap: bool = True,
         output_dir: str | None = None,
-        bars: Bars | None = None,
+        cache_key: str | None = None,
+        progress: Progress = no_progress,
     ) -> None:
-        self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
-        if not self.functions or not all(callable(function) for function in self.functions):
-            raise TypeError("objective must be a cost function, or a list of at least one")
-        self.names = [name_of(function) for function in self.functions]
-        self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
-        if len(self.weights) != len(self.functions):
-            raise ValueError(
-                f"objective_weights has {len(self.weights)} entries for {len(self.functions)} objectives ({self.names})"
-            )
-        self.objective_range = objective_range
+        self._cost = WeightedCost(functions, weights, objective_range)
+        self._worst = self._cost.worst() if on_error == "worst" else None
         self.batch_size = batch_size
-        self.on_error = on_error
-        self.failures = 0
-        """Completions so far that cost `objective_range` because they could not be priced."""
-        self._journal = None if output_dir is None else Journal(output_dir, self.functions)
-        self._paid: dict[Key, list[float]] | None = None if self._journal else {}
-        """What the journal had; `None` before it was read."""
-        self.bars = Bars(shown=False) if bars is None else bars
-        self.cache: dict[Key, list[float]] = {}
-        self._worker = _Worker() if overlap else None
+        self.overlap = overlap
+        self.cache_key = cache_key
+        self.progress = progress
+        # The identity is that of the functions' present state: a function may count its calls, for example.
+        identity = "" if output_dir is None else identity_of(self.functions, cache_key)
+        self.store = CostStore(output_dir, identity, len(self.functions))
+        self._worker: Worker | None = None
         self._begun = _Begun()
+        self._counts = Counts()
+
+    @property
+    def functions(self) -> list[CostFunction]:
+        """The cost functions."""
+        return self._cost.functions
+
+    @property
+    def names(self) -> list[str]:
+        """The functions' names."""
+        return self._cost.names
+
+    @property
+    def bound(self) -> float | None:
+        """D, the upper bound that the user has set; `None` without one."""
+        return self._cost.bound
+
+    # ---- What a run counts -------------------------------------------------------------------------------------------
 
     @property
     def calls(self) -> int:
-        """Distinct (prompt row, completion) pairs evaluated so far."""
-        return len(self.cache)
+        """Number of distinct (prompt row, completion) pairs asked for since [`reset`].
+
+        It includes those whose cost an earlier start had evaluated: the count is that of a run by itself.
+        """
+        return len(self._counts.asked)
 
     @property
     def best(self) -> float:
-        """The lowest cost seen so far."""
-        return min(map(self._total, self.cache.values()), default=math.inf)
+        """The lowest cost among the pairs asked for since [`reset`]; infinity before the first."""
+        return self._counts.best
+
+    @property
+    def failures(self) -> int:
+        """Number of distinct pairs since [`reset`] that cost `bound` because their evaluation failed."""
+        return len(self._counts.failed)
+
+    def reset(self) -> None:
+        """Begin the counts of a new run. The costs stay in the store; what failed is evaluated again."""
+        self._counts = Counts()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The counts of the run, for a checkpoint: see [`Counts.state_dict`]. It holds no costs."""
+        return self._counts.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue the counts of a run. A completion that failed in it costs `bound`, and is not counted again."""
+        self._counts = Counts.from_state(state)
+
+    # ---- Costs -------------------------------------------------------------------------------------------------------
 
     def check_signature(self, columns: Sequence[str]) -> None:
-        """Refuse, before anything is computed, a function that could not be called with the data set's columns.
+        """Check that every function can be called with these columns of the data set.
 
         Raises:
-            TypeError: naming the function and what it lacks.
+            TypeError: if one cannot, naming the function, the parameter and the remedy.
         """
-        for name, function in zip(self.names, self.functions, strict=True):
-            signature = inspect.signature(function)
-            given = ["prompts", "completions", *columns]
-            try:
-                signature.bind(**dict.fromkeys(given))
-            except TypeError as error:
-                missing = [
-                    parameter.name
-                    for parameter in signature.parameters.values()
-                    if parameter.default is parameter.empty
-                    and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-                    and parameter.name not in given
-                ]
-                raise TypeError(
-                    f"objective {name!r} cannot be called as {name}({', '.join(f'{each}=…' for each in given)}): "
-                    f"{error}. {_remedy(missing)}"
-                ) from None
+        for function in self.functions:
+            check_signature(function, columns)
 
     def __call__(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
-        """Costs `[n]` (fp64) of `n` completions, `rows[i]` being the prompt of completion `i`; raises as [`finish`]."""
+        """The costs `[n]` (fp64) of `n` completions: [`begin`], then [`finish`]."""
         self.begin(prompts, rows, completions)
         return self.finish(prompts, rows, completions)
 
     def begin(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> None:
-        """Start on this process's share of the completions that are new. All processes begin with the same ones.
+        """Start evaluating the completions that are new. All processes call this together with the same completions.
+
+        Args:
+            prompts: the run's prompts.
+            rows: `[n]`, the prompt row of each completion.
+            completions: `[n]`, decoded texts.
 
         Raises:
-            As [`finish`], for what was begun before.
+            ValueError, ObjectiveError: as [`finish`], for completions handed over before.
+            OSError, ValueError: for costs on disk that cannot be read or are above `bound`.
         """
         if any(gather_object([self._begun.error is not None])):
             self._begun.jobs = [job for job in self._begun.jobs if isinstance(job, Future) and not job.cancel()]
             self.finish(prompts, [], [])
-        new: dict[Key, int] = {}  # in order of first appearance, the same on every process
-        for index, key in enumerate(self._keys(prompts, rows, completions)):
-            if key not in self.cache and key in self._paid_before:
-                self._check_range(key[1], rows[index], self._paid_before[key])
-                self.cache[key] = self._paid_before[key]
-            if key not in self.cache and key not in self._begun.asked:
-                new.setdefault(key, index)
-        self._begun.asked.update(new)
+        self._load_store()
+        new: dict[Key, int] = {}  # in order of first appearance, the same on all processes
+        for index, key in enumerate(_keys(prompts, rows, completions)):
+            if key in self._begun.asked:
+                continue
+            self._begun.asked[key] = hashed = hash_of(key)
+            if key not in self.store:
+                if not self._has_failed(hashed):
+                    new[key] = index
+            elif hashed not in self._counts.asked:  # it may come from a run with another bound
+                self._cost.check_bound(self.store[key], rows[index], key[1])
         state = PartialState()
         mine = list(new.items())[state.process_index :: state.num_processes]
         for start in range(0, len(mine), self.batch_size):
             keys, indices = zip(*mine[start : start + self.batch_size], strict=True)
-            batch = (keys, prompts, [rows[i] for i in indices], [completions[i] for i in indices])
-            job = functools.partial(self._work, self._begun, *batch)
-            self._begun.jobs.append(job if self._worker is None else self._worker.submit(job))
+            batch = Batch(keys, prompts, [rows[i] for i in indices], [completions[i] for i in indices])
+            self._begun.jobs.append(self._submit(functools.partial(self._work, self._begun, batch)))
 
     def finish(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> Tensor:
-        """Costs `[n]` (fp64) of `n` completions, all of which went through [`begin`], once they are there.
+        """Wait for the costs `[n]` (fp64) of `n` completions that were all handed to [`begin`].
+
+        All processes call this together. If one of them meets an error, all raise, and the costs evaluated by then are
+        in the store.
 
         Raises:
-            ValueError: for a value that is no cost, naming the objective, the row and the completion.
-            ObjectiveError: when a function raised.
-            All processes raise, whichever of them met the error; what others had evaluated is in the cache.
+            ValueError: for an invalid cost, naming the function, the prompt row and the completion.
+            ObjectiveError: if a function raised an exception.
+            OSError: if costs could not be written to disk.
         """
         begun = self._begun
-        with self.bars.task("batches priced", len(begun.jobs)) as advance:
+        with self.progress("objective batches", len(begun.jobs)) as advance:
             for job in begun.jobs:
                 job.result() if isinstance(job, Future) else job()
                 advance(1)
         self._begun, error = _Begun(), begun.error
-        failed = 0
-        for shared, unpriced, message in gather_object(
-            [(begun.found, begun.failed, None if error is None else str(error))]
-        ):
-            self.cache.update(shared)
-            self.cache.update(unpriced)
-            failed += len(unpriced)
+        self.store.share()
+        failed: list[Key] = []
+        for keys, message in gather_object([(begun.failed, None if error is None else str(error))]):
+            failed += keys
             if message is not None and error is None:
                 error = ObjectiveError(f"on another process: {message}")
+        self._count(begun, failed)
         if error is not None:
             raise error
         if failed:
-            self.failures += failed
             logger.warning(
-                f"{failed:,} completions could not be priced and count as cost {self.objective_range:g}, the worst "
-                f"(objective_on_error='worst'); the newest failure: {begun.why}"
+                f"{len(failed):,} completions could not be evaluated and cost {self.bound:g}, the worst "
+                f"(objective_on_error='worst'); the newest failure on this process: {begun.failure}"
             )
-        keys = self._keys(prompts, rows, completions)
-        return torch.tensor([self._total(self.cache[key]) for key in keys], dtype=torch.float64)
+        costs = [self._cost.total(self._costs(key)) for key in _keys(prompts, rows, completions)]
+        return torch.tensor(costs, dtype=torch.float64)
 
     def abandon(self) -> None:
-        """Forget what was begun and not finished; what stands in line is not begun any more."""
+        """Discard what was handed to [`begin`] since the last [`finish`]. A batch that is running still ends."""
         for job in self._begun.jobs:
             if isinstance(job, Future):
                 job.cancel()
-        if PartialState().num_processes == 1:  # what was paid for is kept; on several processes all caches are alike
-            self.cache.update(self._begun.found)
+        if PartialState().num_processes == 1:  # with several, the next finish shares what this process has evaluated
+            self.store.share()
+            self._count(self._begun, [])
         self._begun = _Begun()
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
-        """Mean unweighted cost of each objective over completions that were evaluated before."""
-        values = torch.tensor(
-            [self.cache[prompts.keys[row], text] for row, text in zip(rows, completions, strict=True)]
-        )
+        """The mean unweighted cost under each function, by name, over completions that have been evaluated."""
+        values = torch.tensor([self._costs(key) for key in _keys(prompts, rows, completions)])
         return dict(zip(self.names, values.mean(0).tolist(), strict=True))
 
-    @property
-    def _paid_before(self) -> dict[Key, list[float]]:
-        """Of an earlier start of this run, or of one like it; all processes ask at once, the first time."""
-        if self._paid is None:
-            self._paid = cast(Journal, self._journal).read()
-            if self._paid and PartialState().is_main_process:
-                folder = cast(Journal, self._journal).folder
-                logger.warning(
-                    f"{len(self._paid):,} costs were found in {folder} and will not be paid for again. Remove the "
-                    "folder to evaluate anew, as when what the cost reads has changed."
-                )
-        return self._paid
+    def close(self) -> None:
+        """End the thread and close the file of costs, after discarding what [`finish`] was not called for."""
+        self.abandon()
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+        self.store.close()
 
-    def _keys(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> list[Key]:
-        return [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]
+    def _load_store(self) -> None:
+        """Read the costs of earlier starts, the first time, and say what was found."""
+        loaded, folder = self.store.load(), self.store.folder
+        if loaded is None or folder is None or not PartialState().is_main_process:
+            return
+        if self.cache_key is not None:
+            limits = f"objective_cache_key={self.cache_key!r} says that the objective is the same"
+            remedy = "If its costs have changed, choose another key or remove the folder."
+        else:
+            limits = (
+                "Changes to the functions and to the data that they refer to are noticed; changes to files, services, "
+                "the weights of models and imported modules are not"
+            )
+            remedy = "If they change the costs, remove the folder or set objective_cache_key."
+        if loaded.found:
+            logger.warning(f"{loaded.found:,} costs were found in {folder} and are used again. {limits}. {remedy}")
+        elif loaded.others:
+            logger.warning(
+                f"{folder} holds {loaded.others:,} costs of other objectives, or of this one before its functions or "
+                "their data changed. They are not used. Set objective_cache_key to keep the costs of an objective when "
+                "its functions change but its costs do not."
+            )
+        elif self.cache_key is None:
+            logger.info(f"Costs are kept in {folder} for the next start. {limits}. {remedy}")
 
-    def _work(
-        self, begun: _Begun, keys: Sequence[Key], prompts: Prompts, rows: list[int], completions: list[str]
-    ) -> None:
-        """One batch, in whichever thread; after an error nothing more is evaluated."""
+    def _submit(self, job: Callable[[], None]) -> Future[None] | Callable[[], None]:
+        if not self.overlap:
+            return job
+        if self._worker is None:
+            self._worker = Worker()
+        return self._worker.submit(job)
+
+    def _work(self, begun: _Begun, batch: Batch) -> None:
+        """Evaluate one batch and store its costs, in any thread. After an error no further batch is evaluated."""
         if begun.error is None:
             try:
-                found = self._priced(begun, keys, prompts, rows, completions)
-                if self._journal is not None:
-                    self._journal.write(found)
-                begun.found += found
-            except (Exception, SystemExit, asyncio.CancelledError) as error:  # all processes are to hear of it
+                costs = self._evaluate_or_fail(begun, batch)
+                self.store.add(costs)
+                begun.evaluated += len(costs)
+            except (Exception, SystemExit, asyncio.CancelledError) as error:  # finish raises it on all processes
                 begun.error = error
 
-    def _priced(
-        self, begun: _Begun, keys: Sequence[Key], prompts: Prompts, rows: list[int], completions: list[str]
-    ) -> list[tuple[Key, list[float]]]:
-        """A batch's keys with their costs, without those that failed and go into `begun.failed`."""
+    def _evaluate_or_fail(self, begun: _Begun, batch: Batch) -> list[tuple[Key, Costs]]:
+        """The costs of a batch. With `on_error="worst"` those that fail are missing; they are in `begun.failed`."""
         try:
-            return list(zip(keys, self._evaluate(prompts, rows, completions), strict=True))
+            return list(zip(batch.keys, self._cost.evaluate(batch), strict=True))
         except (ValueError, ObjectiveError) as error:
-            if self.on_error == "raise":
+            if self._worst is None:
                 raise
-            begun.why = error
-        priced: list[tuple[Key, list[float]]] = []
-        worst = [cast(float, self.objective_range) / math.fsum(self.weights)] * len(self.functions)
-        for key, row, text in zip(keys, rows, completions, strict=True):
+            begun.failure = error
+        costs: list[tuple[Key, Costs]] = []
+        for single in batch.singles():
             try:
-                priced.append((key, self._evaluate(prompts, [row], [text])[0]))
+                costs.append((single.keys[0], self._cost.evaluate(single)[0]))
             except (ValueError, ObjectiveError) as error:
-                begun.why = error
-                begun.failed.append((key, worst))
-        if not (priced or begun.found or self.cache):
-            raise begun.why  # not one was ever priced: this is no matter of single texts
-        return priced
+                begun.failure = error
+                begun.failed.append(single.keys[0])
+        if not costs and not begun.evaluated and self._counts.nothing_evaluated:
+            raise begun.failure  # nothing was ever evaluated: the fault is not that of single completions
+        return costs
 
-    def _total(self, values: Sequence[float]) -> float:
-        return math.fsum(weight * value for weight, value in zip(self.weights, values, strict=True))
+    def _costs(self, key: Key) -> Costs:
+        """The costs under each function of a completion that was evaluated, or that failed."""
+        if key not in self.store and self._worst is not None and self._has_failed(hash_of(key)):
+            return self._worst
+        return self.store[key]
 
-    def _evaluate(self, prompts: Prompts, rows: list[int], completions: list[str]) -> list[list[float]]:
-        """Checked values of every function for one batch: `[n][functions]`."""
-        arguments = {
-            "prompts": [prompts.rows[row]["prompt"] for row in rows],
-            "completions": completions,
-            **columns_of(prompts, rows),
-        }
-        results = call_all(list(zip(self.names, self.functions, strict=True)), arguments)
-        checked = [
-            check_values(name, result, rows, completions) for name, result in zip(self.names, results, strict=True)
-        ]
-        values = [list(row) for row in zip(*checked, strict=True)]
-        for row, text, value in zip(rows, completions, values, strict=True):
-            self._check_range(text, row, value)
-        return values
+    def _has_failed(self, hashed: int) -> bool:
+        """Whether a completion costs the worst because its evaluation failed in this run."""
+        return self._worst is not None and hashed in self._counts.failed
 
-    def _check_range(self, text: str, row: int, value: Sequence[float]) -> None:
-        total = self._total(value)
-        if self.objective_range is not None and total > self.objective_range * (1 + 1e-9):
-            raise ValueError(
-                f"objective {' + '.join(self.names)!r} gave {total} for row {row}, above objective_range="
-                f"{self.objective_range}: completion {text!r}. Raise objective_range, or cap the cost."
-            )
-
-
-class _Worker:
-    """Runs one job after the other in a thread that does not outlive the process, as an executor's would."""
-
-    def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name="aldrift-objective", daemon=True).start()
-
-    def submit(self, job: Callable[[], None]) -> Future[None]:
-        future: Future[None] = Future()
-        self.jobs.put((future, job))
-        return future
-
-    def _run(self) -> None:
-        while True:
-            future, job = self.jobs.get()
-            if future.set_running_or_notify_cancel():
-                job()
-                future.set_result(None)
+    def _count(self, begun: _Begun, failed: Sequence[Key]) -> None:
+        """Add to the run's counts the pairs that were asked for and have a cost."""
+        self._counts.add_failures(failed)
+        for key, hashed in begun.asked.items():
+            if hashed not in self._counts.asked and (key in self.store or self._has_failed(hashed)):
+                self._counts.add(hashed, self._cost.total(self._costs(key)))
 
 
 @dataclass
 class _Begun:
-    """What was handed over since the last [`Objective.finish`]; all but the first two are written by the thread."""
+    """What was handed to [`Objective.begin`] since the last [`Objective.finish`].
 
-    asked: set[Key] = field(default_factory=set)
+    Attributes:
+        asked: every pair with its hash.
+        jobs: this process's batches.
+        evaluated: number of costs that the jobs have stored.
+        failed: the pairs whose evaluation failed, with `on_error="worst"`.
+        failure: the newest error that was counted as a failure.
+        error: the error that ends the evaluation.
+    """
+
+    asked: dict[Key, int] = field(default_factory=dict)
     jobs: list[Future[None] | Callable[[], None]] = field(default_factory=list)
-    found: list[tuple[Key, list[float]]] = field(default_factory=list)
-    failed: list[tuple[Key, list[float]]] = field(default_factory=list)
-    why: Exception | None = None
+    evaluated: int = 0
+    failed: list[Key] = field(default_factory=list)
+    failure: Exception | None = None
     error: BaseException | None = None
 
 
-def call_all(functions: list[tuple[str, CostFunction]], arguments: dict[str, Any]) -> list[Any]:
-    """The results of all functions on one batch; the async ones run together on one event loop."""
-
-    async def gather() -> list[Any]:
-        return await asyncio.gather(*(guard(name, fn) for name, fn in functions if _is_async(fn)))
-
-    async def guard(name: str, function: CostFunction) -> Any:
-        with _Named(name, arguments["completions"]):
-            return await function(**arguments)
-
-    pending: list[Any] = []
-    if any(_is_async(function) for _, function in functions):
-        if threading.current_thread() is not threading.main_thread():
-            pending = asyncio.run(gather())
-        else:  # in a thread of its own: the caller may sit in a running loop already, as in a notebook
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                pending = pool.submit(asyncio.run, gather()).result()
-    awaited = iter(pending)
-    results = []
-    for name, function in functions:
-        if _is_async(function):
-            results.append(next(awaited))
-        else:
-            with _Named(name, arguments["completions"]):
-                results.append(function(**arguments))
-    return results
-
-
-class _Named:
-    """Any exception inside becomes an [`ObjectiveError`] that says which objective raised and on what."""
-
-    def __init__(self, name: str, completions: list[str]) -> None:
-        self.name, self.completions = name, completions
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, Exception):
-            hint = (
-                ""
-                if threading.current_thread() is threading.main_thread()
-                else ". It ran in a thread, beside generation; what works in the main thread alone (signals, some "
-                "database connections) wants overlap_objective=False"
-            )
-            raise ObjectiveError(
-                f"objective {self.name!r} raised {type(error).__name__}: {error} on a batch of "
-                f"{len(self.completions)} completions, the first being {self.completions[0]!r}{hint}"
-            ) from error
-
-
-def _remedy(missing: list[str]) -> str:
-    """What to do about a function that cannot be called, and about the parameters of it that nothing fills."""
-    if not missing:
-        return "Add **columns to its parameters, or drop the column from the data set."
-    if "completion_ids" in missing:
-        return "Wrap the reward in from_reward(…, tokenizer=…), which makes completion_ids of the texts."
-    if missing[0] in ("trainer_state", "log_extra", "log_metric", "environments"):
-        return (
-            f"TRL's trainers hand {missing[0]} to rewards, ALDRIFTTrainer does not: a cost is a function of the text. "
-            "Give the parameter a default."
-        )
-    return f"Add a column {missing[0]!r} to the data set, or give the parameter a default."
-
-
-def _unwrapped(function: CostFunction) -> CostFunction:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function
-
-
-def name_of(function: CostFunction) -> str:
-    """A function's name; the class's for a callable object."""
-    inner = _unwrapped(function)
-    return str(getattr(inner, "__name__", type(inner).__name__))
-
-
-def _is_async(function: CostFunction) -> bool:
-    """Whether a call returns a coroutine; an object can be async in its `__call__` alone."""
-    inner = _unwrapped(function)
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
-
-
-def check_values(name: str, values: Any, rows: list[int], completions: list[str]) -> list[float]:
-    """The values as floats, once each of them is a cost."""
-    if isinstance(values, Tensor) or hasattr(values, "tolist"):
-        values = values.tolist()
-    if not isinstance(values, (list, tuple)) or len(values) != len(completions):
-        got = f"{len(values)} values" if isinstance(values, (list, tuple)) else type(values).__name__
-        raise ValueError(
-            f"objective {name!r} must return a list of one number for each completion: got {got} for "
-            f"{len(completions)} completions (rows {rows[0]} to {rows[-1]}, the first completion {completions[0]!r})"
-        )
-    for value, row, text in zip(values, rows, completions, strict=True):
-        problem = _problem(value)
-        if problem:
-            raise ValueError(f"objective {name!r} gave {value!r} for row {row}, {problem}: completion {text!r}")
-    return [float(value) for value in values]
-
-
-def _problem(value: Any) -> str | None:
-    if value is None:
-        return (
-            "which is not a number (a reward's None says that it does not apply: leave such rows out of the data set)"
-        )
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return "which is not a number"
-    if math.isnan(value):
-        return "which is NaN"
-    if math.isinf(value):
-        return "which is infinite (give malformed text the worst finite cost, D)"
-    if value < 0:
-        return "which is negative (0 is the best cost; for a reward use from_reward(fn, best=…))"
-    return None
+def _keys(prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> list[Key]:
+    return [(prompts.keys[row], text) for row, text in zip(rows, completions, strict=True)]

@@ -1,92 +1,151 @@
-"""Every cost that was paid for, on disk before it is used: a run that is killed pays for none of them twice.
+"""The costs already evaluated: in memory and, with an output directory, on disk before they are used.
 
-Each process writes to a SQLite file of its own, `output_dir/_costs/<rank>.sqlite`, in WAL mode: no process waits for
-another's lock, a file is never opened from two machines (which WAL does not survive on a network file system), and a
-kill at any instant leaves whole transactions. All files are read once, when the first completions come, and shared.
-The underscore keeps the folder out of what the Trainer pushes to the Hub.
+A run that is killed at any moment does not lose a cost. Each process writes to a SQLite file of its own,
+`output_dir/_costs/<rank>.sqlite`, in WAL mode: no process waits for the lock of another, no file is opened on two
+machines (WAL does not work on a network file system), and every transaction is either complete or absent. All files are
+read once, by [`CostStore.load`], and shared among the processes. The underscore in the folder's name keeps it out of
+what the Trainer pushes to the Hub.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import hashlib
-import inspect
 import json
-import logging
 import sqlite3
 import threading
-import tokenize
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets.fingerprint import Hasher
-from torch import nn
+from accelerate.utils import broadcast_object_list, gather_object
 
 FOLDER = "_costs"
 
 Key = tuple[str, str]
-"""A prompt row's identity and a completion."""
+"""The identity of a prompt row ([`aldrift_hf.types.Prompts.keys`]) and a completion."""
 
-logger = logging.getLogger(__name__)
+Costs = list[float]
+"""The cost of one completion under each of the cost functions."""
 
 
-class Journal:
-    """The costs of one objective in one output directory.
+class Loaded(NamedTuple):
+    """What [`CostStore.load`] found on disk.
 
-    Args:
-        output_dir: the run's.
-        functions: the cost functions; costs of others, or of an earlier text of theirs, are not taken for theirs.
+    Attributes:
+        found: number of costs of this objective.
+        others: number of costs of other objectives, counted only if there are none of this one.
     """
 
-    def __init__(self, output_dir: str | Path, functions: Sequence[Callable[..., Any]]) -> None:
-        self.folder = Path(output_dir) / FOLDER
-        self.identity = hashlib.sha256("\n".join(map(identity, functions)).encode()).hexdigest()
-        self._connection: sqlite3.Connection | None = None
-        self._lock = threading.Lock()  # the objective's thread writes, and the main thread opens
+    found: int
+    others: int
 
-    def read(self) -> dict[Key, list[float]]:
-        """All costs there are, the same on all processes, which call this together.
+
+class CostStore(Mapping[Key, Costs]):
+    """A mapping from (prompt row, completion) to costs, the same on all processes.
+
+    Args:
+        output_dir: the run's output directory; `None` keeps the costs in memory alone.
+        identity: what distinguishes this objective from others whose costs may be in the same directory
+            ([`aldrift_hf.objective.identity`]). The first process's is used on all.
+        num_functions: number of cost functions, and of costs per key.
+    """
+
+    def __init__(self, output_dir: str | Path | None, identity: str, num_functions: int) -> None:
+        self.folder = None if output_dir is None else Path(output_dir) / FOLDER
+        self.identity = identity
+        self.num_functions = num_functions
+        self._shared: dict[Key, Costs] = {}
+        self._unshared: list[tuple[Key, Costs]] = []
+        self._loaded = False
+        self._connection: sqlite3.Connection | None = None
+        self._lock = threading.Lock()  # the worker thread adds costs while the main thread may share or close
+
+    def __getitem__(self, key: Key) -> Costs:
+        return self._shared[key]
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self._shared)
+
+    def __len__(self) -> int:
+        return len(self._shared)
+
+    def load(self) -> Loaded | None:
+        """Read the costs of earlier starts, once: later calls do nothing and return `None`.
+
+        All processes call this together.
 
         Raises:
-            OSError: for a file that is damaged.
+            OSError: for a file that is damaged or cannot be read, on all processes.
+            ValueError: for costs of another number of functions under the same identity.
         """
+        if self._loaded:
+            return None
+        self.identity = broadcast_object_list([self.identity])[0]
         state = PartialState()
-        paths = sorted(self.folder.glob("*.sqlite"))
-        # Every process its own, and the first one those of more processes than there are now.
+        paths = [] if self.folder is None else sorted(self.folder.glob("*.sqlite"))
+        # Each process reads its own file and, after a start with more processes, its share of the remaining files.
         mine = [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
-        found: dict[Key, list[float]] = {}
-        for part in gather_object([[item for path in mine for item in self._items(path)]]):
-            found.update(part)
-        return found
+        items: list[tuple[Key, Costs]] = []
+        error: OSError | None = None
+        try:
+            items = [item for path in mine for item in self._read(path)]
+        except OSError as caught:  # raised on all processes, or the others would wait for this one
+            error = caught
+        for part, message in gather_object([(items, None if error is None else str(error))]):
+            if message is not None:
+                raise OSError(message) from error
+            self._shared.update(part)
+        for values in self._shared.values():
+            if len(values) != self.num_functions:
+                raise ValueError(
+                    f"{self.folder} holds costs of {len(values)} functions for this objective of "
+                    f"{self.num_functions}. Choose another objective_cache_key."
+                )
+        others = 0 if self._shared else sum(gather_object([sum(map(self._count, mine))]))
+        self._loaded = True
+        return Loaded(len(self._shared), others)
 
-    def write(self, costs: Iterable[tuple[Key, list[float]]]) -> None:
-        """Add costs, in one transaction; on return they are on disk.
+    def add(self, costs: Iterable[tuple[Key, Costs]]) -> None:
+        """Write costs to disk in one transaction. They are in the mapping after the next [`share`].
 
         Raises:
             OSError: if they cannot be written.
         """
+        items = list(costs)
         rows = [
             (self.identity, prompt, text.encode("utf-8", "surrogatepass"), json.dumps(values))
-            for (prompt, text), values in costs
+            for (prompt, text), values in items
         ]
         with self._lock:
-            try:
-                with self._open() as connection:
-                    connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", rows)
-            except sqlite3.Error as error:
-                raise OSError(
-                    f"costs could not be written to {self.folder}: {error}. Make room, or choose another output_dir; "
-                    "nothing that was there before is lost."
-                ) from error
+            if self.folder is not None:
+                try:
+                    with self._open(self.folder) as connection:
+                        connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", rows)
+                except sqlite3.Error as error:
+                    raise OSError(
+                        f"costs could not be written to {self.folder}: {error}. Free disk space, or choose another "
+                        "output_dir. The costs written earlier are intact."
+                    ) from error
+            self._unshared += items
 
-    def _open(self) -> sqlite3.Connection:
+    def share(self) -> None:
+        """Put the costs that all processes have added since the last call in the mapping. All call this together."""
+        with self._lock:
+            mine, self._unshared = self._unshared, []
+        for items in gather_object([mine]):
+            self._shared.update(items)
+
+    def close(self) -> None:
+        """Close the file. The mapping stays readable, and [`add`] would open the file again."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _open(self, folder: Path) -> sqlite3.Connection:
         if self._connection is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            path = self.folder / f"{PartialState().process_index}.sqlite"
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / f"{PartialState().process_index}.sqlite"
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
@@ -96,73 +155,31 @@ class Journal:
             )
         return self._connection
 
-    def _items(self, path: Path) -> list[tuple[Key, list[float]]]:
-        try:
-            connection = sqlite3.connect(path, timeout=60)
-            try:
-                rows = connection.execute(
-                    "SELECT prompt, completion, value FROM costs WHERE objective = ?", (self.identity,)
-                ).fetchall()
-            finally:
-                connection.close()
-        except sqlite3.OperationalError as error:
-            if "no such table" in str(error):  # killed as the file was made
-                return []
-            raise OSError(f"{path} cannot be read: {error}") from error
-        except sqlite3.DatabaseError as error:
-            raise OSError(
-                f"{path}, the record of costs paid for, is damaged: {error}. Move it away to evaluate them anew."
-            ) from error
+    def _read(self, path: Path) -> list[tuple[Key, Costs]]:
+        """This objective's costs in one file."""
+        rows = _query(path, "SELECT prompt, completion, value FROM costs WHERE objective = ?", self.identity)
         return [((prompt, text.decode("utf-8", "surrogatepass")), json.loads(value)) for prompt, text, value in rows]
 
-
-def identity(function: Callable[..., Any], seen: frozenset[int] = frozenset()) -> str:
-    """What tells a cost function from others: its name, the text of its file, and what it is bound to or closes over.
-
-    What it reads elsewhere (a file, a service, a model) is not seen: whoever changes that removes the folder.
-    """
-    if id(function) in seen:  # a function that closes over itself
-        return ""
-    seen = seen | {id(function)}
-    state: list[Any] = []
-    while isinstance(function, functools.partial):
-        state += [function.args, function.keywords]
-        function = function.func
-    function = inspect.unwrap(function)
-    if inspect.ismethod(function):
-        state.append(function.__self__)
-        function = function.__func__
-    elif not inspect.isroutine(function):  # an object that can be called
-        state.append(function)
-        function = type(function).__call__
-    inner = []
-    for cell in getattr(function, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # empty as yet
-            inner.append(cell.cell_contents)
-    names = [getattr(function, "__qualname__", repr(function)), _text(function)]
-    names += [identity(part, seen) if inspect.isroutine(part) else _fingerprint(part) for part in (*state, *inner)]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+    def _count(self, path: Path) -> int:
+        """The number of other objectives' costs in one file."""
+        rows = _query(path, "SELECT COUNT(*) FROM costs WHERE objective != ?", self.identity)
+        return int(rows[0][0]) if rows else 0
 
 
-def _text(function: Callable[..., Any]) -> str:
-    """The text of the function's file or, in a notebook, of the function."""
+def _query(path: Path, statement: str, identity: str) -> list[tuple[str, bytes, str]]:
+    """The rows that a statement selects; none where the table does not exist."""
     try:
-        return Path(inspect.getsourcefile(function) or "").read_text(encoding="utf-8")
-    except (OSError, TypeError):
-        pass
-    try:
-        return inspect.getsource(function)
-    except (OSError, TypeError, SyntaxError, tokenize.TokenError):
-        return repr(getattr(getattr(function, "__code__", None), "co_code", ""))
-
-
-def _fingerprint(value: Any, depth: int = 3) -> str:
-    """Of data that a function is bound to; of a model, a lock, a connection and the like, their type's name alone."""
-    parts = getattr(value, "__dict__", {})
-    if not any(isinstance(part, nn.Module) for part in (value, *parts.values())):
-        with contextlib.suppress(Exception):  # whatever pickling raises
-            return str(Hasher.hash(value))
-    names = [type(value).__qualname__]
-    if depth and not isinstance(value, nn.Module):  # something in it cannot be pickled: part by part
-        names += [f"{name} {_fingerprint(parts[name], depth - 1)}" for name in sorted(parts)]
-    return hashlib.sha256("\n".join(names).encode()).hexdigest()
+        connection = sqlite3.connect(path, timeout=60)
+        try:
+            return connection.execute(statement, (identity,)).fetchall()
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:
+        if "no such table" in str(error):  # the process was killed just after it created the file
+            return []
+        raise OSError(f"{path} cannot be read: {error}") from error
+    except sqlite3.DatabaseError as error:
+        raise OSError(
+            f"{path}, which holds the costs evaluated so far, is damaged: {error}. Move the file away to evaluate them "
+            "again."
+        ) from error

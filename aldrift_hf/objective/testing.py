@@ -1,9 +1,9 @@
-"""The laws of a cost function as assertions, for the tests of your own.
+"""The properties that a cost function must have, as assertions for your own tests.
 
     def test_my_cost():
-        check_objective(cost, ["what a model may write", "and something better"], objective_range=5.0)
+        check_objective(cost, ["a text that the model may write", "another one"], objective_range=5.0)
 
-Hypothesis finds worse texts: `@given(st.text())` over a test that calls `check_objective(cost, [text])`.
+Hypothesis finds more difficult texts: write a test with `@given(st.text())` that calls `check_objective(cost, [text])`.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
-from .objective import CostFunction, Objective, ObjectiveError, call_all, check_values, name_of
+from .calling import ObjectiveError, call_functions
+from .protocol import CostFunction, check_signature, name_of
+from .validation import check_bound, check_values
 
-LONG = 20_000
-"""Characters of the longest texts that a cost is tried on."""
+MAX_LENGTH = 20_000
+"""Characters of the longest texts that a cost function is tried on."""
 
 Row = dict[str, Any]
 
@@ -27,64 +29,66 @@ def check_objective(
     objective_range: float | None = None,
     tolerance: float = 1e-6,
 ) -> None:
-    """Assert the laws of a cost function, on which batches, the cache and the weights of draws rely.
+    """Assert the properties of a cost function on which batches, the stored costs and the weights of samples rely.
 
     - *signature*: it can be called with the examples' columns;
-    - *errors*: every text is priced, also one that no model should write;
-    - *values*: one number for each completion, finite, at least 0 and at most `objective_range`;
-    - *arguments*: it leaves what it is handed as it was;
-    - *determinism*: the same call gives the same costs;
-    - *order* and *batch size*: a completion costs the same wherever it stands in a batch, and alone.
+    - *errors*: it returns a cost for every text, however malformed;
+    - *values*: it returns one number per completion, finite, at least 0 and at most `objective_range`;
+    - *arguments*: it does not change its arguments;
+    - *determinism*: the same call returns the same costs;
+    - *order* and *batch size*: the cost of a completion does not depend on its position in the batch or on the rest of
+      the batch.
 
-    Beside the examples the function gets a dozen malformed texts, with the examples' prompts and columns: nothing,
-    white space, an example cut in half and one repeated up to 20,000 characters, brackets, numbers that are none,
-    control characters, right-to-left script, emoji and the like. With `n` texts in all it is called `n + 3` times, on
-    `4·n` completions.
+    In addition to the examples, the function is called with a dozen malformed texts, with the prompts and columns of
+    the examples: the empty text, white space, half an example, an example repeated up to 20,000 characters, brackets,
+    words that look like numbers, control characters, right-to-left script, emoji and the like. With `n` texts in total,
+    it is called `n + 3` times, on `4·n` completions.
 
     Args:
         objective: a cost function as [`aldrift_hf.ALDRIFTTrainer`] takes it, sync or async.
         examples: completions of the empty prompt; or rows (a `datasets.Dataset`, or dicts) with a `"completion"`, a
-            `"prompt"` where it is not empty, and the columns that the function wants.
-        objective_range: `D`; `None` checks no upper bound.
-        tolerance: by how much two costs of one completion may differ, as those of a neural network do.
+            `"prompt"` unless it is empty, and the columns that the function needs.
+        objective_range: D, an upper bound on the cost; `None` checks no upper bound.
+        tolerance: the largest difference allowed between two costs of one completion, for costs that are subject to
+            rounding, such as those of a neural network.
 
     Raises:
-        AssertionError: naming the law that is broken, the completion, the values and the remedy.
-        ValueError: for examples that are none.
+        AssertionError: if a property does not hold, with the completion, the costs and the remedy.
+        ValueError: for invalid examples.
     """
     name, rows = name_of(objective), _rows(examples)
     try:
-        Objective(objective, None, None, overlap=False).check_signature([key for key in rows[0] if key not in _TEXTS])
+        check_signature(objective, [key for key in rows[0] if key not in _TEXTS])
     except TypeError as error:
         raise AssertionError(f"signature: {error}") from None
     rows += [{**rows[i % len(rows)], "completion": text} for i, text in enumerate(_malformed(rows[0]["completion"]))]
 
-    alone = [cost for row in rows for cost in _price(objective, [row], objective_range)]
-    together, again, backwards = (_price(objective, batch, objective_range) for batch in (rows, rows, rows[::-1]))
-    for law, others, where, remedy in (
-        ("determinism", again, "when asked again", "Fix its seeds and let it remember nothing"),
-        ("order", backwards[::-1], "with the batch in reverse order", "Return the costs in the completions' order"),
-        ("batch size", alone, "alone", "Price each completion by itself, whatever stands beside it"),
+    alone = [cost for row in rows for cost in _evaluate(objective, [row], objective_range)]
+    together, again, reverse = (_evaluate(objective, batch, objective_range) for batch in (rows, rows, rows[::-1]))
+    for kind, others, where, remedy in (
+        ("determinism", again, "when called again", "Fix its seeds, and let it keep no state between calls"),
+        ("order", reverse[::-1], "with the batch in reverse order", "Return the costs in the order of the completions"),
+        ("batch size", alone, "alone", "Compute each completion's cost independently of the rest of the batch"),
     ):
         for row, cost, other in zip(rows, together, others, strict=True):
             if abs(cost - other) > tolerance:
-                _broken(
-                    f"{law}: objective {name!r} gave {cost} in a batch of {len(rows)}, and {other} {where}, for "
+                _fail(
+                    f"{kind}: objective {name!r} returned {cost} in a batch of {len(rows)}, and {other} {where}, for "
                     f"completion {row['completion']!r}. {remedy}."
                 )
 
 
 def _malformed(example: str) -> list[str]:
-    """Texts that a model may write all the same, and that parsers are not prepared for."""
+    """Texts that a model may write and that parsers often fail on."""
     return [
         "",
         " \n\t ",
         example[: len(example) // 2],
-        example * (LONG // max(1, len(example))),
-        "(" * LONG,
+        example * (MAX_LENGTH // max(1, len(example))),
+        "(" * MAX_LENGTH,
         "0",
         "-1e999 nan",
-        "² ½ ٣ 四",  # numbers to str.isnumeric, and to int() in part
+        "² ½ ٣ 四",  # str.isnumeric accepts them all, int() only some of them
         "\x01\x08\x1b[2J\x7f\r\x85\u2028",
         "%s {0} \\ ' \" ` $(:) ; <think>",
         "שלום, عالم \u202e",
@@ -96,46 +100,46 @@ _TEXTS = ("prompt", "completion")
 
 
 def _rows(examples: Iterable[str | Mapping[str, Any]]) -> list[Row]:
+    """The examples as rows with a prompt, a completion and the same columns."""
     rows: list[Row] = [
         {"prompt": "", **({"completion": example} if isinstance(example, str) else example)} for example in examples
     ]
     if not rows or any(row.keys() != rows[0].keys() or not isinstance(row.get("completion"), str) for row in rows):
         raise ValueError(
-            "examples must be at least one completion: texts, or rows (a datasets.Dataset, dicts) that have the same "
-            "columns, a text in 'completion' among them"
+            "examples must be at least one completion: texts, or rows (a datasets.Dataset, dicts) that all have the "
+            "same columns, including 'completion' with a text"
         )
     return rows
 
 
-def _price(objective: CostFunction, rows: list[Row], objective_range: float | None) -> list[float]:
-    """The costs of a batch, once they are costs."""
+def _evaluate(objective: CostFunction, rows: list[Row], objective_range: float | None) -> list[float]:
+    """The checked costs of one batch."""
     name, completions = name_of(objective), [row["completion"] for row in rows]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in _TEXTS}
-    given = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
-    handed = copy.deepcopy(given)
+    expected = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
+    passed = copy.deepcopy(expected)
     try:
-        (result,) = call_all([(name, objective)], handed)
+        (result,) = call_functions([objective], passed)
     except ObjectiveError as error:
-        _broken(f"errors: {error}. Catch what a text can cause, and give it the worst cost, D.", error.__cause__)
-    if handed != given:
-        changed = next(key for key in given if handed[key] != given[key])
-        _broken(
-            f"arguments: objective {name!r} changed {changed} from {given[changed]!r} to {handed[changed]!r}. Copy "
-            "before changing: the trainer goes on with them."
+        _fail(f"errors: {error}. Catch what a text can cause, and return the worst cost, D.", error.__cause__)
+    if passed != expected:
+        changed = next(key for key in expected if passed[key] != expected[key])
+        _fail(
+            f"arguments: objective {name!r} changed {changed} from {expected[changed]!r} to {passed[changed]!r}. Copy "
+            "before changing: the trainer goes on to use them."
         )
     try:
-        values = check_values(name, result, list(range(len(rows))), completions)
+        values = check_values(name, result, range(len(rows)), completions)
     except ValueError as error:
-        _broken(f"values: {error}. Return one number in [0, D] for each completion, D for malformed text.")
-    for text, value in zip(completions, values, strict=True):
-        if objective_range is not None and value > objective_range * (1 + 1e-9):
-            _broken(
-                f"values: objective {name!r} gave {value}, above objective_range={objective_range}, for completion "
-                f"{text!r}. Raise objective_range, or cap the cost."
-            )
+        _fail(f"values: {error}. Return one number in [0, D] per completion, D for malformed text.")
+    for row, (text, value) in enumerate(zip(completions, values, strict=True)):
+        try:
+            check_bound(name, value, objective_range, row, text)
+        except ValueError as error:
+            _fail(f"values: {error}")
     return values
 
 
-def _broken(law: str, cause: BaseException | None = None) -> NoReturn:
-    """Fail; of a long text the beginning and the end will do."""
-    raise AssertionError(law if len(law) < 1000 else f"{law[:500]} … {law[-400:]}") from cause
+def _fail(message: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise an `AssertionError`, with only the beginning and the end of a long message."""
+    raise AssertionError(message if len(message) < 1000 else f"{message[:500]} … {message[-400:]}") from cause

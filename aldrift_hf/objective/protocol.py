@@ -1,0 +1,73 @@
+"""What a cost function is.
+
+    def cost(prompts, completions, **columns) -> list[float]
+
+`prompts` are the data set's prompts, unchanged; `completions` are the decoded texts; `columns` are the data set's other
+columns. All are lists of the same length. The function returns one number in `[0, D]` per completion, where lower is
+better, 0 is the best possible cost and D is the worst. It may be `async`, and it may be any callable object.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+CostFunction = Callable[..., Any]
+
+
+def name_of(function: CostFunction) -> str:
+    """The name of a function, or the name of the class of a callable object."""
+    inner = _without_partial(function)
+    return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def is_async(function: CostFunction) -> bool:
+    """Whether a call returns a coroutine: an `async` function, or an object with an `async` `__call__`."""
+    inner = _without_partial(function)
+    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
+
+
+def check_signature(function: CostFunction, columns: Sequence[str]) -> None:
+    """Check that a function can be called with these columns of the data set, without calling it.
+
+    Raises:
+        TypeError: if it cannot, naming the function, the parameter and the remedy.
+    """
+    name, signature = name_of(function), inspect.signature(function)
+    given = ["prompts", "completions", *columns]
+    try:
+        signature.bind(**dict.fromkeys(given))
+    except TypeError as error:
+        missing = [
+            parameter.name
+            for parameter in signature.parameters.values()
+            if parameter.default is parameter.empty
+            and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            and parameter.name not in given
+        ]
+        raise TypeError(
+            f"objective {name!r} cannot be called as {name}({', '.join(f'{each}=…' for each in given)}): {error}. "
+            f"{_remedy(missing)}"
+        ) from None
+
+
+def _remedy(missing: list[str]) -> str:
+    """What the user should change, given the required parameters that the data set has no column for."""
+    if not missing:
+        return "Add **columns to its parameters, or remove the column from the data set."
+    if "completion_ids" in missing:
+        return "Wrap the reward in from_reward(…, tokenizer=…), which tokenizes the texts into completion_ids."
+    if missing[0] in ("trainer_state", "log_extra", "log_metric", "environments"):
+        return (
+            f"TRL's trainers pass {missing[0]} to rewards; ALDRIFTTrainer does not, because a cost is a function of "
+            "the text. Give the parameter a default."
+        )
+    return f"Add a column {missing[0]!r} to the data set, or give the parameter a default."
+
+
+def _without_partial(function: CostFunction) -> CostFunction:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function

@@ -1,0 +1,74 @@
+"""TRL's reward functions as cost functions."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import numbers
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .protocol import CostFunction, is_async, name_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def from_reward(
+    reward: CostFunction, best: float = 1.0, tokenizer: PreTrainedTokenizerBase | None = None
+) -> CostFunction:
+    """A cost function from a reward function with TRL's signature (higher is better): `cost = best - reward`.
+
+    Args:
+        reward: a function, sync or async, that takes `prompts`, `completions` and the data set's columns and returns a
+            list of floats, as for TRL's `GRPOTrainer(reward_funcs=...)`. With chat prompts it gets each completion as a
+            list with one assistant message, as in TRL; the rewards in `trl.rewards` that read text need chat prompts.
+            `None`, with which a reward in TRL skips a row, is refused: remove such rows from the data set. TRL's
+            trainers also pass `trainer_state`, `log_extra`, `log_metric` and `environments`; these do not exist here.
+        best: the highest possible reward. A higher one would give a negative cost, which is refused.
+        tokenizer: the tokenizer for rewards that take `completion_ids`: the tokens of each text, without an end-of-text
+            token. The text is tokenized again, because a cost is a function of the text: two completions with the same
+            text have the same cost, even if they were drawn as different tokens.
+
+    Returns:
+        A cost function with the reward's name.
+
+    Raises:
+        TypeError: for a tokenizer where the reward does not take `completion_ids`.
+    """
+
+    def arguments(prompts: list[Any], completions: list[str]) -> dict[str, Any]:
+        chat = [
+            [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
+            for prompt, text in zip(prompts, completions, strict=True)
+        ]
+        ids = (
+            {} if tokenizer is None else {"completion_ids": tokenizer(completions, add_special_tokens=False).input_ids}
+        )
+        return {"prompts": prompts, "completions": chat, **ids}
+
+    def costs(rewards: Sequence[Any]) -> list[Any]:
+        # Anything that is not a number stays as it is: the check of the values then names the row.
+        return [best - value if isinstance(value, numbers.Real) else value for value in rewards]
+
+    if is_async(reward):
+
+        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:
+            return costs(await reward(**arguments(prompts, completions), **columns))
+    else:
+
+        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
+            return costs(reward(**arguments(prompts, completions), **columns))
+
+    cost.__name__ = name_of(reward)
+    # The signature tells the trainer which columns the reward needs.
+    signature = inspect.signature(reward)
+    if tokenizer is not None:
+        try:
+            signature = inspect.signature(functools.partial(reward, completion_ids=None))
+        except ValueError:
+            raise TypeError(
+                f"reward {cost.__name__!r} does not take completion_ids: remove the tokenizer argument"
+            ) from None
+    cost.__signature__ = signature  # type: ignore[attr-defined]
+    return cost

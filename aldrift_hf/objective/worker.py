@@ -1,0 +1,41 @@
+"""A thread in which cost functions run while the caller goes on."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+
+SECONDS_TO_STOP = 5.0
+"""How long [`Worker.stop`] waits for a running job. A function that hangs must not block the caller for longer."""
+
+
+class Worker:
+    """Runs one job after the other in a daemon thread.
+
+    Unlike the threads of an executor, a daemon thread does not keep the process alive while a job hangs.
+    """
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="aldrift-objective", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Callable[[], None]) -> Future[None]:
+        """Put a job, which must not raise, at the end of the queue."""
+        future: Future[None] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def stop(self) -> None:
+        """End the thread after the jobs in the queue; wait for it for up to `SECONDS_TO_STOP`."""
+        self._jobs.put(None)
+        self._thread.join(SECONDS_TO_STOP)
+
+    def _run(self) -> None:
+        while (entry := self._jobs.get()) is not None:
+            future, job = entry
+            if future.set_running_or_notify_cancel():
+                job()
+                future.set_result(None)
