@@ -1,8 +1,7 @@
-"""Priors for the recipes, fitted on the spot to draws of a local constraint.
+"""Small priors that are made on the spot, without a download: for documentation, recipes and tests.
 
-Either a small GPT-2-architecture model with a tokenizer of its own, which needs no download and some seconds
-([`small_prior`]), or a LoRA warm-up of any causal language model ([`warm_up`]). Both are cached outside the repository,
-under a name that is a fingerprint of everything they depend on.
+[`small_prior`] fits a small GPT-2 with a tokenizer of its own ([`word_tokenizer`]) to texts from a function, in some
+seconds. The result is cached outside the repository, under a fingerprint of everything that it depends on.
 """
 
 from __future__ import annotations
@@ -23,23 +22,26 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from peft import PeftModel
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .models.prompts import encode_prompt
-from .reporting.progress import Bars
+from .reporting.progress import ProgressBars
 from .streams import stream_seed
 from .trainer.samples import SampleCollator
+from .types import no_progress
 
 logger = logging.getLogger(__name__)
 
 END = "<|endoftext|>"
 UNKNOWN = "<|unknown|>"
 
-FINGERPRINT = 1000
-"""Texts that a cached prior is known by: two problems that differ must not draw so many alike."""
+NUM_FINGERPRINT_TEXTS = 1000
+"""Texts in a cached prior's fingerprint: so many that two different problems do not draw the same ones."""
 
 TextSource = Callable[[int, np.random.Generator], list[str]]
+"""`(count, rng) -> texts`: draws `count` texts."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,10 @@ class SmallPriorConfig:
     """Size and training of a small prior.
 
     Attributes:
-        layers, width, heads: of the GPT-2 architecture.
-        steps: optimizer updates, each on `batch_size` fresh texts.
+        layers, width, heads: the size of the GPT-2 model.
+        steps: optimizer updates, each on `batch_size` new texts.
         learning_rate: peak of a one-cycle schedule.
-        seed: of weights and texts.
+        seed: random seed of weights and texts.
     """
 
     layers: int = 2
@@ -63,11 +65,15 @@ class SmallPriorConfig:
 
 
 def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerBase:
-    """One token a word; the separator is no token, decoding puts it back. `END` opens and closes a text.
+    """A tokenizer with one token per word. The separator is not a token; decoding puts it back.
 
-    A prompt is encoded with `END` before it, so that the beginning of a text can be a prompt.
+    `END` is the end-of-text token, and a prompt is encoded with `END` before it.
+
+    Args:
+        words: the vocabulary. Any other word becomes `UNKNOWN`.
+        separator: the text between words.
     """
-    mark = "▁"  # stands before every word, so that decoding can tell where the separator belongs
+    mark = "▁"  # precedes every word, so that decoding knows where the separator belongs
     tokens = [END, UNKNOWN, *(mark + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,33 +100,32 @@ def small_prior(
     config: SmallPriorConfig | None = None,
     cache_dir: str | Path | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A small causal language model of the texts that `draw` yields, from the cache or trained now.
+    """A small causal language model of the texts that `draw` returns, from the cache or trained now.
 
     Args:
-        words: the vocabulary; every text is words joined by `separator`.
-        separator: what stands between words.
-        draw: `(count, rng) -> count texts`.
-        config: size and training.
-        cache_dir: folder of all cached priors; `None` is `$ALDRIFT_CACHE` or `~/.cache/aldrift_hf`.
+        words: the vocabulary; every text consists of words joined by `separator`.
+        separator: the text between words.
+        draw: draws texts.
+        config: size and training. `None`: the defaults of [`SmallPriorConfig`].
+        cache_dir: the folder of all cached priors. `None`: `$ALDRIFT_CACHE`, or `~/.cache/aldrift_hf`.
 
     Returns:
         The model (fp32, on the CPU, in eval mode) and its tokenizer.
     """
     config = config or SmallPriorConfig()
     tokenizer = word_tokenizer(words, separator)
-    folder = cache_folder(
-        cache_dir, [asdict(config), list(words), separator, draw(FINGERPRINT, np.random.default_rng(config.seed))]
-    )
+    texts = draw(NUM_FINGERPRINT_TEXTS, np.random.default_rng(config.seed))
+    folder = cache_folder(cache_dir, [asdict(config), list(words), separator, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():
             logger.warning(
-                f"making the prior: {config.steps} steps of {config.batch_size} texts, to be kept in {folder}"
+                f"training the prior: {config.steps} updates on {config.batch_size} texts each; cached in {folder}"
             )
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(config.seed))
                 model = GPT2LMHeadModel(_gpt2_config(config, tokenizer, draw))
-                # Long embeddings: logits are their products with a state of fixed norm, so with short ones no change of
-                # the layers in between, which is all that LoRA makes, could forbid a word or single one out.
+                # Logits are products of the embeddings with a state of fixed norm. With short embeddings, no change of
+                # the layers in between, which is all that LoRA makes, could exclude a word or make one certain.
                 model.transformer.wte.weight.data.mul_(4.0)
                 fit(model, tokenizer, draw, config.steps, config.batch_size, config.learning_rate, config.seed)
             store(model, tokenizer, folder)
@@ -136,7 +141,17 @@ def fit(
     learning_rate: float,
     seed: int,
 ) -> None:
-    """Maximum likelihood on fresh draws, after the empty prompt: each step sees `batch_size` new texts."""
+    """Train a model by maximum likelihood on texts after the empty prompt.
+
+    Args:
+        model: the model; its trainable parameters are updated.
+        tokenizer: its tokenizer.
+        draw: draws texts.
+        steps: optimizer updates.
+        batch_size: new texts per update.
+        learning_rate: peak of a one-cycle schedule.
+        seed: random seed of the texts.
+    """
     rng = np.random.default_rng(seed)
     start, device = encode_prompt("", 0, tokenizer), model.device
     collate = SampleCollator(int(cast(int, tokenizer.eos_token_id)))
@@ -144,7 +159,8 @@ def fit(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     model.train()
-    with Bars(PartialState().is_main_process).task("updates of the prior", steps) as advance:
+    what = "updates of the prior"
+    with ProgressBars(Console()).progress(what, steps) or no_progress(what, steps) as advance:
         for _ in range(steps):
             texts = draw(batch_size, rng)
             batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
@@ -159,7 +175,7 @@ def fit(
 
 
 def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Each text's tokens as a finished completion: with the end-of-text token."""
+    """The tokens of each text as a complete completion, with the end-of-text token."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
     return [[*ids, int(cast(int, tokenizer.eos_token_id))] for ids in cast(list[list[int]], encoded)]
 
@@ -172,30 +188,36 @@ def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, d
         n_embd=config.width,
         n_layer=config.layers,
         n_head=config.heads,
-        # Nothing to regularise: every batch is fresh.
+        # No dropout: every batch is new, so there is no overfitting.
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
         initializer_range=config.width**-0.5,  # GPT-2's 0.02 is for wide models
-        activation_function="gelu_pytorch_tanh",  # gelu_new, fused
+        activation_function="gelu_pytorch_tanh",  # the fused gelu_new
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
 
 
 def cache_folder(cache_dir: str | Path | None, made_of: list[Any]) -> Path:
+    """The folder of a cached prior.
+
+    Args:
+        cache_dir: the folder of all cached priors, as in [`small_prior`].
+        made_of: everything that the prior depends on, as JSON values.
+    """
     root = Path(cache_dir or os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
     fingerprint = hashlib.sha256(json.dumps([*made_of, torch.__version__], sort_keys=True).encode()).hexdigest()
     return root / f"prior-{fingerprint[:16]}"
 
 
 def store(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Into the cache under a temporary name, then renamed: a run that was killed leaves no half of a prior."""
+    """Save a prior to the cache. A killed run never leaves a part of it there: it is written elsewhere and renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     try:
         os.replace(temporary, folder)
-    except OSError:  # another run was first; its prior has the same fingerprint
+    except OSError:  # another run stored the same prior first
         shutil.rmtree(temporary)

@@ -1,3 +1,5 @@
+"""For `accelerate launch -m aldrift_hf.cli`."""
+
 from . import main
 
 main()

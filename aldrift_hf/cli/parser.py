@@ -1,24 +1,22 @@
-"""The options of the command line, in groups, on TRL's parser: from flags, from YAML (`--config`), or from a run."""
+"""The options of a run, in groups: from flags, from YAML (`--config`), or from an earlier run."""
 
 from __future__ import annotations
 
-import difflib
-import os
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from trl import ModelConfig, TrlParser
+from trl import ModelConfig
 
+from ..command_line import Parser
 from ..trainer.config import ALDRIFTConfig
 
 
 @dataclass
 class TaskArguments:
-    """What is to be done: a cost, and prompts."""
+    """The objective and the prompts; options for prompts are named as in [`trl.ScriptArguments`]."""
 
     _argument_group_name = "task"
     objective: list[str] = field(
@@ -27,41 +25,45 @@ class TaskArguments:
             "lower is better. Several are summed, see --objective_weights."
         }
     )
-    dataset: str | None = field(
+    dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Prompts: a local file (.jsonl, .json, .csv, .parquet, or .txt with one a line), the Hub id of a "
-            "data set (NAMESPACE/NAME), or, being neither, one prompt as it stands. None: one empty prompt."
+            "help": "The prompts: a local file (.jsonl, .json, .csv, .parquet, or .txt with one prompt per line), the "
+            "id of a dataset on the Hub (NAMESPACE/NAME), or the text of a single prompt. None: one empty prompt."
         },
     )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set of the Hub."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a data set of the Hub."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a dataset on the Hub."})
+    dataset_train_split: str = field(default="train", metadata={"help": "Split of a dataset on the Hub."})
 
 
 @dataclass
 class AdapterConfig(ModelConfig):
-    """TRL's model settings, with LoRA on all linear layers unless told otherwise."""
+    """TRL's model settings, with LoRA on all linear layers by default."""
 
     _argument_group_name = "model and adapter"
     use_peft: bool = field(
-        default=True, metadata={"help": "LoRA; --no_use_peft trains all parameters beside a frozen copy of the model."}
+        default=True,
+        metadata={"help": "Train LoRA. --no_use_peft trains all parameters and keeps a frozen copy of the model."},
     )
     lora_target_modules: list[str] | None = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Modules that LoRA adapts."}
+        default_factory=lambda: ["all-linear"], metadata={"help": "Modules to which LoRA is applied."}
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run the code that a model of the Hub brings along. Read it first."}
+        default=False, metadata={"help": "Run the code that comes with a model on the Hub. Read it first."}
     )
 
 
 GROUPS = {
-    "target and ladder": ("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_train_epochs"),
+    "target and ladder": ("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_rungs"),
     "correction": (
-        *("sampler", "num_chains", "chain_length", "archive_window", "pareto_smoothing"),
-        *("objective_weights", "objective_on_error", "max_objective_calls"),
+        *("sampler", "num_generations", "chain_length", "archive_window", "pareto_smoothing"),
+        *("objective_weights", "objective_on_error", "objective_cache_key", "max_objective_calls"),
     ),
-    "generation": ("max_completion_length", "generation_batch_size", "scoring_batch_tokens", "overlap_objective"),
+    "generation": (
+        *("engine", "max_completion_length", "per_device_generation_batch_size", "scoring_batch_tokens"),
+        "overlap_objective",
+    ),
     "learning": (
         *("loss_type", "updates_per_rung", "per_device_train_batch_size", "gradient_accumulation_steps"),
         *("learning_rate", "lr_scheduler_type", "weight_decay", "bf16", "gradient_checkpointing", "seed"),
@@ -72,89 +74,65 @@ GROUPS = {
         *("hub_private_repo", "hub_token"),
     ),
 }
-"""`ALDRIFTConfig`'s options by what they are for; the rest are the Trainer's."""
+"""`ALDRIFTConfig`'s options by purpose; all others are the Trainer's."""
 
-_OF_ONE_MACHINE = ("output_dir", "resume_from_checkpoint", "hub_token", "config")
-"""What is left out of a run's own options: paths of this run, and secrets."""
-
-
-class Parser(TrlParser):
-    """TRL's parser with one line for an error.
-
-    Args:
-        command: what stands before the options.
-        usage: of it.
-        description: of it.
-        options: dataclasses of the options.
-    """
-
-    def __init__(self, command: str, usage: str, description: str, options: Sequence[type]) -> None:
-        self.command = command
-        super().__init__(options, allow_abbrev=False)
-        self.usage, self.description = usage, description
-
-    def refuse(self, unknown: Sequence[str]) -> NoReturn:
-        """Of an option that there is not, name the one that was meant."""
-        known = [option for action in self._actions for option in action.option_strings]
-        alike = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
-        hint = f"did you mean {alike[0]}?" if alike else f"{self.command} --help lists all options."
-        self.error(f"there is no option {unknown[0]}; {hint}")
-
-    def error(self, message: str) -> NoReturn:
-        """One line, and not before it the usage of two hundred options; from the first process alone."""
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{self.command}: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(2)
+_NOT_SAVED = ("output_dir", "resume_from_checkpoint", "hub_token", "config")
+"""Left out of a run's saved options: paths that belong to one run, and secrets."""
 
 
-class Arguments(Parser):
+class RunParser(Parser):
     """The options of a run, in groups.
 
     Args:
-        command: what stands before the options.
-        usage: of it.
-        description: of it.
-        first: dataclasses of the command's own options.
+        command: the command, as it begins an error message.
+        usage: its usage line.
+        description: what it does.
+        first: dataclasses of the command's own options, which come first.
+
+    Attributes:
+        given: after [`parse`], the options that differ from their defaults, for `--config`; without paths and secrets.
     """
+
+    given: dict[str, Any]
 
     def __init__(self, command: str, usage: str, description: str, first: Sequence[type] = ()) -> None:
         super().__init__(command, usage, description, (*first, TaskArguments, ALDRIFTConfig, AdapterConfig))
-        self._untouched = vars(self.parse_known_args(["--objective", ""])[0])
+        self._defaults = vars(self.parse_known_args(["--objective", ""])[0])
         options = list(self._optionals._group_actions)
         self._optionals.title = "the Trainer's other options (transformers.TrainingArguments)"
         for title, names in GROUPS.items():
             self.add_argument_group(title)._group_actions += [action for action in options if action.dest in names]
-        named = {name for names in GROUPS.values() for name in names}
-        self._optionals._group_actions = [action for action in options if action.dest not in named]
-        self._action_groups.remove(self._optionals)
+        grouped = {name for names in GROUPS.values() for name in names}
+        self._optionals._group_actions = [action for action in options if action.dest not in grouped]
+        self._action_groups.remove(self._optionals)  # and put last
         self._action_groups.append(self._optionals)
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
-        """The dataclasses that the options make.
+        """The dataclasses, filled.
 
         Args:
             argv: the options.
-            defaults: values that stand where neither an option nor `--config` says otherwise.
+            defaults: values for options that are neither in `argv` nor in the file of `--config`.
 
         Raises:
-            SystemExit: after one line that names what is wrong.
+            SystemExit: after one line that says what is wrong.
         """
         if argv[-1:] == ["--config"]:
-            self.error("--config wants the path of a YAML file")
+            self.error("--config needs the path of a YAML file")
         try:
             unknown = self.set_defaults_with_config(**(defaults or {}))
             *parsed, remaining = self.parse_args_and_config(argv, return_remaining_strings=True)
         except (ValueError, TypeError, ImportError, OSError, yaml.YAMLError) as error:
             self.error(str(error))
         except (LookupError, AttributeError, RecursionError) as error:  # YAML of a shape that no option has
-            self.error(f"an option cannot take its value from --config: {error!r}")
+            self.error(f"a value in --config does not fit its option: {error!r}")
         if wrong := [text for text in (*unknown, *remaining) if text.startswith("-")] or remaining:
-            self.refuse(wrong)
+            self.refuse_unknown(wrong)
         namespace, _ = self.parse_known_args(_without_config(argv))
         self.given = {
             name: value.value if isinstance(value, Enum) else value
             for name, value in vars(namespace).items()
-            if name not in _OF_ONE_MACHINE and value != self._untouched[name]
+            if name not in _NOT_SAVED and value != self._defaults[name]
         }
         config = next(options for options in parsed if isinstance(options, ALDRIFTConfig))
         if isinstance(kwargs := config.model_init_kwargs, dict):  # which may hold a token
@@ -163,7 +141,7 @@ class Arguments(Parser):
 
 
 def _without_config(argv: Sequence[str]) -> list[str]:
-    """The options without `--config`, whose values are the parser's defaults by then."""
+    """The options without `--config`, whose values have become the parser's defaults."""
     if "--config" not in argv:
         return list(argv)
     at = argv.index("--config")

@@ -1,4 +1,4 @@
-"""From names on a command line to what the trainer wants: a cost function, prompts, a model with an adapter."""
+"""From names on the command line to a trainer: the cost functions, the prompts, the model and its adapter."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
 from ..models.loading import is_adapter
-from ..objective.objective import CostFunction
+from ..objective.protocol import CostFunction
 from ..trainer.config import ALDRIFTConfig
 from ..trainer.trainer import ALDRIFTTrainer
 from .parser import AdapterConfig, TaskArguments
@@ -28,29 +28,29 @@ _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parqu
 
 
 def load_objective(name: str) -> CostFunction:
-    """The cost function `MODULE:FUNCTION` or `FILE.py:FUNCTION`; modules are looked for in the working directory too.
+    """The cost function `MODULE:FUNCTION` or `FILE.py:FUNCTION`; a module may also be in the working directory.
 
     Raises:
-        ValueError: saying which part of the name is wrong. An error inside the module goes through as it is.
+        ValueError: if the name is wrong; the message says which part. Errors inside the module are not caught.
     """
-    place, colon, attribute = name.rpartition(":")
-    if not colon or not place or not attribute:
-        raise ValueError(f"--objective {name}: name it as MODULE:FUNCTION or FILE.py:FUNCTION")
-    module = _load_file(place) if place.endswith(".py") else _load_module(place)
+    source, colon, attribute = name.rpartition(":")
+    if not colon or not source or not attribute:
+        raise ValueError(f"--objective {name}: write MODULE:FUNCTION or FILE.py:FUNCTION")
+    module = _load_file(source) if source.endswith(".py") else _load_module(source)
     try:
         function = operator.attrgetter(attribute)(module)
     except AttributeError:
-        there = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        alike = difflib.get_close_matches(attribute, there, n=1)
-        hint = f"did you mean {alike[0]}?" if alike else f"it has {', '.join(there) or 'none'}."
-        raise ValueError(f"--objective {name}: {place} has no function {attribute!r}; {hint}") from None
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        similar = difflib.get_close_matches(attribute, known, n=1)
+        hint = f"did you mean {similar[0]}?" if similar else f"its functions: {', '.join(known) or 'none'}."
+        raise ValueError(f"--objective {name}: {source} has no function {attribute!r}; {hint}") from None
     if not callable(function):
         raise ValueError(f"--objective {name}: {attribute} is not a function, but {type(function).__name__}")
     return cast(CostFunction, function)
 
 
 def _load_file(path: str) -> ModuleType:
-    """Imports a file under a name of its own: one called `random.py` hides no other module."""
+    """Import a file under a unique name, so that a `random.py` does not replace the module `random`."""
     if not os.path.isfile(path):
         raise ValueError(f"--objective {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"objective:{Path(path).stem}", path)
@@ -67,46 +67,46 @@ def _load_module(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module is there, and misses one of its own
+            raise  # the module exists, and one that it imports does not
         raise ValueError(
             f"--objective {name}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
         ) from None
 
 
 def load_prompts(task: TaskArguments) -> Dataset | None:
-    """The data set that `--dataset` means: a file, an id of the Hub, or one prompt.
+    """The dataset of `--dataset_name`: a file, a dataset on the Hub, or a single prompt. `None` if it is not given.
 
     Raises:
-        ValueError: for a file that is missing, or of a kind that is not known.
+        ValueError: for a file that is missing or of an unknown format.
     """
-    if task.dataset is None:
+    if task.dataset_name is None:
         return None
-    suffix = Path(task.dataset).suffix.lower()
-    if os.path.isfile(task.dataset):
+    name, suffix = task.dataset_name, Path(task.dataset_name).suffix.lower()
+    if os.path.isfile(name):
         if suffix not in _READERS:
-            raise ValueError(f"--dataset {task.dataset}: a file of prompts ends in {', '.join(_READERS)}")
-        dataset = load_dataset(_READERS[suffix], data_files=task.dataset, split="train")
+            raise ValueError(f"--dataset_name {name}: the name of a file of prompts ends in {', '.join(_READERS)}")
+        dataset = load_dataset(_READERS[suffix], data_files=name, split="train")
         return cast(Dataset, dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset)
     if suffix in _READERS:
-        raise ValueError(f"--dataset {task.dataset}: there is no such file")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", task.dataset) or os.path.isdir(task.dataset):
-        return cast(Dataset, load_dataset(task.dataset, task.dataset_config, split=task.dataset_split))
-    return Dataset.from_dict({"prompt": [task.dataset]})
+        raise ValueError(f"--dataset_name {name}: there is no such file")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.isdir(name):
+        return cast(Dataset, load_dataset(name, task.dataset_config, split=task.dataset_train_split))
+    return Dataset.from_dict({"prompt": [name]})
 
 
 def make_trainer(
     task: TaskArguments, config: ALDRIFTConfig, model: AdapterConfig, run: Path | None = None
 ) -> ALDRIFTTrainer:
-    """The trainer that the options mean; what can be wrong with them is found before the model is loaded.
+    """A trainer with these options. Mistakes in them are found before the model is loaded.
 
     Args:
-        task: cost and prompts.
-        config: settings; the model's go into its `model_init_kwargs`.
+        task: the objective and the prompts.
+        config: the settings; those of the model are added to its `model_init_kwargs`.
         model: the model and its adapter.
-        run: the output directory of a run, to make a trainer like its own, with its tokenizer and kind of adapter.
+        run: the output directory of a finished run, whose tokenizer and adapter settings are used.
 
     Raises:
-        ValueError, TypeError, OSError: with what to change.
+        ValueError, TypeError, OSError: for an option that cannot be used; the message says what to change.
     """
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the id or path of a causal language model, the prior")
@@ -126,7 +126,7 @@ def make_trainer(
     peft_config = get_peft_config(model)
     if run is not None:
         peft_config = PeftConfig.from_pretrained(str(run)) if (run / PEFT_CONFIG).is_file() else None
-    # An adapter is trained on as it is: its frozen copy is the prior.
+    # Training continues an adapter as it is, and its frozen copy is the prior.
     adapter = is_adapter(model.model_name_or_path, config)
     return ALDRIFTTrainer(
         model=model.model_name_or_path,

@@ -1,5 +1,7 @@
+"""For `python -m aldrift_hf.selftest`."""
+
 import sys
 
-from ..selftest import main
+from . import main
 
 sys.exit(main())

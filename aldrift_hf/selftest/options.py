@@ -1,4 +1,4 @@
-"""What the self-test is made on: the options of its command line, and what they mean to whoever loads a model."""
+"""The options of the self-test, and the settings of the runs that they ask for."""
 
 from __future__ import annotations
 
@@ -13,63 +13,65 @@ from transformers import BitsAndBytesConfig
 from ..trainer.config import ALDRIFTConfig
 
 BATCH = 4096
-"""Rows drawn or scored at once, of the few tokens that they are here."""
+"""Rows drawn or scored at once; they are of a few tokens here."""
 
 
 def devices() -> list[str]:
-    """Types of the devices that are here, the quickest first."""
+    """Types of this machine's devices, the fastest first."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
 
 
 @dataclass
 class Options:
-    """The command line's options.
+    """The model to test, and how it is run.
 
     Attributes:
-        folder: for whatever is written.
+        folder: the folder for whatever is written.
     """
 
     _argument_group_name = "options"
     model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "A causal language model, or an adapter on one: checked as it is, as far as that goes without all "
-            "completions, and as a tiny model of its family. None: tiny models of GPT-2's and Llama's."
+            "help": "A causal language model, or an adapter on one. It is checked as it is, as far as possible without "
+            "enumerating its completions, and as a tiny model of its family. None: a tiny GPT-2 and a tiny Llama."
         },
     )
-    device: str = field(default_factory=lambda: devices()[0], metadata={"help": "The accelerator's type, or cpu."})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={"help": "Of the weights."})
-    mixed_precision: Literal["no", "bf16", "fp16"] = field(
-        default="no", metadata={"help": "Autocast, as with the Trainer's --bf16 or --fp16."}
+    device: str = field(default_factory=lambda: devices()[0], metadata={"help": "Type of the accelerator, or cpu."})
+    dtype: Literal["float32", "bfloat16", "float16"] = field(
+        default="float32", metadata={"help": "Weights' precision."}
     )
-    load_in_4bit: bool = field(default=False, metadata={"help": "NF4, as for QLoRA."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, …; None: the model's own."})
-    seed: int = field(default=0, metadata={"help": "Of random weights and of draws."})
+    mixed_precision: Literal["no", "bf16", "fp16"] = field(
+        default="no", metadata={"help": "Autocast, as the Trainer's --bf16 and --fp16."}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "Quantize to NF4, as QLoRA does."})
+    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, … None: the model's own."})
+    seed: int = field(default=0, metadata={"help": "Random seed of weights and draws."})
     folder: str = field(default="", init=False)
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be.
+        """Check the options.
 
         Raises:
-            ValueError: with the option to change.
+            ValueError: naming the option to change.
         """
         if self.device not in devices():
-            raise ValueError(f"--device {self.device}: there is none here; take {' or '.join(devices())}")
+            raise ValueError(f"--device {self.device}: this machine has none; use {' or '.join(devices())}")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'aldrift_hf[quantization]'")
         if self.mixed_precision == "fp16" and self.device == "cpu":
-            raise ValueError("--mixed_precision fp16 is for GPUs: on a CPU take bf16, or --dtype float16")
+            raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU use bf16, or --dtype float16")
         if self.mixed_precision == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported():
-            raise ValueError("--mixed_precision bf16: this GPU has no bf16; take fp16")
+            raise ValueError("--mixed_precision bf16: this GPU does not support bf16; use fp16")
 
     @property
     def computes_in(self) -> str:
-        """The dtype of matrix products."""
+        """Precision of matrix products."""
         return {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision, self.dtype)
 
     def training(self, **settings: Any) -> ALDRIFTConfig:
-        """Settings of a quiet run in a folder of its own, with those by which its model is loaded."""
+        """Settings of a run without output, in a folder of its own. They also say how its model is loaded."""
         kwargs: dict[str, Any] = {"dtype": self.dtype}
         if self.attn_implementation is not None:
             kwargs["attn_implementation"] = self.attn_implementation
@@ -84,11 +86,11 @@ class Options:
             bf16=self.mixed_precision == "bf16",
             fp16=self.mixed_precision == "fp16",
             seed=self.seed,
-            generation_batch_size=BATCH,
+            per_device_generation_batch_size=BATCH,
             save_strategy="no",
             report_to="none",
             disable_tqdm=True,
             **settings,
         )
-        args._n_gpu = min(args.n_gpu, 1)  # one device is tested, however many there are
+        args._n_gpu = min(args.n_gpu, 1)  # only one device is tested
         return args

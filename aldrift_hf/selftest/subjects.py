@@ -1,4 +1,4 @@
-"""What is tested: a model under an adapter that was moved, in a trainer of its own."""
+"""What is tested: a model with an adapter that differs from the prior, in a trainer of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,20 +15,21 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
-from ..models.generation import Draws, generate, neutral_generation_config
+from ..models.generation import generate, neutral_generation_config
 from ..models.loading import is_adapter
 from ..models.prior import base_model
 from ..models.scoring import inference, sequence_logprobs
+from ..reporting.defaults import default_callbacks
 from ..streams import uniforms
 from ..toy import word_tokenizer
 from ..trainer.config import ALDRIFTConfig
 from ..trainer.trainer import ALDRIFTTrainer
-from ..types import Completions
+from ..types import Completions, Draws
 from .exact import every_completion
 from .options import BATCH, Options
 from .tiny import END, tiny_model
 
-# Of a tiny model every completion is known; of a whole one, some.
+# All completions of a tiny model are known; of a whole model, some are looked at.
 WORDS = ["a", "b", "c", "d"]
 VOCABULARY = len(WORDS) + 2
 PROMPTS = ["", "b", "a c b d c"]
@@ -36,17 +37,20 @@ WHOLE_PROMPTS = ["One", "It was a", "The quick brown fox jumps over the lazy"]
 WHOLE_TEXT = """A wind came up from the south and pushed all the boats back into the harbour, where the fishermen sat
 on upturned crates, mended their nets and told each other what they would have caught out there."""
 LENGTH, WHOLE_LENGTH = 4, 16
-DRAWS = 4000  # a prompt
+NUM_DRAWS = 4000
+"""Draws per prompt in the tests of frequencies."""
 
 ROUNDING = {"float32": 5e-4, "float16": 0.02, "bfloat16": 0.1}
-"""Nats, times the square root of a completion's tokens, by which two ways to compute its log-probability may differ."""
+"""Nats, times the square root of the number of tokens, by which two computations of a log-probability may differ."""
 WHOLE_ROUNDING = 4.0
-"""How much more that is in a model of many layers, whose logits are larger."""
-MOVED = 0.3
-"""Nats by which the adapter moves at least one log-probability."""
+"""Factor of `ROUNDING` for a model of many layers, whose logits are larger."""
+MIN_MOVE = 0.3
+"""Nats by which the adapter must change at least one log-probability."""
 
-TARGET = {"tau_max": 2.0, "objective_range": float(LENGTH), "max_completion_length": LENGTH}
-LADDER = {"tau_step": 1.0, "num_chains": 256, "chain_length": 4}
+SAMPLER = "metropolis_hastings"
+"""Of the trainers that do not train: their loss leaves dropout as it is in the model, so that the checks meet it."""
+TARGET = {"tau_max": 2.0, "objective_range": float(LENGTH), "max_completion_length": LENGTH, "sampler": SAMPLER}
+LADDER = {"tau_step": 1.0, "num_generations": 1024, "chain_length": 4}
 RUN = {**LADDER, "updates_per_rung": 24, "per_device_train_batch_size": 64, "learning_rate": 5e-3}
 
 
@@ -56,11 +60,14 @@ class Subject:
 
     Attributes:
         options: how it is run.
-        trainer: holds it, under an adapter that was moved away from the prior.
-        completions: `n` of them, to be scored after each of the trainer's `P` prompts.
-        before: `[P, n]`, their log-probabilities when the adapter still did nothing: the prior's, nats.
-        make: makes a trainer of the same model anew, with a vocabulary and settings of its own; `None` where
-            `completions` are not all that there are.
+        trainer: holds the model, with an adapter that was moved away from the prior.
+        completions: `n` completions, to be scored after each of the trainer's `P` prompts.
+        before: `[P, n]`, their log-probabilities while the adapter had no effect: the prior's, nats.
+        make: makes another trainer of the same model, with its own vocabulary and settings; `None` where `completions`
+            are not all completions there are.
+        num_draws: draws per prompt in the tests of frequencies.
+        generate: draws completions; see [`aldrift_hf.models.generation.generate`].
+        score: computes log-probabilities; see [`aldrift_hf.models.scoring.sequence_logprobs`].
     """
 
     options: Options
@@ -68,51 +75,54 @@ class Subject:
     completions: Completions
     before: Tensor
     make: Callable[..., ALDRIFTTrainer] | None
+    num_draws: int = NUM_DRAWS
+    generate: Callable[..., Draws] = generate
+    score: Callable[..., Tensor] = sequence_logprobs
 
     @property
     def prompts(self) -> list[list[int]]:
         """Token ids."""
-        return self.trainer.prompts.token_ids
+        return cast(list[list[int]], self.trainer.prompts.token_ids)
 
     def rounding(self, tokens: int | None = None) -> float:
-        """Most nats by which two ways to compute the log-probability of so many tokens may differ.
+        """Nats by which two computations of a completion's log-probability may differ.
 
         Args:
-            tokens: `None`: of the longest of `completions`.
+            tokens: length of the completion. `None`: the longest of `completions`.
         """
-        a_token = ROUNDING[self.options.computes_in] * (1.0 if self.make else WHOLE_ROUNDING)
-        return a_token * math.sqrt(tokens or self.completions.ids.shape[1])
+        per_token = ROUNDING[self.options.computes_in] * (1.0 if self.make else WHOLE_ROUNDING)
+        return per_token * math.sqrt(tokens or self.completions.ids.shape[1])
 
     @functools.cached_property
     def log_q(self) -> Tensor:
-        """`[P, n]`, nats."""
-        return policy_scores(self.trainer, self.completions)
+        """`[P, n]`, log-probabilities under the policy, nats."""
+        return policy_scores(self.trainer, self.completions, self.score)
 
     @functools.cached_property
     def log_prior(self) -> Tensor:
-        """`[P, n]`, with the adapter off, nats."""
-        with running(self.trainer), self.trainer.proposer.prior.active(self.trainer.model) as model:
-            return _scores(model, self.prompts, self.completions)
+        """`[P, n]`, log-probabilities with the adapter off, nats."""
+        with running(self.trainer), self.trainer.rollout.prior.active(cast(nn.Module, self.trainer.model)) as model:
+            return _scores(self.score, model, self.prompts, self.completions)
 
     @functools.cached_property
     def log_target(self) -> Tensor:
-        """`log p_T` up to a constant, `[P, n]`, nats."""
-        texts = self.trainer.proposer.decode(self.completions)
-        return self.before - self.trainer.args.tau_max * torch.tensor(_not_a([], texts), dtype=torch.float64)
+        """`log p_T` up to a constant for each prompt, `[P, n]`, nats."""
+        texts = self.trainer.rollout.decode(self.completions)
+        return self.before - self.trainer.args.tau_max * torch.tensor(_count_other_words([], texts)).double()
 
     def draw(self, per_prompt: int, length: int, ends: list[int]) -> tuple[Draws, Tensor]:
-        """Draws of the policy, one prompt after the other in every batch, and `log q` by the scorer."""
+        """Draws of the policy, with the prompts in turn, and their log-probabilities by the scorer."""
         prompts = self.prompts * per_prompt
         config = neutral_generation_config(max_completion_length=length, eos_token_ids=ends, pad_token_id=END)
         with running(self.trainer) as model:
-            draws = generate(model, prompts, config, uniforms((self.options.seed,), range(len(prompts)), length))
-            scored = sequence_logprobs(model, prompts, draws.completions, pad_token_id=END, batch_size=BATCH)
+            draws = self.generate(model, prompts, config, uniforms((self.options.seed,), range(len(prompts)), length))
+            scored = self.score(model, prompts, draws.completions, pad_token_id=END, batch_size=BATCH)
         return draws, scored
 
     @functools.cached_property
     def drawn(self) -> tuple[Completions, float]:
-        """Many draws; and the nats between generation's `log q` and the scorer's, as far as that can be rounding."""
-        draws, scored = self.draw(DRAWS, LENGTH, [END])
+        """Many draws, and the largest difference between generation's and the scorer's `log q` that is rounding."""
+        draws, scored = self.draw(self.num_draws, LENGTH, [END])
         return draws.completions, min((draws.log_probs - scored).abs().max().item(), self.rounding())
 
     @functools.cached_property
@@ -125,30 +135,34 @@ class Subject:
         return trainers
 
 
-def tiny_subject(config: PreTrainedConfig, options: Options) -> Subject:
-    """A model of `config`'s family, small enough for every completion to be enumerated.
+def tiny_subject(config: PreTrainedConfig, options: Options, num_draws: int = NUM_DRAWS) -> Subject:
+    """A model of `config`'s family, so small that all its completions can be enumerated.
 
     Raises:
         NotShrunkError: if none can be made.
     """
-    torch.set_num_threads(1)  # models this small spend their time on waking threads up
+    torch.set_num_threads(1)  # with models this small, several threads only wait for each other
 
-    def make(vocabulary: int = VOCABULARY, **settings: Any) -> ALDRIFTTrainer:
+    def make(vocabulary: int = VOCABULARY, parts: Mapping[str, Any] | None = None, **settings: Any) -> ALDRIFTTrainer:
         checkpoint = tempfile.mkdtemp(dir=options.folder)
         tiny_model(config, vocabulary, options.seed).save_pretrained(checkpoint)
-        return _trainer(checkpoint, options.training(**TARGET, **settings), PROMPTS, word_tokenizer(WORDS, " "))
+        args = options.training(**{**TARGET, **settings})
+        return _trainer(checkpoint, args, PROMPTS, processing_class=word_tokenizer(WORDS, " "), **(parts or {}))
 
-    return _moved(options, make(), every_completion(LENGTH, VOCABULARY, [END]), make)
+    subject = _moved(options, make(), every_completion(LENGTH, VOCABULARY, [END]), make)
+    subject.num_draws = num_draws
+    return subject
 
 
 def whole_subject(name: str, options: Options) -> Subject:
-    """A model as it is, by its path or id: what can be checked without all of its completions.
+    """A model as it is, by its path or id, for the checks that do not need all its completions.
 
     Raises:
-        OSError, ValueError, ImportError: if it cannot be loaded, or trained.
+        OSError, ValueError, ImportError: if it cannot be loaded or trained.
     """
-    trainer = _trainer(name, options.training(max_completion_length=WHOLE_LENGTH), WHOLE_PROMPTS)
-    ids = cast(Any, trainer.processing_class)(WHOLE_TEXT, add_special_tokens=False)["input_ids"]
+    trainer = _trainer(name, options.training(max_completion_length=WHOLE_LENGTH, sampler=SAMPLER), WHOLE_PROMPTS)
+    ids = cast(PreTrainedTokenizerBase, trainer.processing_class)(WHOLE_TEXT, add_special_tokens=False)["input_ids"]
+    ids = cast(list[int], ids)
     completions = Completions.of([ids[start : 2 * start + 1] for start in range(WHOLE_LENGTH)], END)
     return _moved(options, trainer, completions, None)
 
@@ -156,36 +170,32 @@ def whole_subject(name: str, options: Options) -> Subject:
 @contextlib.contextmanager
 def running(trainer: ALDRIFTTrainer) -> Iterator[PreTrainedModel]:
     """The policy, in eval mode and in the precision of training."""
-    with trainer.proposer.running(), inference(trainer.model):
+    with trainer.rollout.running(), inference(cast(nn.Module, trainer.model)):
         yield base_model(cast(nn.Module, trainer.model))
 
 
-def policy_scores(trainer: ALDRIFTTrainer, completions: Completions) -> Tensor:
+def policy_scores(
+    trainer: ALDRIFTTrainer, completions: Completions, score: Callable[..., Tensor] = sequence_logprobs
+) -> Tensor:
     """`[P, n]` log-probabilities of the completions after each of the trainer's prompts, nats."""
     with running(trainer) as model:
-        return _scores(model, trainer.prompts.token_ids, completions)
+        return _scores(score, model, trainer.prompts.token_ids, completions)
 
 
-class _Unrecorded(ALDRIFTTrainer):
-    def write_record(self) -> None:
-        """Nothing: nobody reads it, and to draw a report takes longer than such a run."""
-
-
-def _trainer(
-    name: str, args: ALDRIFTConfig, prompts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
-) -> ALDRIFTTrainer:
-    """A quiet one, with LoRA on whatever takes it, unless the model is an adapter already."""
+def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: Any) -> ALDRIFTTrainer:
+    """A trainer that writes and prints nothing, with LoRA on all layers that take it unless `name` is an adapter."""
     # PEFT refuses out_proj in Mamba's family.
     lora = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, target_modules="all-linear", exclude_modules=["out_proj"])
-    trainer = _Unrecorded(
+    trainer = ALDRIFTTrainer(
         name,
-        _not_a,
+        _count_other_words,
         args,
         train_dataset=list(prompts),
-        processing_class=tokenizer,
         peft_config=None if is_adapter(name, args) else lora,
+        **kwargs,
     )
-    trainer.remove_callback(PrinterCallback)
+    for callback in (PrinterCallback, *map(type, default_callbacks(args))):
+        trainer.remove_callback(callback)
     return trainer
 
 
@@ -195,25 +205,27 @@ def _moved(
     completions: Completions,
     make: Callable[..., ALDRIFTTrainer] | None,
 ) -> Subject:
-    """With random numbers where LoRA begins with zeros, larger ones until the model's probabilities have changed."""
+    """A subject whose adapter has random weights where LoRA begins with zeros, large enough to change probabilities."""
     before = policy_scores(trainer, completions)
     generator = torch.Generator().manual_seed(options.seed)
     for scale in (0.01 * 2**power for power in range(10)):
         for name, weight in cast(nn.Module, trainer.model).named_parameters():
             if weight.requires_grad and "lora_B" in name:
                 weight.data += (scale * torch.randn(weight.shape, generator=generator)).to(weight)
-        if (policy_scores(trainer, completions) - before).abs().max() > MOVED:
+        if (policy_scores(trainer, completions) - before).abs().max() > MIN_MOVE:
             return Subject(options, trainer, completions, before, make)
     raise ValueError("an adapter on this model does not change its probabilities")
 
 
-def _not_a(prompts: list[Any], completions: list[str]) -> list[float]:
-    """The cost: words that are not `a`."""
+def _count_other_words(prompts: list[Any], completions: list[str]) -> list[float]:
+    """The cost: the number of words that are not `a`."""
     return [float(sum(word != "a" for word in text.split())) for text in completions]
 
 
-def _scores(model: PreTrainedModel, prompts: Sequence[list[int]], completions: Completions) -> Tensor:
+def _scores(
+    score: Callable[..., Tensor], model: PreTrainedModel, prompts: Sequence[list[int]], completions: Completions
+) -> Tensor:
     n = len(completions.length)
     return torch.stack(
-        [sequence_logprobs(model, [prompt] * n, completions, pad_token_id=END, batch_size=BATCH) for prompt in prompts]
+        [score(model, [prompt] * n, completions, pad_token_id=END, batch_size=BATCH) for prompt in prompts]
     )

@@ -15,7 +15,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from aldrift_hf.streams import stream_seed
-from aldrift_hf.toy import FINGERPRINT, TextSource, cache_folder, completion_ids, fit, store
+from aldrift_hf.toy import NUM_FINGERPRINT_TEXTS, TextSource, cache_folder, completion_ids, fit, store
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def warm_up(
         cache_dir: as in [`small_prior`].
     """
     adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
-    texts = completion_ids(draw(FINGERPRINT, np.random.default_rng(seed)), tokenizer)
+    texts = completion_ids(draw(NUM_FINGERPRINT_TEXTS, np.random.default_rng(seed)), tokenizer)
     folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():

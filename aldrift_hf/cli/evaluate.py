@@ -1,0 +1,25 @@
+"""`aldrift evaluate`."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+
+from .parser import RunParser
+from .runs import load
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print metrics as JSON."""
+    parser = RunParser(
+        "aldrift evaluate",
+        "aldrift evaluate RUN [options]",
+        "Measures the trained model in RUN (an output directory, or a model id on the Hub) on new draws, and prints "
+        "the metrics of ALDRIFTTrainer.evaluate as JSON. Options default to the run's own.",
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        _, trainer = load(parser, argv, scratch)
+        metrics = trainer.evaluate()
+        if trainer.is_world_process_zero():
+            print(json.dumps(metrics, indent=2))

@@ -1,0 +1,99 @@
+"""A trained run as a trainer: what `aldrift sample` and `aldrift evaluate` begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import snapshot_download
+from transformers import PrinterCallback, TrainingArguments
+
+from ..models.prior import PRIOR_ADAPTER
+from ..reporting.console import print_to_stderr
+from ..reporting.record import RUN_FILE, RunRecord
+from ..trainer.config import ALDRIFTConfig
+from ..trainer.trainer import ALDRIFTTrainer
+from .parser import RunParser
+from .task import make_trainer
+
+OPTIONS_FILE = "run.yaml"
+"""The file in a run's output directory with its options, for `--config` and for later commands."""
+
+HUB_OPTIONS = {
+    *(field.name for field in fields(ALDRIFTConfig)),
+    *("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
+    *("use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split"),
+} - {field.name for field in fields(TrainingArguments)} - {"model_init_kwargs"} | {"bf16", "fp16", "seed"}
+"""Options that are taken from a run on the Hub: those that describe it, and name no code or file of this machine."""
+
+
+def load(parser: RunParser, argv: Sequence[str], scratch: str) -> tuple[list[Any], ALDRIFTTrainer]:
+    """The command's own options, and a trainer with the model that a run trained.
+
+    Args:
+        parser: the command's.
+        argv: the run, and options that replace its own.
+        scratch: a folder for whatever the trainer writes.
+
+    Raises:
+        SystemExit: after one line that says what is wrong.
+    """
+    folder, (*own, task, config, model) = parse(parser, argv, scratch)
+    with parser.errors_in_one_line(ValueError, TypeError, OSError):
+        trainer = make_trainer(task, config, model, folder)
+    print_to_stderr(trainer.callback_handler.callbacks)
+    trainer.remove_callback(PrinterCallback)
+    trainer.load_run(folder)
+    return own, trainer
+
+
+def parse(parser: RunParser, argv: Sequence[str], scratch: str) -> tuple[Path, tuple[Any, ...]]:
+    """The folder of the run that `argv` names, and the options: the run's own, unless `argv` replaces them."""
+    if argv[:1] in (["-h"], ["--help"]):
+        parser.parse(argv)
+    if not argv or argv[0].startswith("-"):
+        parser.error(f"name the run first: {parser.usage}")
+    local = Path(argv[0]).is_dir()
+    with parser.errors_in_one_line(ValueError, OSError):
+        folder = Path(argv[0]) if local else _download(argv[0])
+        saved = _saved_options(folder)
+        if not local:
+            saved = {name: value for name, value in saved.items() if name in HUB_OPTIONS}
+        if (folder / PRIOR_ADAPTER).is_dir():  # the run continued an adapter: its frozen copy is the prior
+            saved["model_name_or_path"] = str(folder / PRIOR_ADAPTER)
+    fixed = {"output_dir": scratch, "report_to": "none", "push_to_hub": False, "save_strategy": "no"}
+    return folder, parser.parse(argv[1:], saved | fixed)
+
+
+def _download(model_id: str) -> Path:
+    try:
+        return Path(snapshot_download(model_id))
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"{model_id} is neither a folder nor a model on the Hub that can be downloaded: {error}"
+        ) from error
+
+
+def _saved_options(folder: Path) -> dict[str, Any]:
+    """A run's options: its `run.yaml` or, for a run from Python, the settings in its record."""
+    if (folder / OPTIONS_FILE).is_file():
+        try:
+            saved = yaml.safe_load((folder / OPTIONS_FILE).read_bytes())
+        except (ValueError, yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{folder / OPTIONS_FILE} is damaged: {error}") from error
+        if not isinstance(saved, dict) or not all(isinstance(name, str) for name in saved):
+            raise ValueError(f"{folder / OPTIONS_FILE} is damaged: it does not map options to values")
+    elif (folder / RUN_FILE).is_file():
+        settings = RunRecord.read(folder).settings
+        known = {field.name for field in fields(ALDRIFTConfig)}
+        saved = {name: value for name, value in settings.items() if name in known and value is not None}
+        saved["model_name_or_path"] = settings.get("base_model")
+    else:
+        raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")
+    # A file must not allow a model's own code to run: the user decides that, every time.
+    if isinstance(saved.get("model_init_kwargs"), dict):
+        saved["model_init_kwargs"].pop("trust_remote_code", None)
+    return {name: value for name, value in saved.items() if name not in ("env", "trust_remote_code")}

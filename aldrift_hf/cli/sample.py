@@ -1,0 +1,52 @@
+"""`aldrift sample`."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from .parser import RunParser
+from .runs import load
+
+
+@dataclass
+class SampleArguments:
+    """What to draw."""
+
+    _argument_group_name = "samples"
+    num_samples: int = field(default=16, metadata={"help": "Samples per prompt.", "aliases": ["-n"]})
+    correction: Literal["metropolis_hastings", "isir", "none"] = field(
+        default="metropolis_hastings",
+        metadata={"help": "How the model's draws are turned into samples of p_T. none: they are not."},
+    )
+    output: str | None = field(
+        default=None, metadata={"help": "File to write the samples to, as JSON lines. None: standard output."}
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    """Print samples as JSON lines, or write them to a file."""
+    parser = RunParser(
+        "aldrift sample",
+        "aldrift sample RUN -n NUMBER [options]",
+        "Draws samples of p_T from the trained model in RUN (an output directory, or a model id on the Hub), as JSON "
+        "lines. Options default to the run's own.",
+        [SampleArguments],
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        (options,), trainer = load(parser, argv, scratch)
+        corrected = options.correction != "none"
+        draws = trainer.sample(
+            options.num_samples,
+            chain_length=None if corrected else 1,
+            correction=options.correction if corrected else "metropolis_hastings",
+        )
+        if trainer.is_world_process_zero():
+            output = options.output
+            with contextlib.nullcontext(sys.stdout) if output is None else open(output, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(draw, ensure_ascii=False) + "\n" for draw in draws)
