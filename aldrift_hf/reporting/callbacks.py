@@ -1,7 +1,7 @@
 """What a run tells its callbacks, beyond the events of [`transformers.TrainerCallback`].
 
-Record files, report, model card, console lines and progress bars are callbacks of this kind: pass your own in
-`callbacks=`, and take one of ours away with `trainer.remove_callback(...)`.
+Record files, report, model card, console lines, progress bars and health warnings are callbacks of this kind. Pass your
+own in `callbacks=`, and remove one of ours with `trainer.remove_callback(...)`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from .record import RunRecord
 
 
 class RunCallback(TrainerCallback):
-    """A callback that hears of rungs. All methods do nothing unless overridden; all processes call them."""
+    """A callback that is told about rungs. Every method does nothing unless overridden; every process calls them."""
 
     def running(self) -> contextlib.AbstractContextManager[None]:
-        """A context that is entered for the time of `train()` and left however it ends."""
+        """A context that `train()` enters when it starts and leaves when it ends, also after an error."""
         return contextlib.nullcontext()
 
     def progress(
         self, description: str, total: int, done: int = 0
     ) -> contextlib.AbstractContextManager[Advance] | None:
-        """A context for a piece of work of `total` steps, `done` of them before; yields what moves it on. Or `None`."""
+        """A context for a piece of work, which yields the function that reports further steps; or `None`.
+
+        Args:
+            description: what the work is, such as `"proposals"`.
+            total: number of steps.
+            done: number of steps that were done before.
+        """
         return None
 
     def on_rung_begin(
@@ -42,9 +48,9 @@ class RunCallback(TrainerCallback):
         """A rung begins.
 
         Args:
-            rung: its index.
-            num_rungs: how many there will be; `None` where the ladder cannot tell.
-            tau: the inverse temperature reached so far.
+            rung: index of the rung, from 0.
+            num_rungs: number of rungs in the run; `None` if the ladder cannot tell.
+            tau: inverse temperature of the previous rung; 0 before the first.
         """
 
     def on_rung_drawn(
@@ -59,13 +65,13 @@ class RunCallback(TrainerCallback):
         prompts: Prompts,
         **kwargs: Any,
     ) -> None:
-        """A rung's proposals are drawn, evaluated and weighted; its updates come next.
+        """A rung's proposals have been drawn, evaluated and weighted; its optimizer updates come next.
 
         Args:
-            record: the run so far, with the rungs that are complete; its `draws` are this rung's.
-            metrics: the rung's figures so far.
-            proposals: its draws.
-            prompts: whose rows they answer.
+            record: the run so far, without this rung, but with this rung's `draws`.
+            metrics: what is known about this rung (see [`RunRecord`]), all but its `loss`.
+            proposals: the draws of this rung.
+            prompts: the prompts that they answer.
         """
 
     def on_rung_learned(
@@ -77,7 +83,7 @@ class RunCallback(TrainerCallback):
         record: RunRecord,
         **kwargs: Any,
     ) -> None:
-        """A rung's updates are done; `record.rungs[-1]` is complete."""
+        """A rung's optimizer updates are done, and `record.rungs[-1]` is complete."""
 
     def on_measured(
         self,
@@ -89,7 +95,12 @@ class RunCallback(TrainerCallback):
         metrics: dict[str, float],
         **kwargs: Any,
     ) -> None:
-        """The model was measured, by `evaluate()` or at the end of a run; `metrics` have no prefix."""
+        """The model was measured, by `evaluate()` or at the end of a run.
+
+        Args:
+            record: the run so far.
+            metrics: the metrics of [`ALDRIFTTrainer.evaluate`], without prefix.
+        """
 
     def on_run_end(
         self,
@@ -100,4 +111,4 @@ class RunCallback(TrainerCallback):
         record: RunRecord,
         **kwargs: Any,
     ) -> None:
-        """`train()` has ended, the final model was measured, and `record.finished` is true."""
+        """`train()` is done: the final model has been measured, and `record.finished` is true."""

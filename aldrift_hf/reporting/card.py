@@ -1,4 +1,4 @@
-"""The model card of a run: what its record holds, in words and numbers, and code that uses the model."""
+"""The model card of a run: its record in words and numbers, and code that uses the model."""
 
 from __future__ import annotations
 
@@ -16,10 +16,27 @@ from ..algorithm.diagnostics import MISSING_MASS_WARNING
 from . import health
 from .record import RunRecord
 
-TEMPLATE = Path(__file__).with_name("card.md.jinja")
+CARD_FILE = "README.md"
 FIGURE = "figures/ladder.png"
-NOT_ON_THE_HUB = "path/to/the/base/model"
-"""What stands in the card's code for a base model that has no id."""
+PATH_TO_BASE_MODEL = "path/to/the/base/model"
+"""Stands in the card's code for a base model that is not on the Hub."""
+
+_TEMPLATE = Path(__file__).with_name("card.md.jinja")
+
+
+def write_card(record: RunRecord, folder: str | Path, repo: str | None, **details: Any) -> None:
+    """Write the model card of a run into a folder.
+
+    Args:
+        record: the run so far.
+        folder: the folder to write to.
+        repo: the model's id on the Hub; `None` takes the name of the folder.
+        details: further arguments of [`model_card`].
+    """
+    folder = Path(folder)
+    temporary = folder / f"_{CARD_FILE}"  # a push of the folder in the background leaves such names out
+    model_card(record, folder, repo or folder.absolute().name, **details).save(temporary)
+    temporary.replace(folder / CARD_FILE)
 
 
 def model_card(
@@ -29,28 +46,30 @@ def model_card(
     *,
     name: str | None = None,
     base_model: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     **metadata: Any,
 ) -> ModelCard:
     """The card of a run.
 
     Args:
         record: the run so far.
-        folder: where the card will lie; [`FIGURE`] is shown where it lies there, too.
-        repo: the model's id on the Hub, or else the name of its folder.
+        folder: the folder that the card will lie in. The card shows [`FIGURE`] if it is there.
+        repo: the model's id on the Hub, or the name of its folder.
         name: the card's title; `None` takes the last part of `repo`.
-        base_model: id of the base model; `None` takes the record's where that is an id, and no path.
-        tags: beside those that follow from the record.
+        base_model: id of the base model; `None` takes the record's if that is an id.
+        tags: tags in addition to those that follow from the record.
         metadata: further entries of the card's header, as [`huggingface_hub.ModelCardData`] takes them.
     """
     settings = record.settings
-    adapter = settings["tuning"] != "all parameters"
+    adapter_name = settings["adapter_name"]
+    adapter = adapter_name is not None
     base_model = base_model or hub_id(settings["base_model"])
+    own_tags = ["aldrift", "peft", settings["tuning"].split()[0].lower()] if adapter else ["aldrift"]
     header = ModelCardData(
         base_model=base_model,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-generation",
-        tags=["aldrift", *(["peft", settings["tuning"].split()[0].lower()] if adapter else []), *(tags or [])],
+        tags=[*own_tags, *([tags] if isinstance(tags, str) else tags or [])],
         **metadata,
     )
     if base_model:
@@ -58,35 +77,36 @@ def model_card(
     prompt = record.draws[0]["prompt"] if record.draws else "text"
     card = ModelCard.from_template(
         header,
-        template_path=str(TEMPLATE),
+        template_path=str(_TEMPLATE),
         name=name or repo.split("/")[-1],
         repo=repo,
         on_the_hub="/" in repo,
         what=_what(settings, base_model),
-        target=_prose(health.target_in_words(record)),
+        target=_escaped(health.target_in_words(record)),
         prior=settings["prior"],
-        outcome=_prose(health.outcome(record)) if record.rungs else "",
-        warnings=[*map(_prose, health.warnings(record))],
+        outcome=_escaped(health.outcome(record)) if record.rungs else "",
+        warnings=[*map(_escaped, health.run_warnings(record))],
         results=_results(record),
         settings=_settings(record),
         figure=FIGURE if (Path(folder) / FIGURE).is_file() else None,
         adapter=adapter,
+        subfolder=None if adapter_name in (None, "default") else adapter_name,  # PEFT saves other names in a subfolder
         frozen_adapter=settings["prior"] != "the base model",
         four_bit="4 bits" in settings["tuning"],
         base_model=base_model,
-        base=base_model or NOT_ON_THE_HUB,
+        base=base_model or PATH_TO_BASE_MODEL,
         prompt="chat" if isinstance(prompt, list) else "text" if prompt else "none",
         max_completion_length=settings["max_completion_length"],
-        costs=", ".join(f"`{name}`" for name in settings["objective"]),
+        costs=", ".join(f"`{cost}`" for cost in settings["objective"]),
         arguments=_arguments(settings),
-        khat_warning=health.KHAT_WARNING,
+        max_khat=health.MAX_KHAT,
         missing_mass_warning=MISSING_MASS_WARNING,
     )
     return cast(ModelCard, card)
 
 
 def hub_id(name: str | None) -> str | None:
-    """The name where it is an id on the Hub; `None` for a folder of this machine, or for no name."""
+    """The name if it is an id on the Hub; `None` for a folder on this machine, or for no name."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -95,21 +115,21 @@ def hub_id(name: str | None) -> str | None:
 
 
 def _what(settings: dict[str, Any], base_model: str | None) -> str:
-    known = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {settings['architecture']}"
-    if settings["tuning"] == "all parameters":
-        return f"This model is {known}, fine-tuned in all parameters to draw from a target p_T."
-    return f"This {settings['tuning']} turns {known} into a model that draws from a target p_T."
+    base = f"[{base_model}](https://huggingface.co/{base_model})" if base_model else f"a {settings['architecture']}"
+    if settings["adapter_name"] is None:
+        return f"This model is {base}, fine-tuned in all parameters to sample a target distribution p_T."
+    return f"This {settings['tuning']} turns {base} into a model that samples a target distribution p_T."
 
 
 def _results(record: RunRecord) -> str:
-    """A table: the prior's figures on the first rung, and the final model's, or of that which drew the last rung."""
+    """A table: metrics of the prior, from the first rung, and of the final model or else of the last rung's."""
     if not record.rungs:
         return ""
     prior, last = record.rungs[0], record.rungs[-1]
     model = record.metrics or {**last, "objective": last["objective_mean"], "distinct": last["distinct_proposals"]}
     rows = [
         ("mean cost", f"{prior['objective_mean']:.4g}", _number(model, "objective", ".4g")),
-        ("draws as good as any seen", f"{prior['success']:.1%}", _number(model, "success", ".1%")),
+        ("draws of the lowest cost seen", f"{prior['success']:.1%}", _number(model, "success", ".1%")),
         ("distinct draws", f"{prior['distinct_proposals']:.1%}", _number(model, "distinct", ".1%")),
         ("effective sample size", "", _number(model, "ess", ".2f")),
         ("k-hat", "", _number(model, "khat", ".2f")),
@@ -120,25 +140,24 @@ def _results(record: RunRecord) -> str:
 
 
 def _settings(record: RunRecord) -> str:
-    asked = record.settings
-    ladder = f"{asked['ladder']}, "
-    if asked["ladder"] == "adaptive":
-        ladder += f"effective sample size above {asked['ess_threshold']:.0%}"
-    else:
-        ladder += "steps of 1/D" if asked["tau_step"] is None else f"steps of {asked['tau_step']:g}"
-    updates = "one pass" if asked["updates_per_rung"] is None else f"{asked['updates_per_rung']} updates"
-    rows = asked["per_device_train_batch_size"] * asked["gradient_accumulation_steps"] * asked["processes"]
+    settings = record.settings
+    updates = "one pass" if settings["updates_per_rung"] is None else f"{settings['updates_per_rung']} updates"
+    rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * settings["processes"]
     table = [
-        ("inverse temperature T", f"{asked['tau_max']:g}"),
-        ("largest cost D", "not set" if asked["objective_range"] is None else f"{asked['objective_range']:g}"),
-        ("ladder", ladder),
-        ("sampler", f"`{asked['sampler']}`: {asked['num_chains']} chains of {asked['chain_length']} proposals"),
-        ("cost", ", ".join(f"`{name}`" for name in asked["objective"])),
-        ("prompts", str(asked["prompts"])),
-        ("longest completion", f"{asked['max_completion_length']} tokens"),
-        ("learning", f"{updates} a rung, {rows} rows each, learning rate {asked['learning_rate']:g}"),
-        ("seed", str(asked["seed"])),
-        ("versions", ", ".join(f"{name} {number}" for name, number in asked["versions"].items())),
+        ("inverse temperature T", f"{settings['tau_max']:g}"),
+        ("largest cost D", "not measured yet" if record.objective_range is None else f"{record.objective_range:g}"),
+        ("ladder", _ladder(settings)),
+        ("sampler", f"`{settings['sampler']}`, {settings['num_generations']:,} proposals per prompt per rung"),
+        ("cost", ", ".join(f"`{name}`" for name in settings["objective"])),
+        ("prompts", str(settings["prompts"])),
+        ("longest completion", f"{settings['max_completion_length']} tokens"),
+        (
+            "training",
+            f"loss `{settings['loss']}`, {updates} per rung, {rows} rows per update, learning rate "
+            f"{settings['learning_rate']:g}",
+        ),
+        ("seed", str(settings["seed"])),
+        ("versions", ", ".join(f"{name} {number}" for name, number in settings["versions"].items())),
     ]
     if record.rungs:
         last = record.rungs[-1]
@@ -147,13 +166,22 @@ def _settings(record: RunRecord) -> str:
     return _table(("", ""), table)
 
 
+def _ladder(settings: dict[str, Any]) -> str:
+    step = "1/D" if settings["tau_step"] is None else f"{settings['tau_step']:g}"
+    details = {
+        "linear": f", steps of {step}",
+        "adaptive": f", effective sample size above {settings['ess_threshold']:.0%}",
+    }
+    return f"{settings['ladder']}{details.get(settings['ladder'], '')}"
+
+
 def _arguments(settings: dict[str, Any]) -> str:
-    names = ("tau_max", "num_chains", "chain_length", "max_completion_length", "objective_weights")
+    names = ("tau_max", "num_generations", "chain_length", "max_completion_length", "objective_weights")
     return ", ".join(f"{name}={settings[name]!r}" for name in names if settings[name] is not None)
 
 
-def _number(figures: dict[str, float], name: str, form: str) -> str:
-    return f"{figures[name]:{form}}" if math.isfinite(figures.get(name, math.nan)) else ""
+def _number(metrics: dict[str, float], name: str, spec: str) -> str:
+    return f"{metrics[name]:{spec}}" if math.isfinite(metrics.get(name, math.nan)) else ""
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -161,6 +189,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _prose(text: str) -> str:
-    """Text with a cost's name in it that may be `<lambda>`, which a page would take for markup."""
+def _escaped(text: str) -> str:
+    """Text in which a cost may be named `<lambda>`, which Markdown would take for an HTML tag."""
     return text.replace("<", "\\<")

@@ -1,17 +1,18 @@
-"""What is printed for people to look at while a run goes on."""
+"""What a run prints on the console: a line of metrics per rung, and a table of completions."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..types import Prompts, Proposals
+from .callbacks import RunCallback
 
 _COLUMNS = {
     "rung": ("rung", 4, "d"),
@@ -24,32 +25,47 @@ _COLUMNS = {
     "khat": ("k-hat", 5, ".2f"),
     "missing_mass": ("missing", 7, ".2f"),
     "distinct_proposals": ("distinct", 8, ".2f"),
-    "sft_loss": ("loss", 6, ".2g"),
+    "loss": ("loss", 6, ".2g"),
     "objective_calls": ("calls", 6, "d"),
 }
-"""Of a rung's record: what stands above a column, its width, its format. With a space between, 80 characters."""
+"""Of a rung's metrics: each column's header, width and format. With spaces between them, 80 characters."""
 
-_FIGURES = {
+_METRICS = {
     "objective": "mean cost {:.4g}",
     "success": "success {:.3f}",
-    "acceptance_rate": "accepted {:.2f}",
+    "acceptance_rate": "acceptance rate {:.2f}",
     "ess": "ESS/n {:.2f}",
     "khat": "k-hat {:.2f}",
     "missing_mass": "missing mass {:.2f} nats",
     "kl": "KL {:.2f} nats",
     "distinct": "distinct {:.2f}",
 }
-"""Of an evaluation or of corrected draws."""
+"""Of an evaluation, or of corrected samples."""
 
-_TITLES = {"sample": "draws", "final": "final model", "eval": "evaluation"}
+_TITLES = {"sample": "samples", "final": "final model", "eval": "evaluation"}
 
 
-class LadderLines(TrainerCallback):
-    """A line of figures for every rung, and one for every evaluation and set of draws."""
+def print_to_stderr(callbacks: Iterable[TrainerCallback]) -> None:
+    """Make callbacks print to standard error, so that standard output holds results alone.
+
+    Args:
+        callbacks: the trainer's, `trainer.callback_handler.callbacks`; those without a console are left alone.
+    """
+    for callback in callbacks:
+        if isinstance(console := getattr(callback, "console", None), Console):
+            console.stderr = True
+
+
+class LadderLines(RunCallback):
+    """Prints a line of metrics for every rung, every evaluation and every set of samples.
+
+    Args:
+        console: the console to print to.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.header_printed = False
+        self._header_printed = False
 
     def on_log(
         self,
@@ -62,18 +78,18 @@ class LadderLines(TrainerCallback):
         if logs is None or not state.is_world_process_zero:
             return
         if "rung" in logs:
-            if not self.header_printed:
-                self._print(" ".join(f"{label:>{width}}" for label, width, _ in _COLUMNS.values()))
-                self.header_printed = True
-            cells = (_cell(logs.get(key), width, spec) for key, (_, width, spec) in _COLUMNS.items())
+            if not self._header_printed:
+                self._print(" ".join(f"{header:>{width}}" for header, width, _ in _COLUMNS.values()))
+                self._header_printed = True
+            cells = (_cell(logs.get(name), width, spec) for name, (_, width, spec) in _COLUMNS.items())
             self._print(" ".join(cells))
         elif "train_runtime" in logs:
             self._print(f"trained in {logs['train_runtime']:,.0f} s")
-        elif prefix := next((key.removesuffix("_objective") for key in logs if key.endswith("_objective")), None):
-            figures = [
-                text.format(logs[f"{prefix}_{key}"]) for key, text in _FIGURES.items() if f"{prefix}_{key}" in logs
+        elif prefix := next((name.removesuffix("_objective") for name in logs if name.endswith("_objective")), None):
+            metrics = [
+                text.format(logs[f"{prefix}_{name}"]) for name, text in _METRICS.items() if f"{prefix}_{name}" in logs
             ]
-            self._print(f"{_TITLES.get(prefix, prefix)}: {', '.join(figures)}")
+            self._print(f"{_TITLES.get(prefix, prefix)}: {', '.join(metrics)}")
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -83,30 +99,42 @@ def _cell(value: float | None, width: int, spec: str) -> str:
     return f"{'-' if value is None or not math.isfinite(value) else format(value, spec):>{width}}"
 
 
-def print_completions(
-    console: Console, proposals: Proposals, log_weight: Tensor, prompts: Prompts, rung: int, tau: float
-) -> None:
-    """The best and a random completion of a rung with their costs and weights, as a table.
+class CompletionsTable(RunCallback):
+    """Prints a table of the best and of a random completion of every rung, with their costs and weights.
 
     Args:
-        console: where to.
-        proposals: the rung's.
-        log_weight: theirs at `tau`, `[P, n]`, nats.
-        prompts: whose rows they answer.
-        rung: its index.
-        tau: its inverse temperature.
+        console: the console to print to.
     """
-    best = int(proposals.objective.flatten().argmin())
-    # By the rung, not by chance: looking at a run must not change its random numbers.
-    any_one = (rung * 7919) % len(proposals.texts)
-    # A weight of 1 is that of a draw which is as likely under the target as under the model.
-    weights = (log_weight.softmax(-1) * log_weight.shape[-1]).flatten()
-    table = Table(title=f"rung {rung}, tau = {tau:g}", show_lines=True)
-    for name in ("", "prompt", "completion", "cost", "weight"):
-        table.add_column(name, justify="right" if name in ("cost", "weight") else "left")
-    for label, i in (("best", best), ("random", any_one)):
-        cells = [str(prompts.rows[int(proposals.rows[i])]["prompt"]), proposals.texts[i]]
-        numbers = [proposals.objective.flatten()[i].item(), weights[i].item()]
-        # escape(): a completion may hold what rich takes for markup.
-        table.add_row(label, *map(escape, cells), *(f"{number:.4g}" for number in numbers))
-    console.print(table)
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_rung_drawn(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        metrics: dict[str, Any],
+        proposals: Proposals,
+        prompts: Prompts,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        rung, tau, texts = metrics["rung"], metrics["tau"], cast(list[str], proposals.texts)
+        best = int(proposals.objective.flatten().argmin())
+        # A function of the rung: looking at a run must not change its random numbers.
+        random = (rung * 7919) % len(texts)
+        # As multiples of the prompt's mean: the model writes a draw of weight 1 as often as the target does.
+        log_weight = proposals.log_weight(tau)
+        weights = (log_weight.softmax(-1) * log_weight.shape[-1]).flatten()
+        table = Table(title=f"rung {rung}, tau = {tau:g}", show_lines=True)
+        for name in ("", "prompt", "completion", "cost", "weight"):
+            table.add_column(name, justify="right" if name in ("cost", "weight") else "left")
+        for label, i in (("best", best), ("random", random)):
+            cells = [str(prompts.rows[int(proposals.rows[i])]["prompt"]), texts[i]]
+            numbers = [proposals.objective.flatten()[i].item(), weights[i].item()]
+            # escape(): rich would take square brackets in a completion for markup.
+            table.add_row(label, *map(escape, cells), *(f"{number:.4g}" for number in numbers))
+        self.console.print(table)

@@ -1,134 +1,190 @@
-"""A run in words: how it came out, and what to be wary of. For the report, the model card and the command line."""
+"""A run in words: its outcome, and warnings about its metrics. For the report, the model card, logs and the CLI."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any
 
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
-from ..models.numerics import OUTSIDE
+from .callbacks import RunCallback
 from .record import RunRecord
 
-KHAT_WARNING = 0.7
-"""Above it, estimates from a set of weights are unreliable (Vehtari et al., arXiv 1507.02646)."""
-FEW_DRAWS = 20
-"""Effective draws below which an estimate rests on next to nothing."""
-LOW_ACCEPTANCE = 0.05
-"""Acceptance rate below which most chains of the usual length never leave their first proposals behind."""
+logger = logging.getLogger(__name__)
+
+MAX_KHAT = 0.7
+"""Above this k-hat, estimates from a set of weights are unreliable (Vehtari et al., arXiv 1507.02646)."""
+MIN_EFFECTIVE_DRAWS = 20
+"""Below this number of effective draws per prompt, an estimate is hardly better than a guess."""
+MIN_ACCEPTANCE_RATE = 0.05
+"""Below this acceptance rate, most chains of the usual length never leave their first proposal."""
 
 
 def target_in_words(record: RunRecord) -> str:
-    """`p_T` and what it asks for."""
+    """The formula of `p_T`, and what it means."""
     settings = record.settings
     return (
-        f"p_T(s) ∝ L(s)·exp(-T·d(s)) with T = {settings['tau_max']:g}: what the prior L writes, with every unit of the "
-        f"cost d ({' + '.join(settings['objective'])}) making a text {math.exp(min(settings['tau_max'], 700)):.3g} "
-        "times less likely"
+        f"p_T(s) ∝ L(s)·exp(-T·d(s)) with T = {settings['tau_max']:g}: the distribution of the prior L, in which each "
+        f"unit of the cost d ({' + '.join(settings['objective'])}) makes a text "
+        f"{math.exp(min(settings['tau_max'], 700)):.3g} times less likely"
     )
 
 
 def outcome(record: RunRecord) -> str:
     """The run in one sentence."""
     if not record.rungs:
-        return "The first rung is under way."
+        return "The first rung is still running."
     prior, last = record.rungs[0], record.rungs[-1]
     model = record.metrics or {"objective": last["objective_mean"], "success": last["success"]}
     rungs = "1 rung" if len(record.rungs) == 1 else f"{len(record.rungs)} rungs"
-    how_far = f"{'After' if record.finished else 'So far, after'} {rungs}"
-    moved = (
+    after = f"{'After' if record.finished else 'So far, after'} {rungs}"
+    result = (
         f"the model's mean cost is {model['objective']:.3g} (the prior's: {prior['objective_mean']:.3g}) and "
-        f"{model['success']:.1%} of its draws are as good as any seen (the prior's: {prior['success']:.1%})"
+        f"{model['success']:.1%} of its draws reach the lowest cost seen (the prior's: {prior['success']:.1%})"
     )
-    if record.settings["sampler"] in ("top", "reweight"):
-        return f"{how_far}, {moved}; without a correction its draws are not meant to be those of p_T."
+    if not record.settings["corrects"]:
+        return f"{after}, {result}; this sampler makes no correction, so the model does not aim at p_T."
     if "missing_mass" not in model:
-        return f"{how_far}, {moved}."
-    return f"{how_far}, {moved}; they account for {covered(model['missing_mass']):.0%} of p_T by the ladder's log Z."
+        return f"{after}, {result}."
+    share = covered_share(model["missing_mass"])
+    return f"{after}, {result}; by the ladder's log Z, its draws cover {share:.0%} of p_T."
 
 
-def covered(missing_mass: float) -> float:
-    """The share of the target that the model's draws account for, of its missing mass in nats."""
+def covered_share(missing_mass: float) -> float:
+    """The share of the target that the model's draws cover, `exp(-missing_mass)`, at most 1."""
     return min(1.0, math.exp(-missing_mass))
 
 
-def warnings(record: RunRecord) -> list[str]:
-    """What a reader should know before the figures, most serious first; each with a remedy."""
+def run_warnings(record: RunRecord) -> list[str]:
+    """Warnings about a run, each with a remedy, the most serious first."""
     if not record.rungs:
         return []
     settings, last = record.settings, record.rungs[-1]
     found = []
-    if settings["sampler"] in ("top", "reweight"):
+    if not settings["corrects"]:
         found.append(
-            f"sampler={settings['sampler']!r} makes no correction: the model drifts to low cost, and not to p_T. For "
-            "draws of p_T train with sampler='metropolis_hastings' or 'archive'."
+            f"sampler={settings['sampler']!r} makes no correction: the model drifts towards low cost instead of p_T. "
+            "To sample p_T, train with sampler='archive' or 'metropolis_hastings'."
         )
-    of_prior = cautions("The prior", settings, record.rungs[0])
-    of_chains = {name: last[name] for name in last if name in ("acceptance_rate", "excluded")}
-    of_model = cautions("The model", settings, of_chains | record.metrics if record.metrics else last)
-    found += [of_prior["flat"]] if "flat" in of_prior else []
-    found += [words for kind, words in of_model.items() if kind != "flat"]
+    of_prior = health_warnings("The prior", record, record.rungs[0])
+    kept = {name: last[name] for name in last if name in ("acceptance_rate", "excluded")}  # no evaluation has them
+    of_model = health_warnings("The model", record, kept | record.metrics if record.metrics else last)
+    found += [of_prior["constant_cost"]] if "constant_cost" in of_prior else []
+    found += [text for kind, text in of_model.items() if kind != "constant_cost"]
     if record.finished and last["tau"] < settings["tau_max"]:
         found.append(
-            f"The run ended at inverse temperature {last['tau']:.3g}, below T = {settings['tau_max']:g}: the model was "
-            "not taught the target. Allow more objective calls or rungs (max_objective_calls, num_train_epochs), or "
+            f"The run ended at inverse temperature {last['tau']:.3g}, below T = {settings['tau_max']:g}, so the model "
+            "was not trained on the target. Allow more rungs or objective calls (num_rungs, max_objective_calls), or "
             "lower tau_max."
         )
     if record.finished and not record.metrics:
         found.append(
-            "max_objective_calls was spent, so the final model was not measured: the figures are those of the model "
-            "that drew the last rung. Call evaluate() to measure it."
+            "max_objective_calls was spent before the final model could be measured: the metrics are those of the "
+            "model that drew the last rung's proposals. Call evaluate() to measure the final model."
         )
     return found
 
 
-def cautions(who: str, settings: Mapping[str, Any], figures: Mapping[str, float]) -> dict[str, str]:
-    """What to be wary of in the figures of a rung or of the final model, by kind, most serious first.
+def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -> dict[str, str]:
+    """Warnings about the metrics of one rung or one evaluation, by kind, the most serious first.
 
     Args:
-        who: what drew.
-        settings: of the run.
-        figures: of its draws; one that is missing or NaN is not judged.
+        who: what drew the completions, as the subject of a sentence.
+        record: the run; its settings and D are read.
+        metrics: the metrics. One that is missing or NaN gives no warning.
     """
     found = {}
-    worst = settings.get("objective_range") or math.nan
-    flat = figures.get("flat", 0.0) if figures.get("rung") == 0 else 0.0
-    if figures.get("objective_best", 0.0) >= worst:
+    settings, worst = record.settings, record.objective_range or math.nan
+    constant_cost = metrics.get("constant_cost", 0.0) if metrics.get("rung") == 0 else 0.0
+    if metrics.get("objective_best", 0.0) >= worst:
         found["worst"] = (
-            f"No draw costs less than D = {worst:g}: the objective takes them all for malformed, or for as bad as can "
-            "be, and nothing can be learnt from it. Look at what it is given (log_completions=True, draws.jsonl), "
-            "check it (aldrift_hf.check_objective), let it give partial credit, or begin with a prior or a "
-            "prompt that gets the form right."
+            f"No draw costs less than D = {worst:g}: the objective gives its largest value to every completion, so "
+            "there is nothing to learn. Look at the completions (log_completions=True, draws.jsonl), check the "
+            "objective (aldrift_hf.check_objective), let it give partial credit, or start from a prior or a prompt "
+            "that gets the format right."
         )
-    elif flat > 0:
-        found["flat"] = (
-            f"For {flat:.0%} of the prompts all of the prior's draws cost the same: there the objective tells nothing "
-            "apart, and the target is the prior. Check it (aldrift_hf.check_objective), let it give partial "
-            "credit, draw more proposals (num_chains), or leave such prompts out."
+    elif constant_cost > 0:
+        found["constant_cost"] = (
+            f"For {constant_cost:.0%} of the prompts, all of the prior's draws have the same cost: the objective does "
+            "not distinguish them, and the target equals the prior. Check the objective "
+            "(aldrift_hf.check_objective), let it give partial credit, draw more proposals (num_generations), or leave "
+            "such prompts out."
         )
-    if (share := figures.get("excluded", 0.0)) > 0:
-        found["excluded"] = f"{share:.1%} of the draws have probability 0 under the prior. {OUTSIDE}"
-    if (nats := figures.get("missing_mass", 0.0)) > MISSING_MASS_WARNING:
+    if (share := metrics.get("excluded", 0.0)) > 0:
+        found["excluded"] = (
+            f"{share:.1%} of the draws have probability 0 under the prior. The model writes what the prior cannot: "
+            "something masks the prior's logits but not the model's. Mask both or neither; or train an adapter, which "
+            "shares the prior's mask."
+        )
+    if (nats := metrics.get("missing_mass", 0.0)) > MISSING_MASS_WARNING:
         found["missing_mass"] = (
-            f"{who} has lost {nats:.2f} nats of the target: its draws account for about {covered(nats):.1%} of p_T by "
-            "the ladder's log Z, and success, effective sample size and corrected draws speak of that part alone. Use "
-            "more chains (num_chains), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
+            f"{who} has lost {nats:.2f} nats of the target: its draws cover only about {covered_share(nats):.1%} of "
+            "p_T, and success, effective sample size and corrected samples describe that part alone. Use more "
+            "proposals (num_generations), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
             "(tau_step)."
         )
-    if (khat := figures.get("khat", 0.0)) > KHAT_WARNING:
+    if (khat := metrics.get("khat", 0.0)) > MAX_KHAT:
         found["khat"] = (
-            f"k-hat is {khat:.2f}, above {KHAT_WARNING}: a few draws carry the weights' tail, so corrected draws and "
-            "estimates of log Z are unreliable. Teach the model more on each rung, or take longer chains."
+            f"k-hat is {khat:.2f}, above {MAX_KHAT}: a few draws dominate the weights, so corrected samples and "
+            "estimates of log Z are unreliable. Train more per rung (updates_per_rung), or draw more proposals "
+            "(num_generations)."
         )
-    effective = figures["ess"] * settings["num_chains"] * settings["chain_length"]
-    if effective < FEW_DRAWS:
+    effective = metrics["ess"] * settings["num_generations"]
+    if effective < MIN_EFFECTIVE_DRAWS:
         found["ess"] = (
-            f"By their weights, a rung's proposals are worth {effective:.1f} independent draws a prompt. Take smaller "
-            "steps (tau_step, or ladder='adaptive'), more chains (num_chains), or more updates on each rung."
+            f"By their weights, a rung's proposals are worth {effective:.1f} independent draws per prompt. Take "
+            "smaller steps (tau_step, or ladder='adaptive'), draw more proposals (num_generations), or train more per "
+            "rung (updates_per_rung)."
         )
-    if figures.get("acceptance_rate", 1.0) < LOW_ACCEPTANCE:
+    if (rate := metrics.get("acceptance_rate", 1.0)) < MIN_ACCEPTANCE_RATE:
         found["acceptance_rate"] = (
-            f"Chains accept {figures['acceptance_rate']:.1%} of their proposals: most never move. Take smaller steps "
-            "(tau_step) or longer chains (chain_length)."
+            f"The chains accept {rate:.1%} of their proposals: most never move. Take smaller steps (tau_step) or "
+            "longer chains (chain_length)."
         )
     return found
+
+
+class HealthWarnings(RunCallback):
+    """Logs health warnings: about rungs each kind once per run, about measurements every time."""
+
+    def __init__(self) -> None:
+        self._logged: set[str] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._logged.clear()
+
+    def on_rung_drawn(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: RunRecord,
+        metrics: dict[str, Any],
+        **kwargs: Any,
+    ) -> None:
+        found = health_warnings(f"The model that drew rung {metrics['rung']}", record, metrics)
+        self._log(state, [text for kind, text in found.items() if kind not in self._logged])
+        self._logged |= found.keys()
+
+    def on_measured(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: RunRecord,
+        metrics: dict[str, float],
+        **kwargs: Any,
+    ) -> None:
+        self._log(state, [*health_warnings("The model", record, metrics).values()])
+
+    def _log(self, state: TrainerState, warnings: list[str]) -> None:
+        if state.is_world_process_zero:
+            for text in warnings:
+                logger.warning(text)

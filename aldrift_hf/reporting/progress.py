@@ -1,45 +1,40 @@
-"""Progress bars over rungs and, inside a rung, over proposals, costs and updates; lines where there is no terminal."""
+"""Progress bars for rungs and, within a rung, for proposals, costs and updates; plain lines without a terminal."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
+from accelerate import PartialState
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from ..types import Advance
+from .callbacks import RunCallback
 
 SECONDS_BETWEEN_LINES = 30.0
-"""Without a terminal a phase is silent for so long, and tells how far it is as often."""
+"""Without a terminal, a piece of work prints how far it is after this time, and then as often."""
 
 
-class Bars:
-    """The bars of one process.
+class ProgressBars(RunCallback):
+    """Shows how far a run is. The bars of `train()` stay in one place, below what is printed to the same console.
 
     Args:
-        shown: whether anything is; `False` on all processes but the first, and with `disable_tqdm`.
-
-    Attributes:
-        console: where everything is printed, above the bars.
+        console: the console to draw on.
     """
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
-        self.console = Console()
+    def __init__(self, console: Console) -> None:
+        self.console = console
         self._display: Progress | None = None
         self._ladder: TaskID | None = None
 
     @contextlib.contextmanager
-    def live(self) -> Iterator[None]:
-        """Keeps bars in view for a block, so that those of its tasks come and go in one place."""
-        if self._display is not None or not self.shown or not self.console.is_terminal:
+    def running(self) -> Iterator[None]:
+        """Keep a display open, in which bars come and go; only on a terminal."""
+        if self._display is not None or not self.console.is_terminal or not PartialState().is_main_process:
             yield
             return
         self._display = Progress(
@@ -57,38 +52,57 @@ class Bars:
         finally:
             self._display = self._ladder = None
 
+    def progress(
+        self, description: str, total: int, done: int = 0
+    ) -> contextlib.AbstractContextManager[Advance] | None:
+        """A bar, or lines, for a piece of work; `None` on all processes but the first."""
+        return self._bar(description, total, done) if PartialState().is_main_process else None
+
     @contextlib.contextmanager
-    def task(self, description: str, total: int, done: int = 0) -> Iterator[Callable[[int], None]]:
-        """A bar for a block, which is handed a function that moves it on by so many of `total`."""
-        with self.live():
+    def _bar(self, description: str, total: int, done: int) -> Iterator[Advance]:
+        with self.running():
             display = self._display
             if display is None:
-                yield self._lines(description, total, done) if self.shown else lambda more: None
+                yield self._lines(description, total, done)
                 return
             bar = display.add_task(description, total=total, completed=done)
             try:
-                yield lambda more: display.advance(bar, more)
+                yield lambda steps: display.advance(bar, steps)
             finally:
                 display.remove_task(bar)
 
-    def ladder(self, description: str, total: float, done: float) -> None:
-        """Says how far up the ladder the run is; seen only within [`live`]."""
-        if self._display is None:
-            return
-        if self._ladder is None:
-            self._ladder = self._display.add_task(description)
-        self._display.update(self._ladder, description=description, total=total, completed=done)
+    def _lines(self, description: str, total: int, done: int) -> Advance:
+        start = printed = time.monotonic()
+        done_before = done
 
-    def _lines(self, description: str, total: int, done: int) -> Callable[[int], None]:
-        began = spoke = time.monotonic()
-        first = done
-
-        def advance(more: int) -> None:
-            nonlocal spoke, done
-            done, now = done + more, time.monotonic()
-            if done < total and now - spoke >= SECONDS_BETWEEN_LINES:
-                spoke = now
-                left = (now - began) * (total - done) / (done - first)
+        def advance(steps: int) -> None:
+            nonlocal printed, done
+            done, now = done + steps, time.monotonic()
+            if done < total and now - printed >= SECONDS_BETWEEN_LINES:
+                printed = now
+                left = (now - start) * (total - done) / (done - done_before)
                 self.console.print(f"  {description}: {done:,} of {total:,}, about {left:,.0f} s left", highlight=False)
 
         return advance
+
+    def on_rung_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        rung: int,
+        num_rungs: int | None,
+        tau: float,
+        **kwargs: Any,
+    ) -> None:
+        """Move the ladder's bar on: in rungs or, if their number is not known, in inverse temperature."""
+        if self._display is None:
+            return
+        if num_rungs is None:
+            description, total, done = f"rung {rung}, inverse temperature", args.tau_max, round(tau, 3)
+        else:
+            description, total, done = "rungs", num_rungs, rung
+        if self._ladder is None:
+            self._ladder = self._display.add_task(description)
+        self._display.update(self._ladder, description=description, total=total, completed=done)

@@ -1,7 +1,8 @@
-"""What a run leaves in its output directory for people to look at: settings, rungs, and the newest draws.
+"""The record of a run: its settings, the metrics of every rung and the newest draws, in memory and in three files.
 
-`run.json` has the settings and how far the run came, `rungs.jsonl` one line a rung, `draws.jsonl` one line a draw.
-Each file is written whole and renamed: what is on disk is always a run so far.
+In a run's output directory, `run.json` holds the settings and the results, `rungs.jsonl` one line per rung and
+`draws.jsonl` one line per draw. Each file is written completely under another name and then renamed, so that a reader
+never finds half a file.
 """
 
 from __future__ import annotations
@@ -12,34 +13,53 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from ..types import Prompts, Proposals
 
 RUN_FILE, RUNGS_FILE, DRAWS_FILE = "run.json", "rungs.jsonl", "draws.jsonl"
-FILES_OF_LINES = RUNGS_FILE, DRAWS_FILE
-MOST_DRAWS = 1000
-"""Draws that are written down, evenly taken from all."""
+MAX_DRAWS = 1000
+"""Number of draws that are kept; of more, every second, third, … is."""
 
 
 @dataclass
 class RunRecord:
-    """A run as its files tell it.
+    """The result of a run, `trainer.record`. [`read`] loads it from the run's output directory.
+
+    `T` is the target's inverse temperature `tau_max`, `τ` that of a rung, `q` the model, `d` the cost, `D` its largest
+    value and `Z_τ` the normalising constant of `p_τ(s) = L(s)·exp(-τ·d(s)) / Z_τ`, where `L` is the prior.
 
     Attributes:
-        settings: what was asked for: the model, the target, the ladder, the sampler, how it learns; versions.
+        settings: what was asked for: names of the base model, the costs, `sampler`, `ladder`, `loss` and `engine`,
+            every option that changes the result, and versions. `settings["objective_range"]` is `None` if it was not
+            given.
+        objective_range: D, in units of the cost: as given, or else as measured on the first rung's proposals (`None`
+            before that).
         finished: whether training has ended.
-        metrics: of the final model, as [`ALDRIFTTrainer.evaluate`] names them, without prefix; empty before the end and
-            where `max_objective_calls` was spent.
-        log_z: the ladder's `log Z_τ` of each prompt at the last rung's `τ`, nats.
-        rungs: a record of each complete rung.
-        draws: the newest draws of the model, up to [`MOST_DRAWS`]: `prompt`, `completion`, `objective`, `log_prior`,
-            `log_model` and, for `tau`, `log_weight`; nats.
+        metrics: metrics of the final model, named as in [`ALDRIFTTrainer.evaluate`], without prefix. Empty before the
+            end, and if `max_objective_calls` was spent.
+        log_z: the ladder's estimate of `log Z_τ` at the last rung's τ, one per training prompt, nats.
+        rungs: one record per complete rung; means over prompts. Among them:
+
+            - `rung` (index), `tau`, `objective_mean`, `objective_best`, `success` (share of proposals of cost 0 or, if
+              there were none so far, of the lowest cost seen), `sample_objective_mean` (after the correction);
+            - `ess` (effective sample size as a share of the proposals), `khat`, `acceptance_rate` (of the chains),
+              `log_z`, `log_z_increment`, `missing_mass`, `kl_to_prior` (KL(q‖L)), `kl_to_target` (KL(q‖p_τ)), all in
+              nats where they are logarithms or divergences, per completion;
+            - `distinct_proposals`, `distinct_samples`, `constant_cost` (share of prompts whose proposals all cost the
+              same), `excluded` (share of proposals of prior probability 0), `completions/clipped_ratio`: shares;
+            - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates);
+            - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
+            - `seconds_propose`, `seconds_score`, `seconds_objective`, `seconds_learn`: wall-clock time.
+        draws: the newest draws of the model, at most [`MAX_DRAWS`], before any correction. Each has `prompt`,
+            `completion`, `objective` (its cost), `log_prior`, `log_model` and, for the inverse temperature `tau`,
+            `log_weight` = `log L - τ·d - log q`; nats.
     """
 
     settings: dict[str, Any]
+    objective_range: float | None = None
     finished: bool = False
     metrics: dict[str, float] = field(default_factory=dict)
     log_z: list[float] = field(default_factory=list)
@@ -47,7 +67,7 @@ class RunRecord:
     draws: list[dict[str, Any]] = field(default_factory=list)
 
     def take_draws(self, proposals: Proposals, prompts: Prompts, tau: float) -> None:
-        """Keep up to [`MOST_DRAWS`] draws, with their log-weights for `p_τ`."""
+        """Set `draws` to these proposals (at most [`MAX_DRAWS`], evenly spaced), with their log-weights for `p_τ`."""
         columns = {
             "objective": proposals.objective,
             "log_prior": proposals.log_prior,
@@ -55,46 +75,49 @@ class RunRecord:
             "log_weight": proposals.log_weight(tau),
         }
         numbers: dict[str, Tensor] = {name: column.flatten() for name, column in columns.items()}
-        step = math.ceil(len(proposals.texts) / MOST_DRAWS)
+        texts = cast(list[str], proposals.texts)
+        step = math.ceil(len(texts) / MAX_DRAWS)
         self.draws = [
             {
                 "prompt": prompts.rows[int(proposals.rows[i])]["prompt"],
-                "completion": proposals.texts[i],
+                "completion": texts[i],
                 **{name: column[i].item() for name, column in numbers.items()},
                 "tau": tau,
             }
-            for i in range(0, len(proposals.texts), step)
+            for i in range(0, len(texts), step)
         ]
 
     def write(self, folder: str | Path) -> None:
-        """Write the three files; that of the draws only where there are any, for a resumed run has none at first."""
+        """Write the three files. `draws.jsonl` is left as it is while there are no draws, as after resuming a run."""
         folder = Path(folder)
-        names = ("settings", "finished", "metrics", "log_z")
-        run = {name: getattr(self, name) for name in names}
         if self.draws:
             replace_file(folder / DRAWS_FILE, map(_line, self.draws))
         replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
+        names = ("settings", "objective_range", "finished", "metrics", "log_z")
+        run = {name: getattr(self, name) for name in names}
         replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
-        """The inverse of [`write`]; what was NaN is missing.
+        """Load what [`write`] wrote. Metrics that were NaN are left out.
 
         Raises:
-            ValueError: if the folder is not that of a run, or a file in it is damaged.
+            ValueError: if the folder is not the output directory of a run, or a file in it is damaged.
         """
         folder = Path(folder)
         missing = [name for name in (RUN_FILE, RUNGS_FILE, DRAWS_FILE) if not (folder / name).is_file()]
         if missing:
             raise ValueError(
-                f"{folder} is not the output directory of a run: it has no {', '.join(missing)}. They are written when "
-                "the first rung begins."
+                f"{folder} is not the output directory of a run: it has no {', '.join(missing)}. A run writes them "
+                "when its first rung has been drawn."
             )
         run = _objects(folder / RUN_FILE, [(folder / RUN_FILE).read_bytes()])[0]
-        rungs, draws = (_objects(folder / name, (folder / name).read_bytes().splitlines()) for name in FILES_OF_LINES)
+        rungs, draws = (
+            _objects(folder / name, (folder / name).read_bytes().splitlines()) for name in (RUNGS_FILE, DRAWS_FILE)
+        )
         try:
-            metrics = _without_missing(run.pop("metrics"))
-            return cls(**run, metrics=metrics, rungs=[*map(_without_missing, rungs)], draws=draws)
+            metrics = _without_null(run.pop("metrics"))
+            return cls(**run, metrics=metrics, rungs=[*map(_without_null, rungs)], draws=draws)
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
 
@@ -105,17 +128,17 @@ def _objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not all(isinstance(value, dict) for value in values):
-        raise ValueError(f"{path} is damaged: a line of it is no JSON object")
+        raise ValueError(f"{path} is damaged: it holds something other than JSON objects")
     return values
 
 
-def _without_missing(figures: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in figures.items() if value is not None}
+def _without_null(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if value is not None}
 
 
 def replace_file(path: Path, lines: Iterable[str]) -> None:
-    """Write a text file whole, so that no reader ever finds half of it."""
-    temporary = path.with_name(f"_{path.name}")  # a name that a push of the folder to the Hub leaves out
+    """Write a text file under another name and rename it, so that no reader finds half of it."""
+    temporary = path.with_name(f"_{path.name}")  # a push of the folder to the Hub leaves such names out
     temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     os.replace(temporary, path)
 
@@ -125,7 +148,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """With `null` in place of what JSON has no number for."""
+    """The same with `null` for NaN and infinity, which JSON has no numbers for."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {name: _finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

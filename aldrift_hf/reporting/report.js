@@ -1,5 +1,6 @@
 "use strict";
-// The table of draws: a header sorts by its column, once more the other way round; the field above hides other rows.
+// The table of draws: a click on a header sorts by its column, a second click reverses the order; the field above the
+// table hides the rows that do not contain its text.
 const table = document.getElementById("draws");
 const body = table.tBodies[0];
 const rows = Array.from(body.rows);
@@ -10,7 +11,7 @@ function compare(column, isNumber, sign) {
     const [left, right] = [a.cells[column], b.cells[column]];
     if (!isNumber) return sign * left.textContent.localeCompare(right.textContent);
     const [x, y] = [left, right].map((cell) => parseFloat(cell.dataset.value));
-    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // what has no value comes last, either way
+    if (isNaN(x) || isNaN(y)) return isNaN(x) - isNaN(y); // rows without a value come last, in either order
     return sign * (x - y);
   };
 }

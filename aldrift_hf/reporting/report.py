@@ -1,13 +1,11 @@
-"""`report.html`: a run on one page that needs no network, for people to look at."""
+"""`report.html`: a run on one page that needs no network."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
-import logging
 import math
-import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -21,45 +19,26 @@ from .record import RunRecord, replace_file
 
 REPORT_FILE, LADDER_FILE = "report.html", "figures/ladder.png"
 
-logger = logging.getLogger(__name__)
-
 _HERE = Path(__file__).parent
-_SECONDS_BETWEEN = 60.0
-"""Between two reports of a run under way: one takes about a second to draw."""
-_BEGINNING = 80
-"""Characters of a prompt that the table repeats beside each of its draws."""
+_PIXELS_PER_INCH = 96
+"""Of CSS."""
+_PROMPT_START = 80
+"""Number of characters of its prompt that the table shows beside a draw."""
 
 
 def write_report(record: RunRecord, folder: str | Path) -> None:
     """Write `report.html` and `figures/ladder.png` into a run's folder.
 
-    The page is whole in itself. What is not ours in it (completions, prompts, names) is text and stays text: it is
-    escaped, and the page's own policy lets no script but ours run and nothing be fetched.
+    The page is self-contained. Completions, prompts and names come from elsewhere and are treated as text: they are
+    escaped, and the page's content security policy runs no script but ours and fetches nothing.
     """
     folder = Path(folder)
     figures.write_ladder(record, folder / LADDER_FILE)
     replace_file(folder / REPORT_FILE, [render(record)])
 
 
-class LiveReport:
-    """The report of a run under way: once a minute, and at the end."""
-
-    def __init__(self) -> None:
-        self._written = time.monotonic()
-
-    def update(self, record: RunRecord, folder: str | Path) -> None:
-        """Write the report if it is time to; that it cannot be drawn is no reason for a run to end."""
-        if not record.finished and time.monotonic() - self._written < _SECONDS_BETWEEN:
-            return
-        try:
-            write_report(record, folder)
-        except Exception:
-            logger.warning(f"{Path(folder) / REPORT_FILE} could not be written; the run goes on", exc_info=True)
-        self._written = time.monotonic()
-
-
 def render(record: RunRecord) -> str:
-    """The page."""
+    """The page as HTML."""
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -67,19 +46,23 @@ def render(record: RunRecord) -> str:
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     prompts = list({json.dumps(draw["prompt"]): draw["prompt"] for draw in record.draws}.values())
+    width, height = (round(inches * _PIXELS_PER_INCH) for inches in figures.PLOT_SIZE)
     return environment.get_template("report.html.jinja").render(
         record=record,
         title="ALDRIFT: " + " + ".join(record.settings["objective"]),
         outcome=health.outcome(record),
         target=health.target_in_words(record),
-        warnings=health.warnings(record),
-        looked_at=_looked_at(record),
+        warnings=health.run_warnings(record),
+        checked=_checked(record),
         tiles=_tiles(record),
-        plots=[(plot, plot.svg()) for plot in figures.plots(record)],
+        plots=[(plot, _data_url(plot)) for plot in figures.plots(record)],
+        plot_width=width,
+        plot_height=height,
         prompts=[_messages(prompt) for prompt in prompts],
         number_of={json.dumps(prompt): number for number, prompt in enumerate(prompts, start=1)},
         draws=[(draw, json.dumps(draw["prompt"])) for draw in record.draws],
-        beginning=_BEGINNING,
+        prompt_start=_PROMPT_START,
+        settings=_settings(record),
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
         script=script,
         script_hash=f"sha256-{digest}",
@@ -87,56 +70,69 @@ def render(record: RunRecord) -> str:
     )
 
 
-def _looked_at(record: RunRecord) -> list[str]:
-    """What no warnings means, for a run that has got somewhere."""
+def _data_url(plot: figures.Plot) -> str:
+    """The plot's image inside an URL."""
+    return f"data:image/svg+xml;base64,{base64.b64encode(plot.svg().encode()).decode()}"
+
+
+def _checked(record: RunRecord) -> list[str]:
+    """The checks behind "no warnings"."""
     model = _newest(record)
     checks = {
-        "missing_mass": f"missing mass (warned of above {MISSING_MASS_WARNING:g} nats)",
-        "khat": f"k-hat (above {health.KHAT_WARNING:g})",
-        "ess": f"effective draws a prompt and rung (below {health.FEW_DRAWS})",
-        "acceptance_rate": f"acceptance rate (below {health.LOW_ACCEPTANCE:.0%})",
+        "missing_mass": f"missing mass (warning above {MISSING_MASS_WARNING:g} nats)",
+        "khat": f"k-hat (above {health.MAX_KHAT:g})",
+        "ess": f"effective draws per prompt per rung (below {health.MIN_EFFECTIVE_DRAWS})",
+        "acceptance_rate": f"acceptance rate (below {health.MIN_ACCEPTANCE_RATE:.0%})",
     }
-    return [text for key, text in checks.items() if math.isfinite(model.get(key, math.nan))]
+    return [text for name, text in checks.items() if math.isfinite(model.get(name, math.nan))]
 
 
 def _newest(record: RunRecord) -> dict[str, Any]:
-    """What is known of the model: of the final one where it was measured, otherwise of the last rung's."""
+    """The newest metrics of the model: of the final model where measured, otherwise of the last rung's proposals."""
     last = record.rungs[-1] if record.rungs else {}
-    its_draws = {"objective": last.get("objective_mean"), "distinct": last.get("distinct_proposals")}
-    return {**last, **its_draws, **record.metrics}
+    of_proposals = {"objective": last.get("objective_mean"), "distinct": last.get("distinct_proposals")}
+    return {**last, **of_proposals, **record.metrics}
 
 
 def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
-    """Key figures: a label, the value, and what to hold it against."""
+    """Key metrics: a label, the value, and what to compare it with."""
     if not record.rungs:
         return []
     model, prior, settings = _newest(record), record.rungs[0], record.settings
-    draws = settings["num_chains"] * settings["chain_length"]
-    figures_of_run: list[tuple[str, str, Callable[[float], str], str]] = [
+    tiles: list[tuple[str, str, Callable[[float], str], str]] = [
         ("mean cost", "objective", "{:.3g}".format, f"prior: {prior['objective_mean']:.3g}"),
         ("success", "success", "{:.1%}".format, f"prior: {prior['success']:.1%}"),
         (
-            "of the target reached",
+            "of the target covered",
             "missing_mass",
-            lambda nats: f"{health.covered(nats):.0%}",
+            lambda nats: f"{health.covered_share(nats):.0%}",
             f"missing mass: {model.get('missing_mass', math.nan):.2f} nats",
         ),
         ("distinct draws", "distinct", "{:.1%}".format, f"prior: {prior['distinct_proposals']:.1%}"),
-        ("effective sample size", "ess", "{:.1%}".format, f"of {draws:,} draws a prompt"),
-        ("k-hat", "khat", "{:.2f}".format, f"reliable up to {health.KHAT_WARNING}"),
-        ("accepted by chains", "acceptance_rate", "{:.1%}".format, "on the last rung"),
-        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {settings['tau_max']:g}, rung {len(record.rungs)}"),
+        ("effective sample size", "ess", "{:.1%}".format, f"of {settings['num_generations']:,} draws per prompt"),
+        ("k-hat", "khat", "{:.2f}".format, f"reliable up to {health.MAX_KHAT}"),
+        ("acceptance rate", "acceptance_rate", "{:.1%}".format, "of the last rung's chains"),
+        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {settings['tau_max']:g}"),
         ("distinct objective calls", "objective_calls", "{:,}".format, f"for {model['proposals']:,} proposals"),
     ]
     return [
-        (label, in_words(model[key]), note)
-        for label, key, in_words, note in figures_of_run
-        if math.isfinite(model.get(key, math.nan))
+        (label, show(model[name]), note)
+        for label, name, show, note in tiles
+        if math.isfinite(model.get(name, math.nan))
     ]
 
 
+def _settings(record: RunRecord) -> dict[str, Any]:
+    """Settings for people to read: without fingerprints, and with D as it was measured if it was not given."""
+    left_out = ("versions", "vocabulary", "prompts_fingerprint")
+    settings = {name: value for name, value in record.settings.items() if name not in left_out}
+    if settings.get("objective_range") is None and record.objective_range is not None:
+        settings["objective_range"] = f"not set; measured: {record.objective_range:g}"
+    return settings
+
+
 def _messages(prompt: Any) -> list[tuple[str, str]]:
-    """A prompt as `(role, text)`; plain text has no role."""
+    """A prompt as `(role, text)` pairs; plain text has no role."""
     if isinstance(prompt, str):
         return [("", prompt)]
     return [

@@ -1,0 +1,27 @@
+"""The callbacks that an [`ALDRIFTTrainer`] installs."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from transformers import TrainingArguments
+
+from .callbacks import RunCallback
+from .console import CompletionsTable, LadderLines
+from .health import HealthWarnings
+from .progress import ProgressBars
+from .writers import ModelCardWriter, RecordWriter, ReportWriter
+
+
+def default_callbacks(args: TrainingArguments) -> list[RunCallback]:
+    """Record, report, model card and health warnings; and what `args` ask to be shown on the console.
+
+    `disable_tqdm=True` leaves out progress bars and lines of metrics, and `log_completions=True` adds the table of
+    completions. All of them act on the first process only, and none depends on another one.
+    """
+    console = Console()  # one for all, so that lines are printed above the bars
+    callbacks: list[RunCallback] = [RecordWriter(), ReportWriter(), ModelCardWriter(), HealthWarnings()]
+    if not args.disable_tqdm:
+        callbacks += [ProgressBars(console), LadderLines(console)]
+    if args.log_completions:
+        callbacks.append(CompletionsTable(console))
+    return callbacks
