@@ -23,6 +23,7 @@ from .validation import (
     WindowSize,
     check_fields,
     check_parts,
+    check_settings_of_parts,
     check_trainer_settings,
 )
 
@@ -324,7 +325,9 @@ class ALDRIFTConfig(TrainingArguments):
             raise ValueError(
                 "objective_on_error='worst' gives failures the cost objective_range, which is not set. Set it."
             )
-        check_parts(self, SAMPLERS[self.sampler], LADDERS[self.ladder], LOSSES[self.loss_for(SAMPLERS[self.sampler])])
+        sampler, ladder = SAMPLERS[self.sampler], LADDERS[self.ladder]
+        check_settings_of_parts(self, sampler, ladder)
+        check_parts(self, sampler, ladder, LOSSES[self.loss_for(sampler)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, Secret(value) if name == "hub_token" and isinstance(value, str) else value)

@@ -10,18 +10,16 @@ import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
 import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
 from ..algorithm.ladders import LADDERS, Ladder, LadderState
+from ..algorithm.ladders.base import LadderSettings
 from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
-
-if TYPE_CHECKING:
-    from .config import ALDRIFTConfig
 
 MAX_COUNT = 2**31 - 1
 """The largest number of anything that is counted; a typing error rather than a wish above it."""
@@ -84,7 +82,7 @@ def own_fields(settings: type[Any]) -> list[Field[Any]]:
     return [field for field in fields(settings) if field.name not in inherited]
 
 
-def check_fields(settings: ALDRIFTConfig, declared_by: type[Any]) -> None:
+def check_fields(settings: TrainingArguments, declared_by: type[Any]) -> None:
     """Check the type and the range of each of ALDRIFT's own settings.
 
     Args:
@@ -145,10 +143,28 @@ def name_of(part: Any, registry: Mapping[str, type[Any]]) -> str:
     return next((name for name, registered in registry.items() if registered is kind), kind.__name__)
 
 
+class PartsSettings(LadderSettings, Protocol):
+    """The settings that must fit the algorithm's parts (of `ALDRIFTConfig`)."""
+
+    objective_range: float | None
+    pareto_smoothing: bool
+    chain_length: int | None
+
+    @property
+    def steps_per_chain(self) -> int:
+        """M, proposals per chain."""
+        ...
+
+    @property
+    def num_chains(self) -> int:
+        """m, chains per prompt per rung."""
+        ...
+
+
 def check_parts(
-    settings: ALDRIFTConfig, sampler: Sampler | type[Sampler], ladder: Ladder | type[Ladder], loss: Loss | type[Loss]
+    settings: PartsSettings, sampler: Sampler | type[Sampler], ladder: Ladder | type[Ladder], loss: Loss | type[Loss]
 ) -> None:
-    """Check that sampler, ladder and loss work together, and with the settings that they read.
+    """Check that sampler, ladder and loss work together, and the sampler's chains with the number of proposals.
 
     Args:
         settings: the settings.
@@ -157,7 +173,6 @@ def check_parts(
     Raises:
         ValueError: with the settings that contradict each other, and which of them to change.
     """
-    _check_ladder(settings, sampler, ladder)
     if sampler.uses_chains:
         _check_chains(settings)
     if loss.needs_weighted_draws and not sampler.draws_by_weight:
@@ -166,32 +181,36 @@ def check_parts(
             f"sampler={name_of(sampler, SAMPLERS)!r} does not draw by weight. Use sampler='archive', or "
             "loss_type='nll'."
         )
-    if settings.pareto_smoothing and not sampler.draws_by_weight:
-        raise ValueError(
-            "pareto_smoothing smooths the weights that samples are drawn by, and "
-            f"sampler={name_of(sampler, SAMPLERS)!r} does not draw by weight. Leave it off, or use sampler='archive'."
-        )
-
-
-def _check_ladder(settings: ALDRIFTConfig, sampler: Sampler | type[Sampler], ladder: Ladder | type[Ladder]) -> None:
     if ladder.uses_weights and not sampler.corrects:
         raise ValueError(
             f"ladder={name_of(ladder, LADDERS)!r} takes its steps by the weights, and "
             f"sampler={name_of(sampler, SAMPLERS)!r} has none. Use ladder='linear', or sampler='archive' or "
             "'metropolis_hastings'."
         )
+
+
+def check_settings_of_parts(settings: PartsSettings, sampler: type[Sampler], ladder: type[Ladder]) -> None:
+    """Check the settings that only some samplers and ladders read.
+
+    Raises:
+        ValueError: for a setting that has no effect, or that makes a ladder of too many rungs; with the remedy.
+    """
+    if settings.pareto_smoothing and not sampler.draws_by_weight:
+        raise ValueError(
+            "pareto_smoothing smooths the weights that samples are drawn by, and "
+            f"sampler={name_of(sampler, SAMPLERS)!r} does not draw by weight. Leave it off, or use sampler='archive'."
+        )
     if settings.tau_step is not None and not ladder.takes_step:
         raise ValueError(
             f"tau_step={settings.tau_step} has no meaning for ladder={name_of(ladder, LADDERS)!r}, which finds its own "
             "steps. Leave tau_step out, or use ladder='linear'."
         )
-    if isinstance(ladder, type) and ladder.takes_step and (settings.tau_step or settings.objective_range):
-        # Raises where the ladder has too many rungs.
+    if ladder.takes_step and (settings.tau_step or settings.objective_range):
         start = LadderState(torch.zeros(1), objective_range=settings.objective_range)
-        ladder.from_settings(settings).num_rungs(start)
+        ladder.from_settings(settings).num_rungs(start)  # raises for too many
 
 
-def _check_chains(settings: ALDRIFTConfig) -> None:
+def _check_chains(settings: PartsSettings) -> None:
     n, steps = settings.num_generations, settings.steps_per_chain
     if n % steps == 0:
         return
@@ -208,7 +227,7 @@ def _check_chains(settings: ALDRIFTConfig) -> None:
 # ---- Settings of TrainingArguments -----------------------------------------------------------------------------------
 
 
-def check_trainer_settings(settings: ALDRIFTConfig) -> None:
+def check_trainer_settings(settings: TrainingArguments) -> None:
     """Refuse settings of `TrainingArguments` that would silently break a rung or change what is learned.
 
     Raises:
