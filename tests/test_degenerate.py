@@ -94,7 +94,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
             raise TimeoutError("no answer")
         return count_a(prompts, completions)
 
-    trainer = make(flaky, objective_on_error="worst", generation_batch_size=8)
+    trainer = make(flaky, objective_on_error="worst", per_device_generation_batch_size=8)
     trainer.train()
     assert (
         0 < trainer.progress.records[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
@@ -108,7 +108,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
 
 
 def test_one_draw_carries_all_weight_and_chains_accept_nothing(make, caplog):
-    few = {"num_chains": 1, "chain_length": 4, "tau_max": 1.0, "tau_step": 1.0, "num_train_epochs": 1}
+    few = {"num_generations": 4, "chain_length": 4, "tau_max": 1.0, "tau_step": 1.0, "num_rungs": 1}
     for seed in range(100):  # until the first proposal is like no other
         looked_at = make(seed=seed, **few)
         first, *others = looked_at.proposer.propose(looked_at.prompts, 4, (0, 0))[0].texts

@@ -53,7 +53,7 @@ def test_the_first_stops_after_the_update_with_a_checkpoint(make, tmp_path, capl
 
 def test_between_rounds_of_proposals_too(make, tmp_path):
     """The checkpoint is that of the last update."""
-    settings = {"save_strategy": "no", "generation_batch_size": 8, "num_chains": 64}
+    settings = {"save_strategy": "no", "per_device_generation_batch_size": 8, "num_generations": 256}
     alone = make(output_dir=str(tmp_path / "alone"), **settings)
     alone.train()
     trainer = make(**settings)

@@ -1,7 +1,6 @@
 """The trainer as its users meet it: what it refuses, what it logs, what it leaves behind."""
 
 import json
-import math
 import os
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
-from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.models.prior import base_model
@@ -17,7 +15,7 @@ from aldrift_hf.trainer import rollout as proposer
 
 RECORD = {
     "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",
-    "log_z", "missing_mass", "distinct_proposals", "distinct_samples", "sft_loss", "proposals", "objective_calls",
+    "log_z", "missing_mass", "distinct_proposals", "distinct_samples", "loss", "proposals", "objective_calls",
     "seconds_propose", "seconds_score", "seconds_objective", "seconds_learn",
 }  # fmt: skip
 
@@ -47,7 +45,7 @@ def rungs(trainer):
 def test_training_brings_the_model_closer_to_the_target(make, family):
     model = family()
     log_prior = log_probs(model, [EOS], every_completion())
-    trainer = make(model=model, settings={"num_chains": 128, "chain_length": 8, "updates_per_rung": 16})
+    trainer = make(model=model, settings={"num_generations": 1024, "chain_length": 8, "updates_per_rung": 16})
     cost = torch.tensor(count_a([], trainer.proposer.decode(every_completion())), dtype=torch.float64)
     log_p = (log_prior - 1.5 * cost).log_softmax(0)
 
@@ -81,7 +79,7 @@ def test_the_ladder_and_its_records(make):
 
 
 def test_the_papers_settings_are_the_ladder_of_one_over_d_and_m_squared_steps(make):
-    trainer = make(settings={"tau_step": None, "objective_range": 3.0, "num_chains": 4, "chain_length": None})
+    trainer = make(settings={"tau_step": None, "objective_range": 3.0, "num_generations": 64, "chain_length": None})
     trainer.train()
     assert [record["tau"] for record in rungs(trainer)] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 1.5])
     assert rungs(trainer)[0]["proposals"] == 4 * 16
@@ -99,13 +97,13 @@ def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
 
 
 def test_more_rungs_than_the_ladder_stay_at_t(make):
-    trainer = make(settings={"num_train_epochs": 5})
+    trainer = make(settings={"num_rungs": 5})
     trainer.train()
     assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0, 1.5, 1.5, 1.5]
 
 
 def test_fewer_rungs_stop_before_t(make):
-    trainer = make(settings={"num_train_epochs": 2})
+    trainer = make(settings={"num_rungs": 2})
     trainer.train()
     assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0]
 
@@ -122,7 +120,7 @@ def test_the_neighbours_run_through_the_same_loop(make, sampler):
 
 
 def test_the_default_is_one_pass_over_the_samples(make):
-    trainer = make(settings={"updates_per_rung": None, "num_chains": 10})
+    trainer = make(settings={"updates_per_rung": None, "num_generations": 40})
     assert trainer.updates_per_rung == 3
     trainer.train()
     assert trainer.state.global_step == 9
@@ -134,7 +132,7 @@ def test_prompts_have_their_own_chains_and_columns(make):
         return [abs(len(text.split()) - w) for text, w in zip(completions, wanted)]
 
     data = Dataset.from_dict({"prompt": ["a b", "c", ""], "wanted": [1, 3, 2]})
-    trainer = make(nearest, settings={"num_chains": 8}, train_dataset=data)
+    trainer = make(nearest, settings={"num_generations": 32}, train_dataset=data)
     trainer.begin_rung(0)
     assert trainer.samples.rows.tolist() == [0] * 8 + [1] * 8 + [2] * 8
     assert len(trainer.progress.log_z) == 3
@@ -211,7 +209,7 @@ def test_several_objectives_are_weighted_and_logged_apart(make):
 
 
 def test_a_budget_of_objective_calls_ends_training_after_its_rung(make, caplog):
-    trainer = make(settings={"max_objective_calls": 15, "num_train_epochs": 50, "num_chains": 4})
+    trainer = make(settings={"max_objective_calls": 15, "num_rungs": 50, "num_generations": 16})
     result = trainer.train()
     records = rungs(trainer)
     assert records[-1]["objective_calls"] >= 15
@@ -222,9 +220,9 @@ def test_a_budget_of_objective_calls_ends_training_after_its_rung(make, caplog):
 
 
 def test_evaluation_leaves_training_as_it_is(make):
-    plain = make(settings={"num_train_epochs": 2})
+    plain = make(settings={"num_rungs": 2})
     plain.train()
-    watched = make(settings={"num_train_epochs": 2, "eval_strategy": "steps", "eval_steps": 3})
+    watched = make(settings={"num_rungs": 2, "eval_strategy": "steps", "eval_steps": 3})
     watched.train()
     assert any("eval_kl" in log for log in watched.state.log_history)
     for ours, theirs in zip(plain.model.parameters(), watched.model.parameters()):
@@ -239,7 +237,7 @@ def test_evaluation_on_other_prompts(make):
 
 
 def test_log_completions_prints_a_table(make, capsys):
-    make(settings={"log_completions": True, "num_train_epochs": 1}).train()
+    make(settings={"log_completions": True, "num_rungs": 1}).train()
     out = capsys.readouterr().out
     assert "best" in out
     assert "random" in out
@@ -247,7 +245,7 @@ def test_log_completions_prints_a_table(make, capsys):
 
 
 def test_progress_lines_are_readable(make, capsys):
-    make(settings={"disable_tqdm": False, "num_train_epochs": 2}).train()
+    make(settings={"disable_tqdm": False, "num_rungs": 2}).train()
     lines = capsys.readouterr().out.splitlines()
     assert any("mean cost" in line and "missing mass" in line for line in lines)
     assert sum(line.strip().startswith(("0 ", "1 ")) for line in lines) == 2
@@ -296,12 +294,12 @@ def test_full_fine_tuning_saves_a_whole_model(make):
 
 def test_accumulated_batches_learn_as_one(make):
     """The Trainer hands the loss the tokens of the whole accumulated batch."""
-    one = make(settings={"per_device_train_batch_size": 8, "num_train_epochs": 1, "optim": "sgd"})
+    one = make(settings={"per_device_train_batch_size": 8, "num_rungs": 1, "optim": "sgd"})
     two = make(
         settings={
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 4,
-            "num_train_epochs": 1,
+            "num_rungs": 1,
             "optim": "sgd",
         }
     )
@@ -309,7 +307,7 @@ def test_accumulated_batches_learn_as_one(make):
     two.train()
     for ours, theirs in zip(one.model.parameters(), two.model.parameters()):
         assert torch.allclose(ours, theirs, atol=1e-6)
-    assert rungs(one)[0]["sft_loss"] == pytest.approx(rungs(two)[0]["sft_loss"], rel=1e-4)
+    assert rungs(one)[0]["loss"] == pytest.approx(rungs(two)[0]["loss"], rel=1e-4)
 
 
 # ---- Precision ------------------------------------------------------------------------------------------------------
@@ -317,7 +315,7 @@ def test_accumulated_batches_learn_as_one(make):
 
 def test_generation_scoring_and_learning_share_one_autocast(make):
     """Under bf16 and PEFT, every forward pass of the base model runs in the same precision."""
-    trainer = make(settings={"bf16": True, "num_train_epochs": 1})
+    trainer = make(settings={"bf16": True, "num_rungs": 1})
     seen = set()
 
     def watch(module, args, output):
@@ -397,36 +395,6 @@ def test_an_adapter_costs_no_second_copy_of_the_weights(make):
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"tau_max": 0}, "tau_max .* must be positive"),
-        ({"tau_max": -1.0}, "tau_max .* must be positive"),
-        ({"tau_max": math.nan}, "tau_max .* must be positive"),
-        ({"objective_range": 0.0}, "objective_range .* must be positive"),
-        ({"objective_range": -2.0}, "objective_range .* must be positive"),
-        ({"tau_step": 0.0}, "tau_step .* must be positive"),
-        ({"chain_length": 0}, "chain_length must be a whole number of at least 1"),
-        ({"num_chains": 0}, "num_chains must be a whole number of at least 1"),
-        ({"num_chains": 2.5}, "num_chains must be a whole number"),
-        ({"updates_per_rung": 0}, "updates_per_rung must be"),
-        ({"max_completion_length": 0}, "max_completion_length must be"),
-        ({"generation_batch_size": 0}, "generation_batch_size must be"),
-        ({"max_objective_calls": 0}, "max_objective_calls must be"),
-        ({"objective_weights": [-1.0]}, "objective_weights must be"),
-        ({"num_train_epochs": 0.5}, "number of rungs"),
-        ({"sampler": "gibbs"}, "sampler must be"),
-        ({"ladder": "snake"}, "ladder must be"),
-        ({"auto_find_batch_size": True}, "per_device_train_batch_size"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor must be 0"),
-        ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "leave it off"),
-    ],
-)
-def test_bad_settings_are_refused(config, settings, message):
-    with pytest.raises(ValueError, match=message):
-        config(**settings)
-
-
-@pytest.mark.parametrize(
     ("data", "error", "message"),
     [
         (Dataset.from_dict({"text": ["a"]}), ValueError, "no column 'prompt'.*rename_column"),
@@ -503,33 +471,3 @@ def test_there_must_be_a_checkpoint_to_resume_from(make):
     for last in (True, "True"):
         with pytest.raises(ValueError, match="no checkpoint in"):
             make().train(resume_from_checkpoint=last)
-
-
-# ---- Settings from elsewhere ----------------------------------------------------------------------------------------
-
-
-def test_every_setting_works_from_the_command_line_and_from_yaml(tmp_path):
-    arguments = {
-        "tau_max": 5.0, "objective_range": 7.0, "ladder": "linear", "tau_step": 0.5, "sampler": "top", "num_chains": 4,
-        "chain_length": 12, "updates_per_rung": 3, "max_completion_length": 9, "generation_batch_size": 17,
-        "max_objective_calls": 99, "objective_weights": [1.0, 0.5], "model_init_kwargs": {"revision": "x"},
-        "log_completions": True, "num_train_epochs": 8.0,
-    }  # fmt: skip
-    line = []
-    for name, value in arguments.items():
-        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
-        line += [f"--{name}", *map(str, values)]
-    (parsed,) = TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--output_dir", str(tmp_path), *line])
-    (tmp_path / "run.yaml").write_text(json.dumps({"output_dir": str(tmp_path), **arguments}))
-    (from_yaml,) = TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--config", str(tmp_path / "run.yaml")])
-    for name, value in arguments.items():
-        assert getattr(parsed, name) == value, name
-        assert getattr(from_yaml, name) == value, name
-
-
-def test_help_explains_every_setting(capsys):
-    with pytest.raises(SystemExit):
-        TrlParser((ALDRIFTConfig,)).parse_args_and_config(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
-    assert "T, the target's inverse temperature" in text
-    assert "M, proposals a chain" in text
