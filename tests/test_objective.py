@@ -1,6 +1,7 @@
-"""What may come back from a cost function, and what happens when it is not a cost."""
+"""What a cost function may return, what happens when it is not a valid cost, and what a run counts."""
 
 import asyncio
+import contextlib
 import functools
 import math
 import signal
@@ -13,8 +14,8 @@ import pytest
 import torch
 
 from aldrift_hf import from_reward
-from aldrift_hf.objective.objective import Objective, ObjectiveError
-from aldrift_hf.objective.store import Journal
+from aldrift_hf.objective.calling import ObjectiveError
+from aldrift_hf.objective.objective import Objective
 from aldrift_hf.types import Prompts
 
 
@@ -24,7 +25,7 @@ def prompts(*texts, **columns):
 
 
 def objective(*functions, weights=None, limit=10.0, batch_size=4):
-    return Objective(list(functions), weights, limit, batch_size)
+    return Objective(list(functions), weights, limit, batch_size=batch_size)
 
 
 def returning(value, name="broken"):
@@ -47,7 +48,7 @@ def returning(value, name="broken"):
         (10.5, "above objective_range=10.0"),
     ],
 )
-def test_a_value_that_is_no_cost_names_objective_row_and_completion(value, problem):
+def test_an_invalid_cost_is_named_with_objective_row_and_completion(value, problem):
     with pytest.raises(ValueError, match="broken") as error:
         objective(returning(value))(prompts("x", "y"), [0, 1, 1], ["good", "fine", "bad"])
     assert problem in str(error.value)
@@ -56,11 +57,11 @@ def test_a_value_that_is_no_cost_names_objective_row_and_completion(value, probl
 
 
 @pytest.mark.parametrize("result", [[1.0], [1.0] * 3, 1.0, None, {"a": 1}])
-def test_a_wrong_length_names_objective_rows_and_completion(result):
+def test_a_wrong_number_of_costs_is_named_with_objective_rows_and_completion(result):
     def wrong(prompts, completions):
         return result
 
-    with pytest.raises(ValueError, match=r"'wrong'.*2 completions \(rows 0 to 1, the first completion 'a'\)"):
+    with pytest.raises(ValueError, match=r"'wrong'.* 2 completions \(rows 0 to 1, the first completion 'a'\)"):
         objective(wrong)(prompts("x", "y"), [0, 1], ["a", "b"])
 
 
@@ -68,44 +69,44 @@ def test_an_exception_names_objective_and_completion_and_keeps_its_cause():
     def fragile(prompts, completions):
         raise KeyError("no such thing")
 
-    with pytest.raises(ObjectiveError, match=r"'fragile' raised KeyError.*the first being 'a'") as error:
+    with pytest.raises(ObjectiveError, match=r"'fragile' raised KeyError.*the first of which is 'a'") as error:
         objective(fragile)(prompts("x"), [0], ["a"])
     assert isinstance(error.value.__cause__, KeyError)
 
 
-def test_what_was_evaluated_before_an_exception_is_kept():
+def test_costs_evaluated_before_an_exception_are_kept():
     def cost(prompts, completions):
         if "c" in completions:
             raise RuntimeError("service down")
         return [1.0] * len(completions)
 
-    price = objective(cost, batch_size=2)
+    evaluate = objective(cost, batch_size=2)
     with pytest.raises(ObjectiveError):
-        price(prompts("x"), [0] * 4, ["a", "b", "c", "d"])
-    assert price.calls == 2
+        evaluate(prompts("x"), [0] * 4, ["a", "b", "c", "d"])
+    assert evaluate.calls == 2
 
 
-def test_values_are_cached_by_prompt_row_and_completion():
+def test_costs_are_stored_by_prompt_row_and_completion():
     seen = []
 
     def cost(prompts, completions):
         seen.append(list(zip(prompts, completions)))
         return [float(len(text)) for text in completions]
 
-    price = objective(cost)
+    evaluate = objective(cost)
     rows = prompts("x", "y")
-    assert price(rows, [0, 0, 1, 0], ["a", "bb", "a", "a"]).tolist() == [1, 2, 1, 1]
-    assert price(rows, [1, 1], ["a", "ccc"]).tolist() == [1, 3]
+    assert evaluate(rows, [0, 0, 1, 0], ["a", "bb", "a", "a"]).tolist() == [1, 2, 1, 1]
+    assert evaluate(rows, [1, 1], ["a", "ccc"]).tolist() == [1, 3]
     assert seen == [[("x", "a"), ("x", "bb"), ("y", "a")], [("y", "ccc")]]
-    assert price.calls == 4
-    assert price.best == 1
+    assert evaluate.calls == 4
+    assert evaluate.best == 1
 
 
-def test_rows_of_equal_contents_share_their_values_across_data_sets():
-    price = objective(lambda prompts, completions: [1.0] * len(completions))
-    price(prompts("x", "y"), [1], ["a"])
-    price(prompts("y"), [0], ["a"])
-    assert price.calls == 1
+def test_equal_rows_share_their_costs_across_data_sets():
+    evaluate = objective(lambda prompts, completions: [1.0] * len(completions))
+    evaluate(prompts("x", "y"), [1], ["a"])
+    evaluate(prompts("y"), [0], ["a"])
+    assert evaluate.calls == 1
 
 
 def test_columns_reach_the_objective_row_by_row():
@@ -129,10 +130,10 @@ def test_a_weighted_sum_of_sync_and_async_functions():
     def length(prompts, completions):
         return [len(text) for text in completions]
 
-    price = objective(slow, functools.partial(length), AsyncCallable(), weights=[0.5, 1.0, 0.25], limit=None)
-    assert price.names == ["slow", "length", "AsyncCallable"]
-    assert price(prompts("x"), [0, 0], ["a", "aaa"]).tolist() == [2.0, 4.0]
-    assert price.components(prompts("x"), [0, 0], ["a", "aaa"]) == {"slow": 1.0, "length": 2.0, "AsyncCallable": 2.0}
+    evaluate = objective(slow, functools.partial(length), AsyncCallable(), weights=[0.5, 1.0, 0.25], limit=None)
+    assert evaluate.names == ["slow", "length", "AsyncCallable"]
+    assert evaluate(prompts("x"), [0, 0], ["a", "aaa"]).tolist() == [2.0, 4.0]
+    assert evaluate.components(prompts("x"), [0, 0], ["a", "aaa"]) == {"slow": 1.0, "length": 2.0, "AsyncCallable": 2.0}
 
 
 def test_async_functions_run_together_and_inside_a_running_loop():
@@ -154,7 +155,7 @@ def test_async_functions_run_together_and_inside_a_running_loop():
 
 
 @pytest.mark.parametrize("kind", ["tensor", "array", "numpy scalars", "integers", "tuple"])
-def test_any_sequence_of_numbers_will_do(kind):
+def test_any_sequence_of_numbers_is_accepted(kind):
     import numpy as np
 
     values = {
@@ -172,11 +173,11 @@ def test_weights_must_match():
         objective(returning(1.0), weights=[1.0, 2.0])
 
 
-def test_nothing_to_call_is_refused():
+def test_an_objective_without_a_function_is_refused():
     with pytest.raises(TypeError, match="cost function"):
-        Objective([], None, None, 4)
+        Objective([], None, None)
     with pytest.raises(TypeError, match="cost function"):
-        Objective("not callable", None, None, 4)
+        Objective("not callable", None, None)
 
 
 def test_a_function_that_cannot_take_the_columns_is_refused():
@@ -193,12 +194,12 @@ def test_a_reward_becomes_a_cost():
     assert cost.__name__ == "reward"
     assert cost(["x"], ["aaa"]) == [0.7]
     assert from_reward(reward, best=2.0)(["x"], ["aaaaa"]) == [1.5]
-    price = objective(from_reward(lambda completions, **kwargs: [1.5]))
+    evaluate = objective(from_reward(lambda completions, **kwargs: [1.5]))
     with pytest.raises(ValueError, match="negative"):
-        price(prompts("x"), [0], ["a"])
-    price = objective(from_reward(lambda completions, **kwargs: [None]))
+        evaluate(prompts("x"), [0], ["a"])
+    evaluate = objective(from_reward(lambda completions, **kwargs: [None]))
     with pytest.raises(ValueError, match="not a number"):
-        price(prompts("x"), [0], ["a"])
+        evaluate(prompts("x"), [0], ["a"])
 
 
 def test_an_async_reward_stays_async():
@@ -209,7 +210,7 @@ def test_an_async_reward_stays_async():
 
 
 def test_costs_are_computed_while_the_caller_goes_on():
-    """Begun in a thread, one batch after the other; what is asked for twice is evaluated once."""
+    """In a thread, one batch after the other. What is asked for twice is evaluated once."""
     go, calls = threading.Event(), []
 
     def slow(prompts, completions):
@@ -234,7 +235,7 @@ def test_without_overlap_the_objective_stays_in_the_main_thread():
 
     def cost(prompts, completions):
         threads.append(threading.current_thread())
-        signal.setitimer(signal.ITIMER_REAL, 0)  # works in the main thread alone
+        signal.setitimer(signal.ITIMER_REAL, 0)  # works only in the main thread
         return [0.0] * len(completions)
 
     where = prompts("x")
@@ -253,7 +254,7 @@ def test_without_overlap_the_objective_stays_in_the_main_thread():
         objective(timed)(where, [0], ["a"])
 
 
-def test_an_error_is_raised_at_the_next_beginning_and_what_was_paid_for_is_kept():
+def test_an_error_is_raised_by_the_next_begin_and_earlier_costs_are_kept():
     begun = []
 
     def cost(prompts, completions):
@@ -269,11 +270,11 @@ def test_an_error_is_raised_at_the_next_beginning_and_what_was_paid_for_is_kept(
     with pytest.raises(ObjectiveError, match="no more"):
         batch.begin(where, [0], ["later"])
     assert begun == [["good"], ["bad"]]
-    assert batch.calls == 1, "what was evaluated before the error is lost"
-    assert batch(where, [0], ["good"]).tolist() == [1.0], "the error sticks"
+    assert batch.calls == 1, "a cost evaluated before the error is lost"
+    assert batch(where, [0], ["good"]).tolist() == [1.0], "the error is raised again"
 
 
-def test_what_is_abandoned_is_not_evaluated():
+def test_abandoned_completions_are_not_evaluated():
     go, begun = threading.Event(), []
 
     def cost(prompts, completions):
@@ -290,15 +291,15 @@ def test_what_is_abandoned_is_not_evaluated():
     assert batch(where, [0], ["d"]).tolist() == [1.0]
     assert begun == [["a"], ["d"]]
     batch.begin(where, [0], ["e"])
-    while not batch._begun.found:
+    while not batch._begun.evaluated:
         time.sleep(0.01)
     batch.abandon()
     assert batch(where, [0], ["e"]).tolist() == [1.0]
-    assert begun == [["a"], ["d"], ["e"]], "what was paid for is paid for again"
+    assert begun == [["a"], ["d"], ["e"]], "a stored cost is evaluated again"
 
 
-def test_a_function_that_ends_the_program_is_heard_of_too():
-    """SystemExit in a thread would be lost, and other processes would wait for ever."""
+def test_a_function_that_exits_the_program_does_so_from_a_thread_too():
+    """SystemExit in a thread would be lost, and other processes would wait forever."""
 
     def cost(prompts, completions):
         raise SystemExit("enough")
@@ -311,7 +312,7 @@ def test_a_function_that_ends_the_program_is_heard_of_too():
 
 def test_a_cost_that_hangs_does_not_keep_the_program_alive():
     code = (
-        "import time\nfrom aldrift_hf.objective.objective import Objective\nfrom aldrift_hf.models.prompts import Prompts\n"
+        "import time\nfrom aldrift_hf.objective.objective import Objective\nfrom aldrift_hf.types import Prompts\n"
         "where = Prompts([{'prompt': 'x'}], [[0]], ['x'])\n"
         "slow = Objective(lambda prompts, completions: time.sleep(600), None, None)\n"
         "slow.begin(where, [0], ['a'])\ntime.sleep(0.2)\nraise SystemExit(3)\n"
@@ -325,7 +326,7 @@ ONE = prompts("x")
 
 
 def failing(texts, how):
-    """A cost that fails whenever one of some texts is asked for."""
+    """A cost that fails whenever the batch contains one of these texts."""
 
     def cost(prompts, completions):
         asked.append(list(completions))
@@ -341,27 +342,159 @@ def failing(texts, how):
     return cost
 
 
+def tolerant(cost, folder=None, **settings):
+    """An objective that gives failures the worst cost."""
+    settings = {"batch_size": 3, "on_error": "worst", "cache_key": "test", **settings}
+    return Objective(cost, None, 5.0, output_dir=None if folder is None else str(folder), **settings)
+
+
+TEXTS, COSTS = ["a", "bb", "ccc", "dddd"], [1.0, 5.0, 3.0, 4.0]
+
+
 @pytest.mark.parametrize("how", ["raise", "nan", "shape", "range"])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_what_cannot_be_priced_costs_the_worst(how, overlap, caplog, tmp_path):
+def test_completions_that_fail_cost_the_worst(how, overlap, caplog, tmp_path):
     cost = failing(["bb"], how)
-    wary = Objective(cost, None, 5.0, batch_size=3, on_error="worst", overlap=overlap, output_dir=str(tmp_path))
-    texts = ["a", "bb", "ccc", "dddd"]
-    assert wary(ONE, [0] * 4, texts).tolist() == [1.0, 5.0, 3.0, 4.0]
+    first = tolerant(cost, tmp_path, overlap=overlap)
+    assert first(ONE, [0] * 4, TEXTS).tolist() == COSTS
     assert cost.asked == [["a", "bb", "ccc"], ["a"], ["bb"], ["ccc"], ["dddd"]]
-    assert wary.failures == 1
-    assert "1 completions could not be priced and count as cost 5" in caplog.text
-    assert wary(ONE, [0] * 4, texts).tolist() == [1.0, 5.0, 3.0, 4.0]
-    assert len(cost.asked) == 5, "within a run it is not asked for again"
-    assert (ONE.keys[0], "bb") not in Journal(tmp_path, [cost]).read(), "but in the next one"
+    assert first.failures == 1
+    assert "1 completions could not be evaluated and cost 5" in caplog.text
+    assert first(ONE, [0] * 4, TEXTS).tolist() == COSTS
+    assert len(cost.asked) == 5, "a failure is evaluated again within the run"
+    assert first.calls == 4
+    assert (ONE.keys[0], "bb") not in first.store
+    next_run = tolerant(failing([], how), tmp_path)
+    assert next_run(ONE, [0] * 4, TEXTS).tolist() == [1.0, 2.0, 3.0, 4.0], "a failure is not evaluated in the next run"
+    assert next_run.functions[0].asked == [["bb"]]
 
 
 def test_a_cost_that_never_worked_is_an_error_all_the_same():
-    wary = Objective(failing(["a", "b"], "raise"), None, 5.0, on_error="worst")
+    objective = Objective(failing(["a", "b"], "raise"), None, 5.0, on_error="worst")
     with pytest.raises(ObjectiveError, match="no answer"):
-        wary(ONE, [0, 0], ["a", "b"])
+        objective(ONE, [0, 0], ["a", "b"])
 
 
 def test_the_worst_of_several_is_the_worst_of_their_sum():
-    wary = Objective([failing(["bb"], "raise"), failing([], "raise")], [0.5, 2.0], 6.0, on_error="worst")
-    assert wary(ONE, [0, 0], ["a", "bb"]).tolist() == [2.5, 6.0]
+    functions = [failing(["bb"], "raise"), failing([], "raise")]
+    objective = Objective(functions, [0.5, 2.0], 6.0, on_error="worst")
+    assert objective(ONE, [0, 0], ["a", "bb"]).tolist() == [2.5, 6.0]
+
+
+@pytest.mark.parametrize(("bound", "weights"), [(None, None), (5.0, [0.0])])
+def test_failures_need_a_worst_cost(bound, weights):
+    with pytest.raises(ValueError, match="objective_on_error='worst' needs objective_range"):
+        Objective(failing([], "raise"), weights, bound, on_error="worst")
+
+
+# ---- What a run counts ----------------------------------------------------------------------------------------------
+
+
+def counts(objective):
+    return objective.calls, objective.best, objective.failures
+
+
+@pytest.mark.parametrize("same_folder", [True, False])
+def test_a_resumed_run_counts_as_an_uninterrupted_one(same_folder, tmp_path):
+    """Also the completions that failed: they cost the worst for the rest of the run, and are counted once."""
+    draws = [["a", "bb"], ["bb", "ccc", "a"], ["dddd", "bb", "", "a"]]
+    whole, history, states = tolerant(failing(["bb"], "raise"), tmp_path / "whole"), [], []
+    for texts in draws:
+        costs = whole(ONE, [0] * len(texts), texts).tolist()
+        history.append((costs, counts(whole)))
+        states.append(whole.state_dict())
+    assert history[-1] == ([4.0, 5.0, 0.0, 1.0], (5, 0.0, 1))
+
+    resumed = tolerant(failing(["bb"], "raise"), tmp_path / ("whole" if same_folder else "other"))
+    resumed.load_state_dict(states[0])
+    assert counts(resumed) == history[0][1]
+    for texts, expected in zip(draws[1:], history[1:]):
+        assert (resumed(ONE, [0] * len(texts), texts).tolist(), counts(resumed)) == expected
+    assert ["bb"] not in resumed.functions[0].asked
+    for state in (states[-1], resumed.state_dict()):
+        assert state["asked"].dtype == state["failed"].dtype == torch.int64
+        assert [len(state["asked"]), len(state["failed"]), state["best"].item()] == [5, 1, 0.0]
+    assert torch.equal(states[-1]["asked"], resumed.state_dict()["asked"])
+
+
+def test_a_checkpoint_of_the_counts_holds_no_costs():
+    objective = tolerant(failing([], "raise"))
+    assert {name: tuple(value.shape) for name, value in objective.state_dict().items()} == {
+        "asked": (0,),
+        "failed": (0,),
+        "best": (),
+    }
+    objective(ONE, [0] * 4, TEXTS)
+    sizes = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
+    assert sizes == {"asked": (4,), "failed": (0,), "best": ()}
+
+
+def test_a_new_run_counts_from_zero_and_evaluates_only_what_failed():
+    cost = failing(["bb"], "raise")
+    objective = tolerant(cost)
+    assert objective.best == math.inf
+    objective(ONE, [0] * 4, TEXTS)
+    assert counts(objective) == (4, 1.0, 1)
+    objective.reset()
+    assert counts(objective) == (0, math.inf, 0)
+    cost.asked.clear()
+    assert objective(ONE, [0, 0, 0], ["dddd", "ccc", "ccc"]).tolist() == [4.0, 3.0, 3.0]
+    assert counts(objective) == (2, 3.0, 0)
+    assert cost.asked == []
+    assert objective(ONE, [0, 0], ["bb", "a"]).tolist() == [5.0, 1.0]
+    assert counts(objective) == (4, 1.0, 1)
+    assert cost.asked == [["bb"], ["bb"]], "in its batch, and by itself"
+
+
+def test_costs_of_an_earlier_start_count_when_first_asked_for(tmp_path):
+    tolerant(failing([], "raise"), tmp_path)(ONE, [0] * 4, TEXTS)
+    cost = failing([], "raise")
+    later = tolerant(cost, tmp_path)
+    assert counts(later) == (0, math.inf, 0)
+    assert later(ONE, [0, 0, 0], ["ccc", "bb", "ccc"]).tolist() == [3.0, 2.0, 3.0]
+    assert counts(later) == (2, 2.0, 0)
+    assert len(later.store) == 4
+    assert cost.asked == []
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_closed_objective_has_no_thread_and_no_file(overlap, tmp_path):
+    before = threading.active_count()
+    objective = tolerant(failing([], "raise"), tmp_path, overlap=overlap)
+    objective(ONE, [0] * 4, TEXTS)
+    assert threading.active_count() == before + overlap
+    assert {path.name for path in tmp_path.glob("_costs/*")} > {"0.sqlite"}, "the log of an open database"
+    for _ in range(2):
+        objective.close()
+        assert threading.active_count() == before
+        assert [path.name for path in tmp_path.glob("_costs/*")] == ["0.sqlite"]
+    assert objective(ONE, [0], ["dddd"]).tolist() == [4.0]
+
+
+def test_closing_does_not_wait_for_a_function_that_hangs(monkeypatch):
+    monkeypatch.setattr("aldrift_hf.objective.worker.SECONDS_TO_STOP", 0.1)
+    go, begun = threading.Event(), threading.Event()
+
+    def hangs(prompts, completions):
+        begun.set()
+        go.wait(60)
+        return [0.0] * len(completions)
+
+    batch = objective(hangs, batch_size=1)
+    batch.begin(ONE, [0, 0], ["a", "b"])
+    assert begun.wait(10)
+    started = time.monotonic()
+    batch.close()
+    assert time.monotonic() - started < 10
+    go.set()
+
+
+def test_progress_is_shown_by_batches():
+    shown = []
+
+    @contextlib.contextmanager
+    def progress(description, total, done=0):
+        yield lambda steps: shown.append((description, total, steps))
+
+    Objective(failing([], "raise"), None, None, batch_size=3, progress=progress)(ONE, [0] * 4, TEXTS)
+    assert shown == [("objective batches", 2, 1)] * 2

@@ -1,4 +1,4 @@
-"""check_objective: a function that breaks a law is told which one, and the functions that come along break none."""
+"""check_objective names the property that a function violates; the functions of the recipes violate none."""
 
 import asyncio
 import functools
@@ -46,11 +46,11 @@ async def async_cost(prompts, completions):
 
 
 @pytest.mark.parametrize("function", [cost, async_cost, functools.partial(cost), from_reward(cost, best=10)])
-def test_a_lawful_function_passes(function):
+def test_a_function_with_all_properties_passes(function):
     check_objective(function, EXAMPLES, objective_range=10)
 
 
-# One function or more for each law, all of them likely mistakes.
+# At least one function per property, all of them likely mistakes.
 
 CALLS = itertools.count()
 
@@ -68,7 +68,7 @@ def raises_on_malformed_text(prompts, completions):
 
 
 def raises_on_deep_nesting(prompts, completions):
-    """What a parser that recurses does."""
+    """As a recursive parser does."""
     if any(text.count("(") > 1000 for text in completions):
         raise RecursionError("maximum recursion depth exceeded")
     return cost(prompts, completions)
@@ -139,32 +139,32 @@ def ranks_within_the_batch(prompts, completions):
     ("broken", "message"),
     [
         (wants_a_column, r"signature: .*missing a required argument: 'target'.*Add a column 'target'"),
-        (raises_on_malformed_text, r"errors: objective 'raises_on.*JSONDecodeError.*first being ''.*the worst cost, D"),
+        (raises_on_malformed_text, r"errors: objective 'raises_on.*JSONDecodeError.*which is ''.*the worst cost, D"),
         (raises_on_deep_nesting, r"errors: .*RecursionError.*'\(\(\(.* … .*the worst cost, D"),
         (reads_numbers_that_int_does_not, r"errors: .*ValueError: invalid literal for int.*'² ½"),
-        (one_too_few, r"values: .*got 0 values for 1 completions.*'\[1, 2\]'.*one number in \[0, D\]"),
-        (drops_duplicates, r"values: .*got 15 values for 16 completions"),
-        (nan, r"values: objective 'nan' gave nan for row 0, which is NaN: completion '\[3\]'"),
-        (infinite_for_malformed_text, r"values: .*gave inf .*which is infinite.*completion ''.*D for malformed text"),
-        (negative, r"values: .*gave -3.0.*which is negative.*from_reward"),
-        (none, r"values: .*gave None for row 0, which is not a number.*completion '\[3\]'"),
-        (above_the_range, r"values: .*gave 33.0, above objective_range=10, .*'\[1, 2\]'. Raise objective_range"),
+        (one_too_few, r"values: .*returned 0 values for 1 completions.*'\[1, 2\]'.*one number in \[0, D\]"),
+        (drops_duplicates, r"values: .*returned 15 values for 16 completions"),
+        (nan, r"values: objective 'nan' returned nan for row 0, which is NaN: completion '\[3\]'"),
+        (infinite_for_malformed_text, r"values: .*returned inf .*which is infinite.*completion ''.*D for malformed"),
+        (negative, r"values: .*returned -3.0.*which is negative.*from_reward"),
+        (none, r"values: .*returned None for row 0, which is not a number.*completion '\[3\]'"),
+        (above_the_range, r"values: .*returned 33.0 for row 0, above objective_range=10: .*'\[1, 2\]'. Raise"),
         (clears_its_arguments, r"arguments: .*changed prompts from \[''\] to \[\].*Copy before changing"),
-        (counts_its_calls, r"determinism: .*gave \d.0 in a batch of 16, and \d.0 when asked again.*Fix its seeds"),
+        (counts_its_calls, r"determinism: .*returned \d.0 in a batch of 16, and \d.0 when called again.*Fix its seeds"),
         (random_noise, r"determinism: .*for completion '\[1, 2\]'"),
-        (sorts, r"order: .*in the completions' order"),
-        (ranks_within_the_batch, r"batch size: .*gave 0.1875 in a batch of 16, and 0.0 alone, .*'\[1, 2, 4\]'"),
+        (sorts, r"order: .*in the order of the completions"),
+        (ranks_within_the_batch, r"batch size: .*returned 0.1875 in a batch of 16, and 0.0 alone, .*'\[1, 2, 4\]'"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )  # fmt: skip
-def test_a_broken_law_is_named_with_the_completion_the_values_and_the_remedy(broken, message):
+def test_a_violation_is_named_with_the_completion_the_costs_and_the_remedy(broken, message):
     with pytest.raises(AssertionError) as error:
         check_objective(broken, ["[1, 2]", "[3]", "[1, 2, 4]", "[3]"], objective_range=10)
     assert re.search(message, str(error.value), re.DOTALL), str(error.value)
     assert len(str(error.value)) < 1000
 
 
-def test_rows_bring_prompts_and_columns():
+def test_rows_have_prompts_and_columns():
     seen = []
 
     def collects(prompts, completions, target):
@@ -180,7 +180,7 @@ def test_rows_bring_prompts_and_columns():
         check_objective(takes_no_columns, rows)
 
 
-def test_chat_prompts_stay_as_they_are():
+def test_chat_prompts_are_not_changed():
     rows = [{"prompt": [{"role": "user", "content": "?"}], "completion": "[1]", "target": 1}]
     with pytest.raises(AssertionError, match=r"arguments: .*changed prompts"):
         check_objective(writes_into_a_prompt, rows)
@@ -199,12 +199,12 @@ def test_rounding_is_tolerated():
 @pytest.mark.parametrize(
     "examples", [[], [{"prompt": "a"}], [{"completion": 1}], [{"completion": "a"}, {"completion": "b", "c": 1}]]
 )
-def test_what_is_no_example_is_refused(examples):
+def test_invalid_examples_are_refused(examples):
     with pytest.raises(ValueError, match="at least one completion"):
         check_objective(cost, examples)
 
 
-# The functions that come along.
+# The functions of the recipes.
 
 PROBLEMS = {
     "florentine": load_problem("florentine"),

@@ -1,4 +1,4 @@
-"""from_reward on every reward function of `trl.rewards`, and on what TRL's trainers hand to rewards beside text."""
+"""from_reward on every reward function of `trl.rewards`, and on what TRL's trainers pass to rewards besides text."""
 
 import importlib.util
 
@@ -15,14 +15,14 @@ ROW = {"prompt": CHAT, "solution": r"\frac{1}{3}"}
 THOUGHT = "<think>\nhm\n</think>\n"
 RIGHT, WRONG = r"it is \boxed{\frac{1}{3}} I think", r"it is \boxed{\frac{1}{2}} I think"  # five words each
 
-# Of each: its arguments where it is a factory, the highest reward, whether it counts tokens, and what texts cost.
+# For each: its arguments if it is a factory, the highest reward, whether it counts tokens, and the costs of texts.
 REWARDS = {
     "think_format_reward": (None, 1, False, {THOUGHT + "yes": 0, "no": 1}),
     "accuracy_reward": (None, 1, False, {RIGHT: 0, WRONG: 1, "a third": 1}),
     "reasoning_accuracy_reward": (None, 1, False, {THOUGHT + RIGHT: 0, THOUGHT + WRONG: 1, RIGHT: 1}),
-    # Half-way from 1 to 0.5 where right, half-way from -1 to -0.5 where wrong.
+    # Halfway from 1 to 0.5 if right, halfway from -1 to -0.5 if wrong.
     "get_cosine_scaled_reward": ({"max_len": 10}, 1, True, {RIGHT: 0.25, WRONG: 1.75}),
-    # Of "a b", "b a", "a b" and "b a" two are repetitions.
+    # Two of "a b", "b a", "a b" and "b a" are repetitions.
     "get_repetition_penalty_reward": ({"ngram_size": 2}, 0, True, {"a b a b a": 0.5, "a b c": 0, "": 0}),
     "get_soft_overlong_punishment": (
         {"max_completion_len": 6, "soft_punish_cache": 4},
@@ -65,10 +65,10 @@ def test_a_reward_of_trl_is_a_cost(name, overlap, tokenizer):
 
 
 @needs_math_verify
-def test_a_reward_that_does_not_apply_is_no_cost():
-    """TRL leaves it out for the row; here it would leave the row without a target."""
+def test_a_reward_that_does_not_apply_is_refused():
+    """TRL skips the row; here the row would be without a target."""
     prompts = Prompts([{"prompt": CHAT, "solution": ""}], [[0]], ["row"])
-    with pytest.raises(ValueError, match=r"'accuracy_reward' gave None for row 0, .*leave such rows out"):
+    with pytest.raises(ValueError, match=r"'accuracy_reward' returned None for row 0, .*remove such rows"):
         Objective(from_reward(rewards.accuracy_reward), None, None)(prompts, [0], [RIGHT])
 
 
@@ -89,17 +89,17 @@ def takes_no_prompts(completions):
     [
         (rewards.accuracy_reward, r"missing a required argument: 'solution'. Add a column 'solution'"),
         (rewards.get_soft_overlong_punishment(9, 1), r"'completion_ids'. Wrap .*from_reward\(…, tokenizer=…\)"),
-        (needs_state, r"'trainer_state'. TRL's trainers hand trainer_state to rewards, .*Give the parameter a default"),
-        (logs, r"log_extra.*does not: a cost is a function of the text"),
+        (needs_state, r"'trainer_state'. TRL's trainers pass trainer_state to rewards; .*Give the parameter a default"),
+        (logs, r"log_extra.*does not, because a cost is a function of the text"),
         (takes_no_prompts, r"unexpected keyword argument 'prompts'. Add \*\*columns"),
     ],
 )
-def test_what_a_reward_lacks_is_said_before_it_is_called(reward, message):
+def test_a_reward_that_cannot_be_called_is_refused_before_it_is_called(reward, message):
     with pytest.raises(TypeError, match=message):
         Objective(from_reward(reward), None, None).check_signature(["target"])
 
 
-def test_token_ids_are_made_of_the_text(tokenizer):
+def test_token_ids_are_those_of_the_text(tokenizer):
     def ids(completions, completion_ids, **kwargs):
         assert len(completions) == len(completion_ids)
         return [-sum(ids) for ids in completion_ids]
@@ -107,5 +107,5 @@ def test_token_ids_are_made_of_the_text(tokenizer):
     cost = from_reward(ids, best=0, tokenizer=tokenizer)
     words = tokenizer.convert_tokens_to_ids(["▁a", "▁b"])
     assert cost(["x", "x"], ["a b b", ""]) == [words[0] + 2 * words[1], 0]
-    with pytest.raises(TypeError, match="'takes_no_prompts' takes no completion_ids: leave tokenizer out"):
+    with pytest.raises(TypeError, match="'takes_no_prompts' does not take completion_ids: remove the tokenizer"):
         from_reward(takes_no_prompts, tokenizer=tokenizer)

@@ -187,6 +187,8 @@ def _global_names(code: CodeType) -> set[str]:
 def _is_library(module: str | None) -> bool:
     """Whether a module is not the user's own: in the standard library, in an installed package or in this one."""
     package = (module or "").partition(".")[0]
+    if package == "__main__":  # a notebook's or a script's, although its file may be that of a launcher
+        return False
     if package in sys.stdlib_module_names or package == __name__.partition(".")[0]:
         return True
     path = getattr(sys.modules.get(module or ""), "__file__", None)
