@@ -68,7 +68,7 @@ def test_a_long_phase_says_how_far_it_is(make, capsys, monkeypatch):
 def test_a_terminal_has_bars_for_rungs_proposals_costs_and_updates(make, terminal):
     make().train()
     text = terminal.getvalue()
-    for what in ("rungs", "proposals", "batches priced", "updates"):
+    for what in ("rungs", "proposals", "objective batches", "updates"):
         assert what in text
     assert "2 of 3" in text
 

@@ -84,7 +84,9 @@ def test_a_converged_model_is_not_blamed_for_equal_costs():
 
 
 def test_a_cost_above_its_range(make):
-    with pytest.raises(ValueError, match=r"gave 4\.0 for row \d+, above objective_range=3\.0.* Raise objective_range"):
+    with pytest.raises(
+        ValueError, match=r"returned 4\.0 for row \d+, above objective_range=3\.0.* Raise objective_range"
+    ):
         make(constant(4.0)).train()
 
 
@@ -99,7 +101,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
     assert (
         0 < trainer.progress.records[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
     )
-    assert "could not be priced and count as cost 3" in caplog.text
+    assert "could not be evaluated and cost 3" in caplog.text
     assert "no answer" in caplog.text
     check_finite(trainer)
 

@@ -72,7 +72,7 @@ save_file({{name: tensor.contiguous() for name, tensor in trainer.model.state_di
           os.path.join(output, f"rank-{{rank}}.safetensors"))
 with open(os.path.join(output, f"rank-{{rank}}.json"), "w") as file:
     json.dump({{"asked": asked, "batches": batches, "corrected": list(corrected["completion"]),
-                "cache": [[*key, value] for key, value in trainer.objective.cache.items()]}}, file)
+                "cache": [[*key, value] for key, value in trainer.objective.store.items()]}}, file)
 """
 
 

@@ -15,7 +15,8 @@ import psutil
 import pytest
 import tenacity
 
-from aldrift_hf.objective.objective import Objective, ObjectiveError
+from aldrift_hf.objective.calling import ObjectiveError
+from aldrift_hf.objective.objective import Objective
 from aldrift_hf.objective.testing import check_objective
 from aldrift_hf.toy import SmallPriorConfig
 from aldrift_hf.types import Prompts

@@ -24,7 +24,7 @@ import torch
 from conftest import count_a, lora_config, tiny_gpt2
 from transformers.trainer_utils import get_last_checkpoint
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.objective.store import Journal
+from aldrift_hf.objective.store import CostStore
 from aldrift_hf.toy import word_tokenizer
 
 root, kills, batch = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -39,11 +39,11 @@ def train(folder):
         note(folder, "asked", completions)
         return count_a(prompts, completions)
 
-    def noted(self, costs, write=Journal.write):
+    def noted(self, costs, write=CostStore.add):
         write(self, costs)
         note(folder, "on-disk", [text for (_, text), _ in costs])
 
-    Journal.write = noted
+    CostStore.add = noted
     args = ALDRIFTConfig(
         output_dir=folder, tau_max=1.5, objective_range=6.0, tau_step=0.5, num_chains=16, chain_length=4,
         max_completion_length=6, generation_batch_size=batch, per_device_train_batch_size=4, updates_per_rung=6,
@@ -137,7 +137,7 @@ def test_killed_runs_have_the_same_records(runs):
         assert records(folder) == records(alone), folder
 
 
-def test_no_cost_on_disk_is_paid_for_again(runs):
+def test_no_cost_on_disk_is_evaluated_again(runs):
     alone, killed = runs
     distinct = set(lines(alone, "asked"))
     assert len(lines(alone, "asked")) == len(distinct)

@@ -40,7 +40,7 @@ def outcome(trainer):
     ]
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     progress = trainer.progress
-    return state, (records, logs, progress.log_z, progress.proposals, trainer.objective.cache)
+    return state, (records, logs, progress.log_z, progress.proposals, trainer.objective.state_dict()["asked"].tolist())
 
 
 def assert_same(resumed, alone):

@@ -435,7 +435,7 @@ def test_an_objective_that_raises_stops_with_its_name(make):
 
 
 def test_an_objective_above_its_range_stops_with_its_row(make):
-    with pytest.raises(ValueError, match=r"'count_a' gave 3\.0 for row 0, above objective_range=2\.0"):
+    with pytest.raises(ValueError, match=r"'count_a' returned 3\.0 for row 0, above objective_range=2\.0"):
         make(settings={"objective_range": 2.0}).train()
 
 
