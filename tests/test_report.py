@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import math
 import re
 import shutil
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import matplotlib
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import count_a, lora_config, tiny_gpt2
 from matplotlib.figure import Figure
 from playwright.sync_api import Error, sync_playwright
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import report as report_page
-from aldrift_hf.reporting.figures import Plot, plots, relative_weights
+from aldrift_hf.reporting.figures import BLUE, GREEN, ORANGE, PALETTE, Plot, plots, relative_weights
 from aldrift_hf.reporting.record import RunRecord
-from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, LiveReport, render, write_report
+from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, render, write_report
+from aldrift_hf.reporting.writers import ReportWriter
 
 CHAT = [{"role": "system", "content": "Be  brief."}, {"role": "user", "content": "A riddle,\nplease"}]
 SETTINGS = {
@@ -26,9 +34,11 @@ SETTINGS = {
     "objective": ["cost"],
     "prompts": 1,
     "sampler": "metropolis_hastings",
+    "corrects": True,
     "tau_max": 3.0,
+    "objective_range": None,
     "objective_weights": None,
-    "num_chains": 128,
+    "num_generations": 1024,
     "chain_length": 8,
     "versions": {"aldrift_hf": "0.1.0"},
 }
@@ -53,7 +63,11 @@ def rung(index: int, tau: float, **changes: float) -> dict[str, float]:
         "distinct_samples": 0.95,
         "proposals": 1024 * (index + 1),
         "objective_calls": 900 * (index + 1),
-        "sft_loss": 1.5,
+        "loss": 1.5,
+        "kl_to_prior": 0.1 * tau,
+        "kl_to_target": 0.05,
+        "entropy": 1.2 - 0.1 * tau,
+        "completions/mean_length": 9.0 - tau,
         **changes,
     }
 
@@ -71,6 +85,7 @@ def record() -> RunRecord:
     metrics = {"objective": 0.6, "success": 0.48, "ess": 0.65, "distinct": 0.8, "missing_mass": -0.02}
     return RunRecord(
         settings=dict(SETTINGS),
+        objective_range=10.0,
         finished=True,
         metrics=metrics,
         rungs=[rung(i, 0.5 * (i + 1)) for i in range(6)],
@@ -95,7 +110,7 @@ def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, toke
     monkeypatch.setattr(report_page, "write_report", write_report)
     before = dict(matplotlib.rcParams)
     model = tiny_gpt2()
-    args = config(output_dir=str(tmp_path), num_train_epochs=1)
+    args = config(output_dir=str(tmp_path), num_rungs=1)
     ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model)).train()
     page = (tmp_path / REPORT_FILE).read_text(encoding="utf-8")
     assert "After 1 rung, " in page
@@ -110,21 +125,22 @@ def test_it_is_drawn_once_a_minute_and_at_the_end_and_never_ends_a_run(record, t
     monkeypatch.setattr(report_page, "write_report", lambda record, folder: calls.append(record.finished))
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    live, record.finished = LiveReport(), False
+    writer, record.finished = ReportWriter(), False
+    event = TrainingArguments(str(tmp_path), report_to="none"), TrainerState(), TrainerControl()
     for clock[0] in (10.0, 61.0, 100.0, 125.0):
-        live.update(record, tmp_path)
+        writer.on_rung_learned(*event, record=record)
     record.finished = True
-    live.update(record, tmp_path)
+    writer.on_run_end(*event, record=record)
     assert calls == [False, False, True]
 
     monkeypatch.setattr(report_page, "write_report", lambda record, folder: 1 / 0)
-    live.update(record, tmp_path)
+    writer.on_run_end(*event, record=record)
     assert "could not be written" in caplog.text
     assert "ZeroDivisionError" in caplog.text
 
 
 def test_warnings_come_first(record, no_figures):
-    assert "No warnings. Looked at: missing mass" in render(record)
+    assert "No warnings. Checked: missing mass" in render(record)
     record.metrics["missing_mass"] = 3.0
     page = render(record)
     assert "No warnings" not in page
@@ -135,23 +151,24 @@ def test_warnings_come_first(record, no_figures):
 def test_a_run_under_way(record, no_figures, count):
     record.finished, record.metrics, record.rungs = False, {}, record.rungs[:count]
     page = render(record)
-    assert "Under way" in page
-    assert ("The first rung is under way." if count == 0 else "So far, after 1 rung, ") in page
+    assert "Running" in page
+    assert ("The first rung is still running." if count == 0 else "So far, after 1 rung, ") in page
     assert names(record)[-1] == "weights"
-    assert len(names(record)) == 1 + 9 * count
+    assert len(names(record)) == 1 + 12 * count
 
 
 def test_what_a_run_does_not_have_is_left_out(record):
     for each in record.rungs:
         each["khat"] = each["acceptance_rate"] = math.nan
         each["archive_ess"] = 0.4
+        each["completions/mean_length"] = 9.0
     for one in record.draws[:3]:
         one["log_weight"] = None
     page = render(record)
-    assert {"khat", "acceptance"}.isdisjoint(names(record))
-    assert "accepted by chains" not in page
-    assert ">archive</text>" in page
-    assert "nan" not in page.split("<svg")[0].lower()
+    assert {"khat", "acceptance", "length"}.isdisjoint(names(record))  # a length that is always the same says nothing
+    assert "acceptance rate" not in page
+    assert any(">archive</text>" in svg for svg in images(page).values())
+    assert "nan" not in re.sub(r'"data:[^"]*"', "", page).split("<script")[0].lower()
     assert page.count(">–</td>") == 3
 
 
@@ -173,7 +190,7 @@ def test_several_objectives_and_chat_prompts(record):
     page = render(record)
     assert "objectives" in names(record)
     assert "<h1>ALDRIFT: length + &lt;lambda&gt;</h1>" in page
-    assert "&lt;lambda&gt;</text>" in page
+    assert "&lt;lambda&gt;</text>" in images(page)["Cost by objective"]
     assert '<b>user</b><div class="text">A riddle,\nplease</div>' in page
     assert '<b>system</b><div class="text">Be  brief.</div>' in page
 
@@ -188,16 +205,75 @@ def test_weights_are_multiples_of_their_prompts_mean(record):
     np.testing.assert_allclose(relative_weights(record), [*expected, *expected], rtol=1e-9)
 
 
-def test_figures_in_one_page_share_neither_ids_nor_colours_of_their_own(record):
+def test_a_range_that_was_measured_is_shown(record, no_figures):
+    assert "<dd>not set; measured: 10</dd>" in render(record)
+    record.settings["objective_range"] = 12.0
+    assert "<dd>12</dd>" in render(record)
+    assert "measured" not in render(record)
+
+
+def test_a_resumed_run_without_draws_has_a_page(record, no_figures):
+    record.draws = []
     page = render(record)
-    ids = re.findall(r' id="([^"]+)"', page)
+    assert "After 6 rungs" in page
+    assert "<table" not in page
+    assert "<script" not in page
+
+
+class Images(HTMLParser):
+    """The attributes of all images of a page, and all ids in it."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.images: list[dict[str, str]] = []
+        self.ids: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        if tag == "img":
+            self.images.append(dict(attrs))
+        self.ids += [value for name, value in attrs if name == "id"]
+
+
+def images(page: str) -> dict[str, str]:
+    """The SVG documents in a page, by what their alternative texts begin with."""
+    header = "data:image/svg+xml;base64,"
+    found = Images(page).images
+    assert all(image["src"].startswith(header) for image in found)
+    return {
+        re.split(r"\.? ?[(.]", image["alt"])[0]: base64.b64decode(image["src"].removeprefix(header)).decode()
+        for image in found
+    }
+
+
+def test_a_plot_is_an_image_that_needs_nothing_from_the_page_and_no_network(record):
+    page = render(record)
+    ids, drawn = Images(page).ids, images(page)
     assert len(ids) == len(set(ids))
-    asked = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', page))
-    assert {a or b for a, b in asked} <= set(ids)
-    drawn = "".join(re.findall("<svg.*?</svg>", page, flags=re.DOTALL))
-    assert not re.findall(r"(?:fill|stroke): #\w+|DejaVu|<style", drawn)
-    colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", drawn))
-    assert colours == {"none", "currentColor", *(f"var(--series-{i})" for i in (0, 1, 2, 7))}
+    assert len(drawn) == len(plots(record)) == page.count("<figure")
+    for svg in drawn.values():
+        elements = [*ElementTree.fromstring(svg).iter()]
+        own = {element.get("id") for element in elements}
+        links = [value for element in elements for name, value in element.attrib.items() if name.endswith("href")]
+        asked = {link.removeprefix("#") for link in links} | set(re.findall(r"url\(#([^)]+)\)", svg))
+        assert asked
+        assert asked <= own
+        tags = {element.tag.rsplit("}")[-1] for element in elements}
+        assert tags.isdisjoint({"script", "foreignObject", "image"})
+        assert "text" in tags
+        colours = {colour.upper() for colour in re.findall(r"(?:fill|stroke): (#\w+)", svg)}
+        assert colours <= set(PALETTE)
+        assert colours & {BLUE, ORANGE, GREEN}
+
+
+def test_a_plot_is_told_in_words_too(record):
+    (cost,) = (image["alt"] for image in Images(render(record)).images if image["alt"].startswith("Cost."))
+    assert cost == (
+        "Cost. proposals, mean: 1.85 on rung 0, 1.1 on rung 5; samples, mean: 1.35 on rung 0, 0.6 on rung 5; "
+        "best: 0 on rung 0, 0 on rung 5."
+    )
+    (weights,) = (image["alt"] for image in Images(render(record)).images if image["alt"].startswith("Weights"))
+    assert re.search(r"\d+% of the draws have a weight between 1/2 and 2; the largest weight is \d", weights)
 
 
 # ---- In a browser ---------------------------------------------------------------------------------------------------
@@ -223,7 +299,7 @@ def look(browser, record, tmp_path):
     def open_page():
         (tmp_path / REPORT_FILE).write_text(render(record), encoding="utf-8")
         address = (tmp_path / REPORT_FILE).as_uri()
-        page = browser.new_page()
+        page = browser.new_page(device_scale_factor=3)
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("request", lambda request: complaints.append(request.url) if request.url != address else None)
@@ -241,7 +317,7 @@ def test_a_completion_is_text_whatever_it_says(look, record, no_figures):
     assert page.locator("td.text").first.inner_text() == EVIL
     assert page.locator("h1").inner_text() == f"ALDRIFT: {EVIL}"
     assert page.evaluate("window.x") is None
-    assert page.locator("img").count() == 0
+    assert page.locator("img").count() == page.locator("figure > img").count() == len(plots(record))
     assert page.locator("script").count() == 1
 
 
@@ -289,32 +365,59 @@ def test_it_fits_a_phone_and_a_desk(look, record):
     for width in (360, 1280):
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
-        boxes = [figure.bounding_box() for figure in page.locator("figure svg").all()]
-        assert len(boxes) == len(plots(record)) == 10
+        drawn = page.locator("figure img").all()
+        boxes = [image.bounding_box() for image in drawn]
+        assert len(boxes) == len(plots(record)) == 13
         assert all(box["width"] > 250 and box["height"] > 150 for box in boxes)
-    curve = page.locator("#plot-cost path[style*='--series-0']").first
-    assert curve.bounding_box()["width"] > 200
-    assert curve.evaluate("path => getComputedStyle(path).stroke") == "rgb(0, 114, 178)"
+        assert all(image.evaluate("image => image.complete && image.naturalWidth") == 346 for image in drawn)
+        assert all(abs(box["width"] / box["height"] - 3.6 / 2.4) < 0.01 for box in boxes)
+    ground, _, series = colours(page)
+    assert ground == (255, 255, 255)
+    assert {"#{:02X}{:02X}{:02X}".format(*colour) for colour in series} == {BLUE, ORANGE, GREEN}
 
 
 def test_dark_mode(look):
-    """The page and the text in its figures change their colours, and stay readable: contrast of 7 to 1 (WCAG AAA)."""
+    """The page and its plots change their colours, and stay readable: WCAG asks for a contrast of 7 for text (AAA), and
+    of 3 for curves."""
     page, seen = look(), []
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
-        ground = page.locator("body").evaluate("body => getComputedStyle(body).backgroundColor")
-        ink = page.locator("#plot-cost text").first.evaluate("text => getComputedStyle(text).fill")
+        text = page.locator("body").evaluate(
+            "body => [getComputedStyle(body).backgroundColor, getComputedStyle(body).color]"
+        )
+        assert contrast(*map(channels, text)) > 7
+        ground, ink, series = colours(page)
+        assert ground == channels(page.locator("figure").first.evaluate("x => getComputedStyle(x).backgroundColor"))
         assert contrast(ground, ink) > 7
-        seen += [ground, ink]
-    assert len(set(seen)) == 4
+        assert all(contrast(ground, colour) > 3 for colour in series)
+        seen.append([ground, ink, *series])
+    assert all(light != dark for light, dark in zip(*seen, strict=True))
 
 
-def contrast(one: str, other: str) -> float:
-    """Of two CSS colours, by WCAG 2."""
+def colours(page) -> tuple[tuple, tuple, list[tuple]]:
+    """Of the plot of costs as it is shown: the ground, the text's colour, and those of the three curves."""
+    page.set_viewport_size({"width": 1280, "height": 800})
+    shot = matplotlib.image.imread(io.BytesIO(page.locator("#plot-cost img").screenshot()), format="png")
+    pixels = Counter(map(tuple, (255 * shot[..., :3]).round().astype(int).reshape(-1, 3).tolist()))
+    ((ground, _),) = pixels.most_common(1)
+    ink = max(pixels, key=lambda pixel: contrast(ground, pixel))
+    series: list[tuple] = []
+    for pixel, _ in pixels.most_common():  # those at the edge of a curve, mixed with the ground, are fewer
+        if max(pixel) - min(pixel) > 80 and all(math.dist(pixel, other) > 60 for other in series):
+            series.append(pixel)
+    return ground, ink, series[:3]
 
-    def luminance(colour: str) -> float:
-        channels = np.array([int(value) for value in re.findall(r"\d+", colour)[:3]]) / 255
-        linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+
+def channels(colour: str) -> tuple[int, ...]:
+    return tuple(int(value) for value in re.findall(r"\d+", colour)[:3])
+
+
+def contrast(one: tuple[int, ...], other: tuple[int, ...]) -> float:
+    """Of two colours, by WCAG 2."""
+
+    def luminance(colour: tuple[int, ...]) -> float:
+        shares = np.array(colour) / 255
+        linear = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
         return float(linear @ [0.2126, 0.7152, 0.0722])
 
     light, dark = sorted((luminance(one), luminance(other)), reverse=True)

@@ -1,4 +1,4 @@
-"""What a run leaves on disk, and what is said of it."""
+"""The record of a run, in memory and on disk, and what is said about it."""
 
 import dataclasses
 import json
@@ -10,9 +10,10 @@ from conftest import count_a, lora_config, tiny_gpt2
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import health
-from aldrift_hf.reporting.record import DRAWS_FILE, MOST_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
+from aldrift_hf.reporting.record import DRAWS_FILE, MAX_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
+from aldrift_hf.reporting.writers import RecordWriter
 
-SETTINGS = {"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "num_chains": 128, "chain_length": 4}
+SETTINGS = {"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "corrects": True, "num_generations": 512}
 RUNG = {"tau": 2.0, "objective_mean": 1.0, "success": 0.5, "ess": 0.5, "khat": 0.2, "missing_mass": 0.0}
 
 
@@ -33,7 +34,7 @@ def make(config, tokenizer):
 
 
 def record(finished=True, metrics=None, **last):
-    return RunRecord(SETTINGS, finished, metrics or {}, rungs=[RUNG, RUNG | last])
+    return RunRecord(SETTINGS, finished=finished, metrics=metrics or {}, rungs=[RUNG, RUNG | last])
 
 
 def test_a_run_is_read_as_it_was_written(make):
@@ -42,6 +43,8 @@ def test_a_run_is_read_as_it_was_written(make):
     written = RunRecord.read(trainer.args.output_dir)
     assert written.finished
     assert written.settings == json.loads(json.dumps(trainer.record.settings))
+    assert written.objective_range == trainer.record.objective_range == 3.0
+    assert written.log_z == trainer.record.log_z
     assert len(written.rungs) == 3
     assert written.metrics == {key: value for key, value in trainer.record.metrics.items() if not math.isnan(value)}
     assert written.draws == trainer.record.draws
@@ -56,18 +59,21 @@ def test_settings_say_what_was_asked(make):
     settings = make(objective=[count_a, lambda prompts, completions: [0.0] * len(completions)]).record.settings
     assert settings["objective"] == ["count_a", "<lambda>"]
     assert (settings["tau_max"], settings["objective_range"], settings["chain_length"]) == (1.5, 3.0, 4)
+    assert (settings["num_generations"], settings["corrects"], settings["adapter_name"]) == (64, True, "default")
     assert settings["tuning"] == "LORA adapter of rank 4"
     assert settings["architecture"] == "GPT2LMHeadModel"
 
 
 def test_a_range_that_was_measured_is_in_the_record(make):
-    trainer = make(objective_range=None, tau_step=0.5, num_train_epochs=1)
+    trainer = make(objective_range=None, tau_step=0.5, num_rungs=1)
     trainer.train()
-    assert RunRecord.read(trainer.args.output_dir).settings["objective_range"] == trainer.progress.objective_range > 0
+    written = RunRecord.read(trainer.args.output_dir)
+    assert written.objective_range == trainer.record.objective_range > 0
+    assert written.settings["objective_range"] is None  # what was asked for is never overwritten
 
 
 def test_no_token_reaches_the_record(make):
-    trainer = make(hub_token="hf_planted", num_train_epochs=1)
+    trainer = make(hub_token="hf_planted", num_rungs=1)
     trainer.train()
     for name in (RUN_FILE, RUNGS_FILE, DRAWS_FILE):
         assert "hf_planted" not in Path(trainer.args.output_dir, name).read_text()
@@ -75,7 +81,7 @@ def test_no_token_reaches_the_record(make):
 
 def test_a_run_under_way_can_be_read(make):
     def cost(prompts, completions):
-        if trainer.progress.rung == 1:
+        if len(trainer.record.rungs) == 2:
             raise KeyboardInterrupt
         return count_a(prompts, completions)
 
@@ -90,19 +96,19 @@ def test_a_run_under_way_can_be_read(make):
 
 
 def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
-    first = make(save_strategy="epoch", num_train_epochs=2)
+    first = make(save_strategy="epoch", num_rungs=2)
     first.train()
     drawn = RunRecord.read(first.args.output_dir).draws
-    second = make()
-    second.progress = first.progress
-    second.write_record()
-    assert RunRecord.read(second.args.output_dir).draws == drawn
+    resumed = RunRecord(first.record.settings, rungs=first.record.rungs)
+    RecordWriter().on_rung_learned(first.args, first.state, first.control, record=resumed)
+    assert RunRecord.read(first.args.output_dir).draws == drawn
+    assert not RunRecord.read(first.args.output_dir).finished
 
 
 def test_many_draws_are_thinned_evenly(make):
-    trainer = make(num_chains=500, num_train_epochs=1)
+    trainer = make(num_generations=2000, num_rungs=1)
     trainer.train()
-    assert MOST_DRAWS / 2 < len(trainer.record.draws) <= MOST_DRAWS
+    assert MAX_DRAWS / 2 < len(trainer.record.draws) <= MAX_DRAWS
 
 
 def test_what_is_no_run_is_refused(tmp_path):
@@ -123,10 +129,10 @@ def test_odd_characters_survive(tmp_path):
 
 def test_a_good_run_has_no_warning():
     good = record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01})
-    assert health.warnings(good) == []
+    assert health.run_warnings(good) == []
     assert health.outcome(good) == (
-        "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws are as good as any seen "
-        "(the prior's: 50.0%); they account for 99% of p_T by the ladder's log Z."
+        "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws reach the lowest cost "
+        "seen (the prior's: 50.0%); by the ladder's log Z, its draws cover 99% of p_T."
     )
 
 
@@ -135,22 +141,22 @@ def test_a_good_run_has_no_warning():
     [
         (record(metrics=RUNG | {"objective": 1.0, "missing_mass": 2.3}), "lost 2.30 nats"),
         (record(metrics=RUNG | {"objective": 1.0, "khat": 0.9}), "k-hat is 0.90"),
-        (record(metrics=RUNG | {"objective": 1.0, "ess": 0.01}), "worth 5.1 independent draws"),
+        (record(metrics=RUNG | {"objective": 1.0, "ess": 0.01}), "worth 5.1 independent draws per prompt"),
         (record(metrics=RUNG | {"objective": 1.0}, acceptance_rate=0.01), "accept 1.0%"),
         (record(metrics=RUNG | {"objective": 1.0}, tau=1.5), "ended at inverse temperature 1.5, below T = 2"),
-        (record(), "the final model was not measured"),
+        (record(), "before the final model could be measured"),
         (
-            dataclasses.replace(record(metrics=RUNG | {"objective": 1.0}), settings=SETTINGS | {"sampler": "top"}),
+            dataclasses.replace(record(metrics=RUNG | {"objective": 1.0}), settings=SETTINGS | {"corrects": False}),
             "makes no correction",
         ),
     ],
 )
 def test_what_a_reader_should_know_is_said(run, said):
-    (warning,) = health.warnings(run)
+    (warning,) = health.run_warnings(run)
     assert said in warning
 
 
 def test_a_run_under_way_is_not_blamed_for_being_short_of_its_end():
-    assert health.warnings(record(finished=False, tau=0.5)) == []
-    assert health.warnings(RunRecord(SETTINGS)) == []
-    assert health.outcome(RunRecord(SETTINGS)) == "The first rung is under way."
+    assert health.run_warnings(record(finished=False, tau=0.5)) == []
+    assert health.run_warnings(RunRecord(SETTINGS)) == []
+    assert health.outcome(RunRecord(SETTINGS)) == "The first rung is still running."

@@ -28,7 +28,7 @@ from .health import MAX_KHAT
 from .record import RunRecord
 
 # Okabe and Ito's palette, which colour-blind readers can tell apart; its light colours are darkened for a white ground.
-BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D08700", "#009E73", "#B8578F", "#666666"
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#C98200", "#009E73", "#B8578F", "#666666"
 PALETTE = (BLUE, ORANGE, GREEN, PURPLE, "#D55E00", "#2B93D1", "#000000", GREY)
 
 _STYLE: dict[str, Any] = {

@@ -103,7 +103,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ("mean cost", "objective", "{:.3g}".format, f"prior: {prior['objective_mean']:.3g}"),
         ("success", "success", "{:.1%}".format, f"prior: {prior['success']:.1%}"),
         (
-            "of the target covered",
+            "target covered",
             "missing_mass",
             lambda nats: f"{health.covered_share(nats):.0%}",
             f"missing mass: {model.get('missing_mass', math.nan):.2f} nats",
