@@ -37,6 +37,18 @@ class Completions(NamedTuple):
         return cls(pad_right(tokens, pad_token_id), length)
 
 
+class Draws(NamedTuple):
+    """`n` completions and the probabilities with which they were drawn.
+
+    Attributes:
+        completions: the `n` token sequences, on the CPU.
+        log_probs: `[n]`, `log q` of the law that the tokens were drawn from, nats, fp64, on the CPU.
+    """
+
+    completions: Completions
+    log_probs: Tensor
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompts of a run, one per row of the data set.

@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,26 +29,13 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from ..types import Completions
+from ..types import Completions, Draws
 from .head import LOGITS_BUDGET
 from .numerics import check_logits
 from .scoring import completion_length
 
 THIN = 8
 """Rows of a batch below which it goes on with its finished rows."""
-
-
-class Draws(NamedTuple):
-    """`n` completions and the probabilities with which they were drawn.
-
-    Attributes:
-        completions: the `n` token sequences, on the CPU.
-        log_probs: `[n]`, `log q` as generation computed it (in nats, fp64, on the CPU). Cached keys and values make
-            it differ from the scorer's by rounding.
-    """
-
-    completions: Completions
-    log_probs: Tensor
 
 
 def neutral_generation_config(

@@ -1,11 +1,9 @@
-"""What a model brings along when it is passed in, by name or as an object: its weights, its tokenizer, its limits."""
+"""What comes with a model, given by name or as an object: its weights, its tokenizer, its limits."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,44 +20,31 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from ..trainer.config import ALDRIFTConfig
 from . import sharding
 from .prior import base_model
 
+InitKwargs = Mapping[str, Any] | str | None
+"""`model_init_kwargs` of the settings: keyword arguments of `from_pretrained`. Text has become a mapping by then."""
 
-def check_writable(output_dir: str) -> None:
-    """Make the output directory and try it.
+NO_FOREIGN_CODE = {"trust_remote_code": False}
+"""Said explicitly: where it is left open, transformers asks whoever sits at the terminal."""
 
-    Raises:
-        OSError: naming it and the remedy.
-    """
-    try:
-        os.makedirs(output_dir, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output_dir):
-            pass
-    except (OSError, ValueError) as error:
-        raise OSError(
-            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
-        ) from error
+_PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
 
 
 def own_device() -> dict[str, int] | None:
-    """Where a quantized model is loaded to, for it cannot be moved there later: each process's own accelerator."""
+    """The device map of a quantized model, which cannot be moved after loading: each process's own accelerator."""
     return {"": PartialState().local_process_index} if torch.accelerator.is_available() else None
 
 
-NO_FOREIGN_CODE = {"trust_remote_code": False}
-"""Said outright: where it is left open, transformers asks whoever sits at the terminal."""
-
-
-def load_model(model_id: str, args: ALDRIFTConfig, adapter: bool) -> PreTrainedModel | PeftModel:
+def load_model(model_id: str, init_kwargs: InitKwargs, adapter: bool) -> PreTrainedModel | PeftModel:
     """The model of an id or path; an `adapter` is loaded on its base model, ready to be trained on.
 
     Raises:
         OSError: if there is none.
         ValueError: if it cannot be loaded with `model_init_kwargs`.
     """
-    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **cast(dict[str, Any], args.model_init_kwargs or {})}
+    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **_mapping(init_kwargs)}
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     try:
@@ -67,14 +52,14 @@ def load_model(model_id: str, args: ALDRIFTConfig, adapter: bool) -> PreTrainedM
             return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
         return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
     except (TypeError, AttributeError, KeyError) as error:
-        if not args.model_init_kwargs:
+        if not init_kwargs:
             raise
-        names = ", ".join(cast(dict[str, Any], args.model_init_kwargs))
+        names = ", ".join(_mapping(init_kwargs))
         raise ValueError(f"{model_id} cannot be loaded with model_init_kwargs ({names}): {error}") from error
 
 
 def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
-    """Put the weights that a run saved in `folder` into a policy made as that run's was.
+    """Put the weights that a run saved in `folder` into a policy made like that run's.
 
     Raises:
         ValueError, OSError, RuntimeError: if they are not there, or do not fit.
@@ -82,27 +67,26 @@ def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
     if isinstance(policy, PeftModel):
         name = policy.active_adapter
         policy.load_adapter(str(folder if name == "default" else folder / name), name, is_trainable=True)
-    else:  # by transformers, which knows of shards and tied weights
+    else:  # through transformers, which handles shards and tied weights
         policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
 
-def check_trainable(config: PreTrainedConfig, args: ALDRIFTConfig, adapter: bool) -> None:
+def check_trainable(config: PreTrainedConfig, init_kwargs: InitKwargs, adapter: bool) -> None:
     """Refuse a model that could not be fine-tuned towards `p_T`.
 
     Args:
         config: the transformers model's, without adapter.
-        args: with what the model is, or will be, loaded with.
+        init_kwargs: what the model is loaded with, which may change its config.
         adapter: whether an adapter is trained, and not the model itself.
 
     Raises:
         ValueError: with what to change.
     """
-    # What is loaded by name may yet be changed by model_init_kwargs.
-    settings = {**config.get_text_config().to_dict(), **cast(dict[str, Any], args.model_init_kwargs or {})}
+    settings = {**config.get_text_config().to_dict(), **_mapping(init_kwargs)}
     if settings.get("output_router_logits"):
         raise ValueError(
             "the model's config asks for the router's auxiliary loss (output_router_logits=True). It balances the "
-            "experts' load and pulls the model away from p_T, so it is no part of what is learnt here: set "
+            "load of the experts and pulls the model away from p_T, so it is not part of the loss here: set "
             "output_router_logits=False, in model.config or in model_init_kwargs."
         )
     if not adapter and (settings.get("quantization_config") or getattr(config, "quantization_config", None)):
@@ -112,7 +96,7 @@ def check_trainable(config: PreTrainedConfig, args: ALDRIFTConfig, adapter: bool
         )
 
 
-def is_adapter(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> bool:
+def is_adapter(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs) -> bool:
     """Whether a model comes with an adapter on it.
 
     Raises:
@@ -121,17 +105,17 @@ def is_adapter(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) ->
     if not isinstance(model, str):
         return isinstance(model, PeftModel)
     with _found(model):
-        return find_adapter_config_file(model, **_where(args, *_PLACE)) is not None
+        return find_adapter_config_file(model, **_some(init_kwargs, *_PLACE)) is not None
 
 
-def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) -> PreTrainedTokenizerBase:
+def tokenizer_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to a model.
 
     Raises:
-        ValueError: where there is none to be found.
+        ValueError: where none can be found.
     """
     name = model if isinstance(model, str) else base_model(model).config._name_or_path
-    kwargs = _where(args, "revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
+    kwargs = _some(init_kwargs, "revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
     if not name:
         raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
     try:
@@ -142,20 +126,37 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig) 
         ) from error
 
 
-def config_of(model: str | PreTrainedModel | PeftModel, args: ALDRIFTConfig, adapter: bool) -> PreTrainedConfig:
-    """A model's config, of an `adapter` its base model's, whose weights need not be loaded yet.
+def config_of(
+    model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs, adapter: bool
+) -> PreTrainedConfig:
+    """A model's config, or that of an `adapter`'s base model, without loading weights.
 
     Raises:
         ValueError: where there is no such model.
     """
     if not isinstance(model, str):
         return base_model(model).config
-    name, place = model, _where(args, *_PLACE)
+    name, place = model, _some(init_kwargs, *_PLACE)
     with _found(model):
         if adapter:
             name = str(PeftConfig.from_pretrained(model, **place).base_model_name_or_path)
             place = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
-        return AutoConfig.from_pretrained(name, **place, **_where(args, "trust_remote_code"))
+        return AutoConfig.from_pretrained(name, **place, **_some(init_kwargs, "trust_remote_code"))
+
+
+def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The tokens that end a completion: those of the generation config, and the tokenizer's own."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
+    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
+    vocabulary = sharding.vocabulary_size(model)
+    return tuple(sorted(token for token in ids if token < vocabulary))
+
+
+def context_length(config: PreTrainedConfig) -> int | None:
+    """Most positions that a model can attend to, where its config says so."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return None if length is None else int(length)
 
 
 @contextlib.contextmanager
@@ -163,28 +164,14 @@ def _found(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise ValueError(f"model {model!r} cannot be loaded, from a folder here or from the Hub: {error}") from error
+        raise ValueError(f"model {model!r} cannot be loaded, from a local folder or from the Hub: {error}") from error
 
 
-_PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
+def _mapping(init_kwargs: InitKwargs) -> dict[str, Any]:
+    return dict(cast(Mapping[str, Any], init_kwargs or {}))
 
 
-def _where(args: ALDRIFTConfig, *names: str) -> dict[str, Any]:
-    """Of the keyword arguments for `from_pretrained`, those that say where things are and whether to trust them."""
-    kwargs = NO_FOREIGN_CODE | cast(dict[str, Any], args.model_init_kwargs or {})
+def _some(init_kwargs: InitKwargs, *names: str) -> dict[str, Any]:
+    """Some of the keyword arguments: those that say where the model is, and whether to trust its code."""
+    kwargs = NO_FOREIGN_CODE | _mapping(init_kwargs)
     return {name: kwargs[name] for name in names if name in kwargs}
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Any of the generation config's end-of-text tokens ends a completion, and the tokenizer's own."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
-    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
-    vocabulary = sharding.vocabulary_size(model)
-    return sorted(token for token in ids if token < vocabulary)
-
-
-def context_length(config: PreTrainedConfig) -> int | None:
-    """Most positions that a model can attend to, where its config says so."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if length is None else int(length)

@@ -32,7 +32,13 @@ _INITS_THAT_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Prior(Protocol):
-    """Turns the policy into the prior for the time of a `with` block."""
+    """Turns the policy into the prior for the time of a `with` block.
+
+    Attributes:
+        is_start: whether the policy, before its first update, is the prior.
+    """
+
+    is_start: bool
 
     def active(self, policy: nn.Module) -> contextlib.AbstractContextManager[PreTrainedModel]:
         """Yields the module whose forward pass computes `L`."""
@@ -40,7 +46,14 @@ class Prior(Protocol):
 
 
 class AdapterOff:
-    """`L` is the policy's base model."""
+    """`L` is the policy's base model.
+
+    Args:
+        config: the adapter's. Unless an `init_…` option of it is off, it changes nothing before its first update.
+    """
+
+    def __init__(self, config: PeftConfig) -> None:
+        self.is_start = all(value is not False for name, value in vars(config).items() if name.startswith("init_"))
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
@@ -51,6 +64,8 @@ class AdapterOff:
 
 class FrozenAdapter:
     """`L` is the policy's base model under the frozen adapter [`PRIOR_ADAPTER`]."""
+
+    is_start = True
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
@@ -66,6 +81,8 @@ class FrozenAdapter:
 
 class FrozenCopy:
     """`L` is a copy of the model, made before the first update."""
+
+    is_start = True
 
     def __init__(self, model: PreTrainedModel) -> None:
         if sharding.is_sharded(model):
@@ -101,7 +118,7 @@ def split(
     if peft_config is None:
         return model, FrozenCopy(model)
     check_peft_config(peft_config)
-    return cast(PeftModel, get_peft_model(model, peft_config)), AdapterOff()
+    return cast(PeftModel, get_peft_model(model, peft_config)), AdapterOff(peft_config)
 
 
 def keep_four_bit_weights(model: nn.Module) -> None:

@@ -126,6 +126,32 @@ def _score(batch: list[Row], model: PreTrainedModel, pad_token_id: int) -> Tenso
     return scores.sum(-1)
 
 
+def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
+    """Log-probabilities of the labels under a training batch's logits, in fp32; 0 where there is no label.
+
+    Args:
+        logits: `[n, width, vocabulary]`.
+        labels: `[n, width]`, token ids, -100 where nothing is predicted.
+
+    Returns:
+        `[n, width - 1]`, nats, with gradients.
+    """
+    shifted = logits[:, :-1].float()
+    nll = nn.functional.cross_entropy(
+        shifted.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
+    )
+    return -nll.view(labels[:, 1:].shape)
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Turn every dropout of a model off for good: `log q` in training is then the number that was scored."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama's, which is not a module
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010
+
+
 @contextlib.contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
     """Eval mode without gradients, and every submodule's own mode restored afterwards, also after an exception.

@@ -1,45 +1,46 @@
-"""The Trainer's epochs as rungs: what is done when one begins, at each of its updates, and when it ends."""
+"""The `Trainer`'s epochs as rungs: what is done when one begins, at each of its updates, and when it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..algorithm.ladder import PATIENCE
 from ..models import numerics
-
-if TYPE_CHECKING:
-    from .trainer import ALDRIFTTrainer
+from .run import Run
+from .state import Phase
 
 logger = logging.getLogger(__name__)
 
 
-class Rungs(TrainerCallback):
-    """Calls the trainer's rung at the Trainer's epoch."""
+class RungLoop(TrainerCallback):
+    """Begins and ends the run's rungs with the `Trainer`'s epochs."""
 
-    def __init__(self, trainer: ALDRIFTTrainer) -> None:
-        self.trainer = trainer
+    def attach(self, run: Run) -> None:
+        """Say which run; the `Trainer` takes its callbacks before there is one."""
+        self.run, self.updates_per_rung, self.runtime = run, run.updates_per_rung, run.rollout.rollout.runtime
         self.step_began = 0.0
         self.updates = contextlib.ExitStack()
-        """Holds the bar of the rung's updates."""
+        """Holds the progress of the rung's updates."""
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self.trainer
-        rung = state.global_step // trainer.updates_per_rung
-        progress = trainer.progress
-        self._show(rung)
-        if progress.rung != rung:  # or else resumed in the middle of it, whose samples came with the checkpoint
-            if not progress.complete:
-                trainer.end_rung()  # resumed from a checkpoint of the last update, before the record was complete
-            trainer.begin_rung(rung)
-        bar = trainer.bars.task("updates", trainer.updates_per_rung, progress.updates)
-        self.advance = self.updates.enter_context(bar)
+        run = self.run
+        rung = state.global_step // self.updates_per_rung
+        ladder = run.state.ladder
+        num_rungs = run.args.num_rungs or run.ladder.num_rungs(ladder)
+        run.tell("on_rung_begin", rung=rung, num_rungs=num_rungs, tau=ladder.tau)
+        if run.state.rung != rung:  # otherwise resumed in the middle of it: its samples came with the checkpoint
+            if run.state.phase is Phase.DRAWN:
+                run.end_rung()  # resumed from a checkpoint of its last update, before its record was complete
+            run.begin_rung()
+        self.advance = self.updates.enter_context(
+            self.runtime.progress("updates", self.updates_per_rung, run.state.updates)
+        )
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,41 +50,22 @@ class Rungs(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.trainer.accelerator.scaler is None:  # or else it leaves such updates out by itself
-            numerics.check_gradients(self.trainer.model.parameters(), args.learning_rate)
+        if not args.fp16:  # its gradient scaler skips such updates by itself
+            numerics.check_gradients(kwargs["model"].parameters(), args.learning_rate)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.trainer.progress.updates += 1
-        self.trainer.progress.learn_seconds += time.perf_counter() - self.step_began
+        self.run.updated(time.perf_counter() - self.step_began)
         self.advance(1)
-        self.trainer._stop_if_asked()
+        self.runtime.stop_if_asked()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self.updates.close()
-        self.trainer.end_rung()
-        if self.trainer._budget_is_spent():
-            logger.warning(
-                f"max_objective_calls={self.trainer.args.max_objective_calls} is reached: "
-                f"{self.trainer.objective_calls} distinct completions evaluated. Training ends after rung "
-                f"{self.trainer.progress.rung} at tau = {self.trainer.progress.tau:g}."
-            )
-        if self.trainer._ladder_is_stuck():
-            logger.warning(
-                f"the adaptive ladder cannot leave tau = {self.trainer.progress.tau:g}: for {PATIENCE} rungs the "
-                f"effective sample size of the proposals stayed below ess_threshold={self.trainer.args.ess_threshold} "
-                "of a rung's. Training ends here. Lower ess_threshold, draw more proposals (num_chains), or learn more "
-                "on each rung (updates_per_rung, learning_rate)."
-            )
-        if self.trainer._has_ended():
+        self.run.end_rung()
+        reason = self.run.stop_reason()
+        if reason is not None:
+            as_asked = self.run.state.ladder.tau == self.run.args.tau_max and not self.run.budget_is_spent()
+            logger.log(logging.INFO if as_asked else logging.WARNING, f"training ends: {reason}")
             control.should_training_stop = True
         return control
-
-    def _show(self, rung: int) -> None:
-        """Where the run stands: in rungs or, where their number is not known, in inverse temperature."""
-        trainer, args = self.trainer, self.trainer.args
-        if args.ladder == "adaptive" and trainer.rungs_wanted == -1:
-            trainer.bars.ladder(f"rung {rung}, inverse temperature", args.tau_max, round(trainer.progress.tau, 3))
-        else:
-            trainer.bars.ladder("rungs", int(args.num_train_epochs), rung)

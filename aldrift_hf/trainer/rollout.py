@@ -1,4 +1,4 @@
-"""Step 1 of ALDRIFT on however many processes: draws from the policy, scored under policy and prior, and priced."""
+"""Step 1 of ALDRIFT, *propose*, on any number of processes: draws, scored under policy and prior, and evaluated."""
 
 from __future__ import annotations
 
@@ -6,32 +6,27 @@ import contextlib
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .. import streams
+from ..algorithm.archive import Snapshot
+from ..models import snapshots
 from ..models.batching import Batches, fitting
-from ..models.generation import Draws, assert_neutral, generate
+from ..models.engines import Engine
 from ..models.numerics import check_scores, check_support
 from ..models.prior import Prior, base_model
 from ..models.scoring import inference, sequence_logprobs
 from ..objective.objective import Objective
-from ..reporting.progress import Bars
-from ..streams import uniforms
-from ..types import Completions, Prompts, Proposals
+from ..types import Completions, Progress, Prompts, Proposals
 from .config import ALDRIFTConfig
 
 Result = TypeVar("Result")
-
-TOLERANCE = 1e-3
-"""Most nats by which generation's `log q` may differ from the scorer's to be taken for it: 0.1 % of a weight."""
-SEEN = 8
-"""Draws of every batch on which the two are compared."""
-FAR, FAR_IN_HALF = 0.02, 0.5
-"""Beyond so many nats, times the square root of a completion's tokens, it is not rounding: in fp32, and in bf16."""
 
 
 class _Part(NamedTuple):
@@ -43,66 +38,80 @@ class _Part(NamedTuple):
     log_prior: Tensor
 
 
-class Proposer:
-    """What draws, scores and prices.
+@dataclass(frozen=True)
+class Runtime:
+    """What a rollout needs of the trainer around it.
+
+    Attributes:
+        policy: returns the module that is trained, adapter layers in place, without wrappers of distributed training.
+        running: a context in which models may be run: in the precision of training, with all parameters in place.
+        progress: shows how far a piece of work is.
+        stop_if_asked: called between rounds of proposals, and between updates; raises where the user wants to stop.
+    """
+
+    policy: Callable[[], nn.Module]
+    running: Callable[[], contextlib.AbstractContextManager[None]]
+    progress: Progress
+    stop_if_asked: Callable[[], None]
+
+
+class Rollout:
+    """Draws from the policy for any prompts.
 
     Args:
         args: the run's settings.
-        running: a context in which models may be run: in the precision of training, all parameters in place.
-        policy: gives the module that is trained, adapter layers in place, without the wrappers of distributed training.
-        prior: turns it into the prior.
+        runtime: the trainer around it.
+        prior: turns the policy into the prior.
+        engine: draws completions.
         objective: the cost.
-        tokenizer: makes texts of completions.
-        generation_config: a neutral one.
+        tokenizer: decodes completions.
         pad_token_id: fills rows.
-        bars: show how far it is.
-        between_rounds: called after each round of proposals; may raise.
 
     Attributes:
-        batches: how many rows at once were found to fit; `None` where `args` says it, or none were drawn yet.
+        batches: how many rows at once fit into memory; `None` before the first draw.
+        seconds: seconds that each part of the last proposals took.
     """
 
     def __init__(
         self,
         args: ALDRIFTConfig,
-        running: Callable[[], contextlib.AbstractContextManager[None]],
-        policy: Callable[[], nn.Module],
+        runtime: Runtime,
         prior: Prior,
+        engine: Engine,
         objective: Objective,
         tokenizer: PreTrainedTokenizerBase,
-        generation_config: GenerationConfig,
         pad_token_id: int,
-        bars: Bars,
-        between_rounds: Callable[[], None],
     ) -> None:
-        self.args, self.running, self.bars, self.between_rounds = args, running, bars, between_rounds
-        self.policy, self.prior, self.objective = policy, prior, objective
-        self.tokenizer, self.generation_config, self.pad_token_id = tokenizer, generation_config, pad_token_id
-        self.batches: Batches | None = None
-        self._neutral = False
+        self.args, self.runtime, self.policy = args, runtime, runtime.policy
+        self.prior, self.engine, self.objective = prior, engine, objective
+        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+        size = args.per_device_generation_batch_size
+        self.batches = None if size is None else Batches(size, fixed=True)
+        self.seconds: dict[str, float] = {}
 
-    def propose(self, prompts: Prompts, per_prompt: int, stream: Sequence[int]) -> tuple[Proposals, dict[str, float]]:
-        """`per_prompt` draws for every prompt, scored and priced; and the seconds that each part took.
+    def propose(self, prompts: Prompts, per_prompt: int, stream: Sequence[int]) -> Proposals:
+        """`per_prompt` draws for every prompt, scored and evaluated.
 
-        What a row draws depends on its place in the stream, and not on how many rows or processes there are at once.
-        The objective works on one round of blocks while the next one is drawn.
+        What a row draws depends on its place in the stream, and not on how many rows or processes work at once. The
+        objective evaluates one round of blocks while the next one is drawn.
 
         Raises:
-            FloatingPointError: for log-probabilities that are no numbers, before the objective sees the draws.
+            FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
         """
         rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
-        seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
+        self.seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         parts: list[_Part] = []
         texts: list[str] = []
         with self._objective_abandoned_on_error():
             with self._inference():
-                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream, seconds)):
+                self.engine.sync(self.policy())
+                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream)):
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
                     texts += new
-                    self.between_rounds()
-            with timed(seconds, "seconds_objective"):
+                    self.runtime.stop_if_asked()
+            with self._timed("seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
         shape = (len(prompts), per_prompt)
         ids, length, log_model, log_prior = (
@@ -110,27 +119,24 @@ class Proposer:
             for column in zip(*((*part.completions, part.log_model, part.log_prior) for part in parts), strict=True)
         )
         check_support(log_prior.view(shape))
-        return (
-            Proposals(
-                rows=torch.tensor(rows),
-                completions=Completions(ids, length),
-                texts=texts,
-                objective=objective.view(shape),
-                log_prior=log_prior.view(shape),
-                log_model=log_model.view(shape),
-            ),
-            seconds,
+        return Proposals(
+            rows=torch.tensor(rows),
+            completions=Completions(ids, length),
+            objective=objective.view(shape),
+            log_prior=log_prior.view(shape),
+            log_model=log_model.view(shape),
+            texts=texts,
         )
 
     def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities of draws under the policy as it is; the processes share the work."""
+        """`[P, n]` log-probabilities of draws under the policy as it is now; the processes share the work."""
 
         def scores(rows: range, token_ids: list[list[int]]) -> Tensor:
             completions = drawn.completions.select(torch.arange(rows.start, rows.stop))
             return self._score(base_model(self.policy()), token_ids, completions)
 
         with self._inference():
-            rounds = list(self._deal("proposals scored anew", prompts, drawn.rows.tolist(), scores))
+            rounds = list(self._deal("proposals scored", prompts, drawn.rows.tolist(), scores))
         return torch.cat([part for parts in rounds for part in parts]).view_as(drawn.objective)
 
     def decode(self, completions: Completions) -> list[str]:
@@ -143,65 +149,36 @@ class Proposer:
     def _deal(
         self, what: str, prompts: Prompts, rows: Sequence[int], work: Callable[[range, list[list[int]]], Result]
     ) -> Iterator[list[Result]]:
-        """Deal blocks of rows out to the processes, one each a round, and yield every round's results in rows' order.
+        """Deal blocks of rows out to the processes, one each per round; yields each round's results in rows' order.
 
         Args:
-            what: is dealt out, for the progress bar.
-            prompts: whose token ids `work` is given.
+            what: name of the work, for its progress bar.
+            prompts: their token ids are passed to `work`.
             rows: the prompt of each row.
-            work: takes a stretch of rows and their prompts' token ids.
+            work: takes a range of rows and their prompts' token ids.
         """
         args, batches = self.args, self._fitting(max(map(len, prompts.token_ids)))
         blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
-        with self.bars.task(what, len(rows)) as advance:
+        with self.runtime.progress(what, len(rows)) as advance:
             for first in range(0, len(blocks), args.world_size):
                 mine = [
                     result
                     for block in blocks[first + args.process_index :][:1]
                     for result in batches.over(
-                        block, lambda stretch: work(stretch, [prompts.token_ids[rows[row]] for row in stretch])
+                        block, lambda part: work(part, [prompts.token_ids[rows[row]] for row in part])
                     )
                 ]
                 together = [result for results in gather_object([mine]) for result in results]
                 advance(sum(map(len, blocks[first : first + args.world_size])))
                 yield together
 
-    def _draw(self, stream: Sequence[int], seconds: dict[str, float], rows: range, token_ids: list[list[int]]) -> _Part:
-        model = base_model(self.policy())
-        if not self._neutral:
-            assert_neutral(model, token_ids[0], self.generation_config)
-            self._neutral = True
-        with timed(seconds, "seconds_propose"):
-            numbers = uniforms((self.args.seed, *stream), rows, self.args.max_completion_length)
-            drawn = generate(model, token_ids, self.generation_config, numbers)
-        with timed(seconds, "seconds_score"):
-            log_model = self._log_q(model, token_ids, drawn)
-            with self.prior.active(self.policy()) as prior_model:
-                log_prior = self._score(prior_model, token_ids, drawn.completions)
+    def _draw(self, stream: Sequence[int], rows: range, token_ids: list[list[int]]) -> _Part:
+        with self._timed("seconds_propose"):
+            completions, log_model = self.engine.generate(token_ids, (self.args.seed, *stream), rows)
+        with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
+            log_prior = self._score(prior_model, token_ids, completions)
         check_scores(log_model, log_prior)
-        return _Part(drawn.completions, self.decode(drawn.completions), log_model, log_prior)
-
-    def _log_q(self, model: PreTrainedModel, token_ids: list[list[int]], drawn: Draws) -> Tensor:
-        """`log q` of draws: generation's own where, on a few of them, it is the scorer's; else the scorer's.
-
-        Raises:
-            RuntimeError: where the two have nothing to do with each other.
-        """
-        few = torch.linspace(0, len(token_ids) - 1, min(SEEN, len(token_ids))).long()
-        seen = self._score(model, [token_ids[row] for row in few.tolist()], drawn.completions.select(few))
-        if (seen - drawn.log_probs[few]).abs().max() <= TOLERANCE:
-            return drawn.log_probs
-        scored = self._score(model, token_ids, drawn.completions)
-        in_full = model.dtype == torch.float32 and not torch.is_autocast_enabled(model.device.type)
-        apart = (scored - drawn.log_probs).abs() / drawn.completions.length.sqrt()
-        if apart.max() > (FAR if in_full else FAR_IN_HALF):
-            raise RuntimeError(
-                f"{type(model).__name__} generates with other probabilities than its forward pass has: for one "
-                f"completion they are {(scored - drawn.log_probs).abs().max():.3g} nats apart. Its draws would be "
-                "weighted wrongly. The usual reason is a model that ignores the attention mask of prompts padded on "
-                "the left: use prompts of one length (in tokens), or generation_batch_size=1."
-            )
-        return scored
+        return _Part(completions, self.decode(completions), log_model, log_prior)
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
         return sequence_logprobs(
@@ -214,18 +191,16 @@ class Proposer:
         )
 
     def _fitting(self, prompt_length: int) -> Batches:
-        if self.args.generation_batch_size is not None:
-            return Batches(self.args.generation_batch_size, fixed=True)
         if self.batches is None:
             tokens = prompt_length + self.args.max_completion_length
             self.batches = Batches(fitting(base_model(self.policy()), tokens), fixed=False)
-        # Blocks are the same for all: who has less memory, or ran out of it, decides.
+        # Blocks are the same for all: the process with the least memory decides.
         self.batches.size = min(gather_object([self.batches.size]))
         return self.batches
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        with self.running(), inference(self.policy()):
+        with self.runtime.running(), inference(self.policy()):
             yield
 
     @contextlib.contextmanager
@@ -236,12 +211,51 @@ class Proposer:
             self.objective.abandon()
             raise
 
+    @contextlib.contextmanager
+    def _timed(self, key: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[key] += time.perf_counter() - start
 
-@contextlib.contextmanager
-def timed(seconds: dict[str, float], key: str) -> Iterator[None]:
-    """Adds the seconds of a `with` block."""
-    start = time.perf_counter()
-    try:
-        yield
-    finally:
-        seconds[key] += time.perf_counter() - start
+
+class TrainingRollout:
+    """The policy on the run's own prompts, as [`aldrift_hf.algorithm.rung.run_rung`] sees it.
+
+    Args:
+        rollout: draws for any prompts.
+        prompts: the run's.
+        num_generations: proposals per prompt per rung.
+        folder: for snapshots of the model that are too large for memory.
+
+    Attributes:
+        is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
+    """
+
+    def __init__(self, rollout: Rollout, prompts: Prompts, num_generations: int, folder: str, is_prior: bool) -> None:
+        self.rollout, self.prompts, self.num_generations, self.folder = rollout, prompts, num_generations, folder
+        self.is_prior = is_prior
+        self._ahead: Proposals | None = None
+
+    def propose(self, rung: int) -> Proposals:
+        """A rung's proposals."""
+        drawn, self._ahead = self._ahead, None
+        if drawn is not None:
+            return drawn
+        return self.rollout.propose(self.prompts, self.num_generations, (streams.PROPOSE, rung))
+
+    def draw_ahead(self) -> Proposals:
+        """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""
+        self._ahead = self.propose(0)
+        return self._ahead
+
+    def snapshot(self) -> Snapshot:
+        """The policy as it is now; empty while it is the prior."""
+        return {} if self.is_prior else snapshots.take(self.rollout.policy(), self.folder)
+
+    def log_prob(self, snapshot: Snapshot | None, proposals: Proposals) -> Tensor:
+        """`[P, n]` log-probabilities under a snapshot's model, or the present one (`None`), nats."""
+        policy = self.rollout.policy()
+        with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
+            return self.rollout.score(self.prompts, proposals)

@@ -1,9 +1,8 @@
-"""One rung of the ladder: its proposals, its samples as a data set to learn from, and its record."""
+"""A rung's samples as a data set of fixed length, and its batches."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,73 +11,43 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..models.scoring import join
-from ..types import Completions
+from ..types import Samples
 
 
-class RungSamples(Dataset[dict[str, list[int]]]):
-    """The samples of the rung that is being learnt, as a map-style data set of fixed length.
+class RungSamples(Dataset[dict[str, Any]]):
+    """The samples of the rung that is being learned, as a map-style data set.
 
-    Its length is that of a rung's updates, so that the `Trainer`, which asks once, sees every epoch alike; its contents
-    are replaced at the beginning of every epoch. The order is the data set's own and part of a checkpoint.
+    Its length is the number of training rows of a rung, so that the `Trainer`, which asks once, sees every epoch alike;
+    its contents are replaced when an epoch begins. The order is the samples' own, and part of a checkpoint.
+
+    Args:
+        length: training rows per rung, over all processes.
+        prompts: token ids of the run's prompts.
     """
 
-    def __init__(self, length: int, prompts: list[list[int]]) -> None:
-        self.length = length
-        self.prompts = prompts
-        self.load(
-            {
-                "rows": torch.empty(0, dtype=torch.long),
-                "ids": torch.empty((0, 1), dtype=torch.long),
-                "length": torch.empty(0, dtype=torch.long),
-                "order": torch.empty(0, dtype=torch.long),
-            }
-        )
+    def __init__(self, length: int, prompts: Sequence[list[int]]) -> None:
+        self.length, self.prompts = length, prompts
+        self.samples: Samples | None = None
+        self._tokens: list[list[int]] = []
 
-    def fill(
-        self,
-        rows: Tensor,
-        completions: Completions,
-        generator: torch.Generator,
-        densities: Mapping[str, Tensor] | None = None,
-    ) -> None:
-        """Take new samples and lay out one rung of them: whole random passes, the last one cut.
-
-        Args:
-            rows: `[n]`, the prompt of each sample.
-            completions: the `n` samples.
-            generator: of the order.
-            densities: columns of `[n]` floats that the loss needs beside the samples, by name.
-        """
-        passes = math.ceil(self.length / len(rows))
-        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[: self.length]
-        columns = {"rows": rows, "ids": completions.ids, "length": completions.length, "order": order}
-        self.load(columns | dict(densities or {}))
-
-    def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it."""
-        columns = {"rows": self.rows, "ids": self.completions.ids, "length": self.completions.length}
-        return columns | {"order": self.order} | self.densities
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """The inverse of [`tensors`]."""
-        columns = dict(tensors)
-        self.rows, self.order = columns.pop("rows"), columns.pop("order")
-        self.completions = Completions(columns.pop("ids"), columns.pop("length"))
-        self.densities = columns
-        self._tokens = self.completions.tokens()
+    def fill(self, samples: Samples) -> None:
+        """Take a rung's samples."""
+        self.samples, self._tokens = samples, samples.completions.tokens()
 
     def __len__(self) -> int:
         return self.length
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = int(self.order[index])
-        tokens = {"prompt": self.prompts[int(self.rows[sample])], "completion": self._tokens[sample]}
-        return tokens | {name: column[sample] for name, column in self.densities.items()}
+        if self.samples is None:
+            raise RuntimeError("there are no samples before the first rung is drawn")
+        sample = int(self.samples.order[index])
+        tokens = {"prompt": self.prompts[int(self.samples.rows[sample])], "completion": self._tokens[sample]}
+        return tokens | {name: column[sample] for name, column in self.samples.columns.items()}
 
 
 @dataclass
 class SampleCollator:
-    """Samples to a batch: padded on the right, labels on the completion alone; other columns as fp32 tensors."""
+    """Samples to a batch: padded on the right, labels on the completion alone; the loss's columns as fp32 tensors."""
 
     pad_token_id: int
 
@@ -86,7 +55,7 @@ class SampleCollator:
         prompts, completions = ([sample[part] for sample in samples] for part in ("prompt", "completion"))
         batch = join(prompts, completions, self.pad_token_id)
         labels = batch.input_ids.masked_fill(~batch.completion_mask, -100)
-        others = [name for name in samples[0] if name not in ("prompt", "completion")]
-        densities = {name: torch.tensor([sample[name] for sample in samples]).float() for name in others}
+        names = [name for name in samples[0] if name not in ("prompt", "completion")]
+        columns = {name: torch.tensor([sample[name] for sample in samples]).float() for name in names}
         tokens = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": labels}
-        return tokens | densities
+        return tokens | columns

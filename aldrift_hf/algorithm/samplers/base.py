@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class SamplerSettings(Protocol):
         ...
 
 
-class Selection(NamedTuple):
+@dataclass(frozen=True)
+class Selection:
     """Which draws of the pool become samples.
 
     Attributes:

@@ -1,0 +1,63 @@
+"""The engine's seam: what draws completions from the model that is trained."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from typing_extensions import Self
+
+from ...types import Draws
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine is told of the run.
+
+    Attributes:
+        max_completion_length: tokens after which a completion is cut; being cut is an outcome like any other.
+        eos_token_ids: any of these tokens ends a completion.
+        pad_token_id: fills rows; its value has no effect.
+        scoring_batch_tokens: most tokens in one forward pass of the scorer.
+    """
+
+    max_completion_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int
+    scoring_batch_tokens: int
+
+
+class Engine(ABC):
+    """Draws completions by plain ancestral sampling (temperature 1, no truncation), with `log q` as drawn.
+
+    `q` is the law that the tokens really came from. An engine reports its own log-probability of what it drew, whatever
+    its rounding: then the weights `L·exp(-τ·d)/q` are exact.
+    """
+
+    @classmethod
+    def from_settings(cls, settings: EngineSettings) -> Self:
+        """An engine for a run."""
+        return cls()
+
+    @abstractmethod
+    def sync(self, policy: nn.Module) -> None:
+        """Take over the present weights; called before each round of draws, in eval mode, on all processes.
+
+        Args:
+            policy: the model that is trained, a `PreTrainedModel` or `PeftModel` with its adapter active.
+        """
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], address: Sequence[int], rows: range) -> Draws:
+        """One completion per prompt.
+
+        What a row draws depends on its own random numbers alone, and not on the batch it is drawn in: derive them from
+        `(*address, row)`, as [`aldrift_hf.streams`] does.
+
+        Args:
+            prompts: `n` lists of token ids, each of at least one token.
+            address: the address of the random stream.
+            rows: the `n` rows' numbers in the stream.
+        """

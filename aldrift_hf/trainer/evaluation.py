@@ -1,0 +1,141 @@
+"""How close a model is to `p_T`, and corrected draws from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from datasets import Dataset
+from torch import Tensor
+
+from .. import streams
+from ..algorithm import diagnostics
+from ..algorithm.metrics import proposal_metrics, success_share
+from ..algorithm.samplers import Selection
+from ..algorithm.samplers.chains import run_chains
+from ..algorithm.samplers.kernels import isir, metropolis_hastings
+from ..types import Prompts, Proposals
+from .run import Run
+
+KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
+"""Corrections of fresh draws; `"archive"` takes draws of the run instead."""
+
+
+def measure(run: Run, prompts: Prompts, step: int) -> tuple[dict[str, float], Proposals]:
+    """The metrics of [`ALDRIFTTrainer.evaluate`], without prefix, and the fresh draws that they were measured on.
+
+    Args:
+        run: the run.
+        prompts: what to draw for.
+        step: the update after which the model is measured: the address of the random stream.
+    """
+    tau, ladder = run.args.tau_max, run.state.ladder
+    proposals = run.rollout.rollout.propose(prompts, run.args.num_generations, (streams.EVALUATE, step))
+    log_weight = proposals.log_weight(tau)
+    log_z = diagnostics.log_z(log_weight)
+    measured = proposal_metrics(proposals, tau, run.objective.best)
+    metrics = {
+        "objective": measured.pop("objective_mean"),
+        **measured,
+        "distinct": proposals.distinct_share(),
+        "log_z": log_z.mean().item(),
+        "kl_forward": diagnostics.forward_kl(log_weight).mean().item(),
+    }
+    if prompts.keys == run.prompts.keys and ladder.taus:
+        metrics["missing_mass"] = diagnostics.missing_mass(ladder.log_z, proposals.log_weight(ladder.tau)).mean().item()
+        if ladder.tau == tau:
+            log_z = ladder.log_z
+    metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
+    return metrics, proposals
+
+
+@dataclass(frozen=True)
+class CorrectedDraws:
+    """Draws, and which of them are samples of `p_T`.
+
+    Attributes:
+        proposals: the draws.
+        selection: the samples among them.
+        prompts: what was drawn for.
+    """
+
+    proposals: Proposals
+    selection: Selection
+    prompts: Prompts
+
+    @property
+    def chosen(self) -> Tensor:
+        """`[P·m]`, positions of the samples in the draws' flat columns."""
+        return self.proposals.flat(self.selection.index)
+
+    def metrics(self, tau: float, best: float) -> dict[str, float]:
+        """Diagnostics of the draws, and cost and variety of the samples."""
+        measured = proposal_metrics(self.proposals, tau, best)
+        picked = self.proposals.objective.flatten()[self.chosen]
+        return {
+            "acceptance_rate": self.selection.acceptance_rate,
+            "ess": measured["ess"],
+            "khat": measured["khat"],
+            "log_z": diagnostics.log_z(self.proposals.log_weight(tau)).mean().item(),
+            "objective": picked.mean().item(),
+            "success": success_share(picked, best),
+            "distinct": self.proposals.distinct_share(self.chosen),
+        }
+
+    def dataset(self, texts: list[str]) -> Dataset:
+        """The samples as a data set.
+
+        Args:
+            texts: of the samples.
+        """
+        proposals, chosen = self.proposals, self.chosen
+        rows = proposals.rows[chosen].tolist()
+        return Dataset.from_dict(
+            {
+                "prompt": [self.prompts.rows[row]["prompt"] for row in rows],
+                "completion": texts,
+                "objective": proposals.objective.flatten()[chosen].tolist(),
+                "log_prior": proposals.log_prior.flatten()[chosen].tolist(),
+                "log_model": proposals.log_model.flatten()[chosen].tolist(),
+            }
+        )
+
+
+def draw_corrected(
+    run: Run, prompts: Prompts, num_samples: int, steps: int, correction: str, call: int
+) -> CorrectedDraws:
+    """Samples of `p_T` from fresh draws of the model, or from the draws that the sampler keeps.
+
+    Args:
+        run: the run.
+        prompts: what to draw for.
+        num_samples: samples per prompt.
+        steps: proposals per chain.
+        correction: one of [`KERNELS`], or `"archive"`.
+        call: number of this call: part of the random stream's address.
+
+    Raises:
+        ValueError: for a correction that is unknown, or that this run cannot make.
+    """
+    tau, address = run.args.tau_max, (streams.SAMPLE, call)
+    generator = streams.generator(run.args.seed, *address)
+    if correction == "archive":
+        pool = run.sampler.draws() if prompts is run.prompts else None
+        if pool is None:
+            raise ValueError(
+                "correction='archive' takes samples from the proposals of the run: train with a sampler that keeps "
+                "them (sampler='archive') first, and leave prompts out."
+            )
+        return CorrectedDraws(pool, run.sampler.select(pool, tau, tau, num_samples, generator), prompts)
+    if correction not in KERNELS:
+        raise ValueError(f"correction must be one of {', '.join(KERNELS)} or archive, got {correction!r}")
+    proposals = run.rollout.rollout.propose(prompts, num_samples * steps, address)
+    selection = run_chains(proposals.log_weight(tau), num_samples, generator, KERNELS[correction])
+    return CorrectedDraws(proposals, selection, prompts)
+
+
+def decoded(run: Run, draws: CorrectedDraws) -> list[str]:
+    """Texts of the samples."""
+    texts = draws.proposals.texts
+    if texts is None:  # a pool of several rungs
+        return run.rollout.rollout.decode(draws.proposals.completions.select(draws.chosen))
+    return [texts[row] for row in draws.chosen.tolist()]

@@ -1,0 +1,109 @@
+"""What a user passes to the trainer, checked before a model is loaded."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ..models import loading, prior
+from ..models.prompts import encode_prompts
+from ..types import Prompts
+from .config import ALDRIFTConfig
+from .data import check_dataset
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tokenizer and prompts of a run, and what is known of its model.
+
+    Attributes:
+        tokenizer: makes token ids of prompts, and texts of completions.
+        prompts, eval_prompts: encoded.
+        evaluation: the data set of `eval_prompts`.
+        context_length: most positions that the model can attend to; `None` where its config does not say.
+        adapter: whether the model comes with an adapter on it.
+        max_completion_length: tokens after which a completion is cut.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Prompts
+    eval_prompts: Prompts
+    evaluation: Dataset
+    context_length: int | None
+    adapter: bool
+    max_completion_length: int
+
+    def encode(self, dataset: Any, name: str) -> Prompts:
+        """Other prompts, checked and encoded alike; `name` is for error messages."""
+        return encode_prompts(
+            check_dataset(dataset, name),
+            self.tokenizer,
+            max_completion_length=self.max_completion_length,
+            context_length=self.context_length,
+        )
+
+    @property
+    def pad_token_id(self) -> int:
+        """The token that fills rows; its value has no effect."""
+        tokenizer = self.tokenizer
+        return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+
+
+def check_writable(output_dir: str) -> None:
+    """Create the output directory and try to write to it.
+
+    Raises:
+        OSError: naming it and the remedy.
+    """
+    try:
+        os.makedirs(output_dir, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir):
+            pass
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
+        ) from error
+
+
+def check_inputs(
+    args: ALDRIFTConfig,
+    model: str | PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    train: Dataset,
+    evaluation: Dataset,
+) -> Inputs:
+    """Check model, adapter and tokenizer against each other, and encode the prompts.
+
+    Raises:
+        ValueError, TypeError: for what cannot work, with the remedy.
+    """
+    if peft_config is not None:
+        prior.check_peft_config(peft_config)
+    tokenizer = loading.tokenizer_of(model, args.model_init_kwargs) if tokenizer is None else tokenizer
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "the tokenizer has no end-of-text token, so no completion could end. Set tokenizer.eos_token to the "
+            "token that your model ends with."
+        )
+    if not isinstance(model, str) and args.model_init_kwargs is not None:
+        raise ValueError("model_init_kwargs is for a model given by id or path, and this one is loaded. Drop it.")
+    adapter = loading.is_adapter(model, args.model_init_kwargs)  # asked once: the Hub is asked where it is an id
+    config = loading.config_of(model, args.model_init_kwargs, adapter)
+    loading.check_trainable(config, args.model_init_kwargs, adapter or peft_config is not None)
+    context_length = loading.context_length(config)
+    prompts, eval_prompts = (
+        encode_prompts(
+            dataset, tokenizer, max_completion_length=args.max_completion_length, context_length=context_length
+        )
+        for dataset in (train, evaluation)
+    )
+    return Inputs(tokenizer, prompts, eval_prompts, evaluation, context_length, adapter, args.max_completion_length)

@@ -1,0 +1,71 @@
+"""The algorithm's parts: those that the settings name, or instances of the user's own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..algorithm.ladders import LADDERS, Ladder
+from ..algorithm.losses import LOSSES, Loss
+from ..algorithm.samplers import SAMPLERS, Sampler
+from ..models.engines import ENGINES, Engine, EngineSettings
+from .config import ALDRIFTConfig
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Sampler, ladder and loss of a run."""
+
+    sampler: Sampler
+    ladder: Ladder
+    loss: Loss
+
+
+def parts_of(args: ALDRIFTConfig, sampler: Sampler | None, ladder: Ladder | None, loss: Loss | None) -> Parts:
+    """The parts of a run.
+
+    Args:
+        args: its settings, which name the parts that are not given.
+        sampler, ladder, loss: instances; `None` takes the one that `args` names.
+
+    Raises:
+        TypeError: for an instance of the wrong class.
+        ValueError: for parts that do not go together.
+    """
+    sampler = SAMPLERS[args.sampler].from_settings(args) if sampler is None else _checked("sampler", sampler, Sampler)
+    ladder = LADDERS[args.ladder].from_settings(args) if ladder is None else _checked("ladder", ladder, Ladder)
+    if loss is None:
+        name = args.loss_type or ("generalized_kl" if sampler.draws_by_weight else "nll")
+        loss = LOSSES[name]()
+    loss = _checked("loss", loss, Loss)
+    if loss.needs_weighted_draws and not sampler.draws_by_weight:
+        raise ValueError(
+            f"{type(loss).__name__} needs samples that are resampled in proportion to known weights, and those of "
+            f"{type(sampler).__name__} are not. Use sampler='archive', or loss_type='nll'."
+        )
+    if ladder.uses_weights and not sampler.corrects:
+        raise ValueError(
+            f"{type(ladder).__name__} looks at weights, and {type(sampler).__name__} makes no use of them. Use "
+            "ladder='linear', or sampler='archive' or 'metropolis_hastings'."
+        )
+    return Parts(sampler, ladder, loss)
+
+
+def engine_of(args: ALDRIFTConfig, settings: EngineSettings, engine: Engine | None) -> Engine:
+    """The engine of a run: the instance given, or the one that `args` names.
+
+    Raises:
+        TypeError: for an instance of the wrong class.
+    """
+    return ENGINES[args.engine].from_settings(settings) if engine is None else _checked("engine", engine, Engine)
+
+
+def _checked(name: str, part: Part, wanted: type) -> Part:
+    if not isinstance(part, wanted):
+        raise TypeError(
+            f"{name} must be an instance of a subclass of aldrift_hf.{wanted.__name__}, got {type(part).__name__}. To "
+            f"take one by name, set it in ALDRIFTConfig."
+        )
+    return part

@@ -1,0 +1,202 @@
+"""A run along the ladder: its parts, its state, and what is done when a rung begins and when it ends."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from accelerate.utils import reduce
+from torch import Tensor
+from transformers.trainer_utils import SchedulerType
+
+from ..algorithm.ladders import Ladder, LadderState
+from ..algorithm.losses import Loss
+from ..algorithm.metrics import completion_metrics, rung_metrics
+from ..algorithm.rung import run_rung
+from ..algorithm.samplers import Sampler
+from ..objective.objective import Objective
+from ..reporting.record import RunRecord
+from ..types import Prompts, Proposals
+from .config import ALDRIFTConfig
+from .rollout import TrainingRollout
+from .samples import RungSamples
+from .state import Phase, RunState
+
+logger = logging.getLogger(__name__)
+
+MAX_RUNGS = 200
+"""Most rungs of a ladder that cannot tell how many it has, where `num_rungs` is not set."""
+
+
+@dataclass
+class Run:
+    """A run: [`aldrift_hf.algorithm.rung.run_rung`] with its parts, rung after rung.
+
+    Attributes:
+        args: the run's settings.
+        prompts: what is drawn for.
+        rollout: the policy on these prompts.
+        objective: the cost.
+        sampler, ladder, loss: the algorithm's parts.
+        eos_token_ids: tokens that end a completion.
+        samples: the rung's samples, from which the `Trainer` learns.
+        updates_per_rung: optimizer updates per rung.
+        record: what is known of the run, for people; filled from `state`.
+        tell: `tell(event, **facts)` passes an event on to the callbacks.
+        log: logs figures.
+        state: where the run stands.
+    """
+
+    args: ALDRIFTConfig
+    prompts: Prompts
+    rollout: TrainingRollout
+    objective: Objective
+    sampler: Sampler
+    ladder: Ladder
+    loss: Loss
+    eos_token_ids: tuple[int, ...]
+    samples: RungSamples
+    updates_per_rung: int
+    record: RunRecord
+    tell: Callable[..., None]
+    log: Callable[[dict[str, float]], None]
+    state: RunState
+
+    def start(self) -> None:
+        """Begin at the bottom of the ladder. Costs that were evaluated before are not evaluated again."""
+        self.state = RunState.start(len(self.prompts), self.args.objective_range)
+        self.objective.reset()
+        self.sampler.load_state_dict({})
+        if self.state.ladder.objective_range is None:
+            self._measure_objective_range()
+
+    def begin_rung(self) -> None:
+        """Propose and correct on the next rung, and lay out its samples (steps 1 and 2 of ALDRIFT)."""
+        state = self.state
+        rung = run_rung(
+            state.ladder,
+            self.rollout,
+            self.sampler,
+            self.ladder,
+            self.loss,
+            num_rows=len(self.samples),
+            seed=self.args.seed,
+        )
+        self.samples.fill(rung.samples)
+        state.ladder, state.phase = rung.state, Phase.DRAWN
+        state.proposals += len(rung.proposals)
+        state.num_tokens += self._tokens(rung.proposals)
+        state.loss_sum, state.updates, state.learn_seconds = 0.0, 0, 0.0
+        metrics = {
+            "rung": state.rung,
+            "tau": rung.state.tau,
+            **rung_metrics(rung, self.objective.best),
+            **self.sampler.metrics(rung.pool, rung.state.tau),
+            **completion_metrics(rung.proposals, self.eos_token_ids),
+            "num_tokens": state.num_tokens,
+            "proposals": state.proposals,
+            "objective_calls": self.objective.calls,
+            **({"objective_failures": self.objective.failures} if self.objective.failures else {}),
+            **self._components(rung.proposals),
+            **self.rollout.rollout.seconds,
+        }
+        state.rungs.append(metrics)
+        self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
+        self.update_record()
+        self.tell("on_rung_drawn", metrics=metrics, proposals=rung.proposals, prompts=self.prompts)
+
+    def end_rung(self) -> None:
+        """Complete the rung's record with what was learned, and log it."""
+        state = self.state
+        loss = torch.tensor(state.loss_sum / max(state.updates, 1), device=self.args.device)
+        metrics = state.rungs[-1]
+        metrics["loss"] = cast(Tensor, reduce(loss, "mean")).item()
+        metrics["seconds_learn"] = state.learn_seconds
+        state.phase = Phase.LEARNED
+        self.update_record()
+        self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
+        self.tell("on_rung_learned")
+
+    def take_up(self, record: RunRecord) -> None:
+        """The model is that of another run: its ladder's log Z holds here, too, for the same prompts and objective."""
+        self.rollout.is_prior = False
+        same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
+        if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
+            log_z = torch.tensor(record.log_z, dtype=torch.float64)
+            self.state.ladder = LadderState(log_z, (record.rungs[-1]["tau"],), record.objective_range)
+
+    def learned(self, loss: float) -> None:
+        """Count a micro-batch's loss."""
+        self.state.loss_sum += loss
+
+    def updated(self, seconds: float) -> None:
+        """Count an optimizer update."""
+        self.state.updates += 1
+        self.state.learn_seconds += seconds
+        self.rollout.is_prior = False
+
+    def update_record(self) -> None:
+        """Bring the record up to date with the state."""
+        rungs = self.state.rungs
+        self.record.rungs = list(rungs if self.state.phase is Phase.LEARNED else rungs[:-1])
+        self.record.log_z = self.state.ladder.log_z.tolist()
+        self.record.objective_range = self.state.ladder.objective_range
+
+    def stop_reason(self) -> str | None:
+        """Why the run ends with the rung that it has reached; `None` to go on."""
+        if self.budget_is_spent():
+            return (
+                f"max_objective_calls={self.args.max_objective_calls} is reached: {self.objective.calls} distinct "
+                f"completions evaluated, up to rung {self.state.rung} at tau = {self.state.ladder.tau:g}."
+            )
+        return self.ladder.stop_reason(self.state.ladder)
+
+    def rungs_to_climb(self, resumed: bool) -> int:
+        """Epochs for the `Trainer`."""
+        if resumed and self.stop_reason() is not None and self.state.updates == self.updates_per_rung:
+            return self.state.rung + 1  # the run ended with the checkpoint's rung: nothing is left to do
+        rungs = self.args.num_rungs or self.ladder.num_rungs(self.state.ladder)
+        if rungs is None and self.args.lr_scheduler_type != "constant":
+            logger.warning(
+                "the number of rungs of this ladder is not known beforehand: lr_scheduler_type="
+                f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {MAX_RUNGS} rungs, and so hardly "
+                "changes the learning rate. Set num_rungs, or use 'constant'."
+            )
+        return rungs or MAX_RUNGS
+
+    def budget_is_spent(self) -> bool:
+        """Whether the objective has been called as often as it may be."""
+        limit = self.args.max_objective_calls
+        return limit is not None and self.objective.calls >= limit
+
+    def _measure_objective_range(self) -> None:
+        """D from the first rung's proposals, which are draws from the prior."""
+        largest = self.rollout.draw_ahead().objective.max().item()
+        if largest == 0:
+            raise ValueError(
+                "every draw from the prior has cost 0, so there is nothing to optimise, and no range to take the "
+                "ladder's steps from. Check the objective, or set objective_range."
+            )
+        self.state.ladder = replace(self.state.ladder, objective_range=largest)
+        logger.info(f"objective_range is not set: D = {largest:g}, the largest cost among the first rung's proposals")
+
+    def _tokens(self, proposals: Proposals) -> int:
+        lengths = torch.tensor([len(ids) for ids in self.prompts.token_ids])
+        return int(lengths[proposals.rows].sum() + proposals.completions.length.sum())
+
+    def _components(self, proposals: Proposals) -> dict[str, float]:
+        """Mean cost of each objective, where there are several."""
+        if len(self.objective.functions) == 1:
+            return {}
+        texts = cast(list[str], proposals.texts)
+        means = self.objective.components(self.prompts, proposals.rows.tolist(), texts)
+        return {f"objective/{name}": mean for name, mean in means.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The part of the state that is kept as JSON in a checkpoint."""
+        batches = self.rollout.rollout.batches
+        return {**self.state.to_json(), "generation_batch_size": batches and batches.size}

@@ -1,0 +1,97 @@
+"""The run's parts, put together."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from typing import Any
+
+from datasets import Dataset
+
+from ..models import loading
+from ..models.engines import Engine, EngineSettings
+from ..models.prior import Prior, base_model
+from ..objective.objective import DEFAULT_BATCH_SIZE, Objective
+from ..objective.protocol import CostFunction
+from ..reporting.record import RunRecord
+from ..types import Progress
+from .config import ALDRIFTConfig
+from .inputs import Inputs
+from .parts import Parts, engine_of
+from .rollout import Rollout, Runtime, TrainingRollout
+from .run import Run
+from .samples import RungSamples
+from .settings import settings_of
+from .state import RunState
+
+SNAPSHOT_FOLDER = "_snapshots"
+"""Folder in `output_dir` for models of earlier rungs that are too large for memory; the Trainer never pushes it."""
+
+
+def make_objective(
+    objective: CostFunction | list[CostFunction], args: ALDRIFTConfig, datasets: list[Dataset], progress: Progress
+) -> Objective:
+    """The objective of a run, able to take the columns of its data sets.
+
+    Raises:
+        TypeError, ValueError: for functions that cannot be called so.
+    """
+    made = Objective(
+        objective,
+        args.objective_weights,
+        args.objective_range,
+        batch_size=args.per_device_generation_batch_size or DEFAULT_BATCH_SIZE,
+        on_error=args.objective_on_error,
+        overlap=args.overlap_objective,
+        output_dir=str(args.output_dir),
+        cache_key=args.objective_cache_key,
+        progress=progress,
+    )
+    for dataset in datasets:
+        made.check_signature([name for name in dataset.column_names if name != "prompt"])
+    return made
+
+
+def make_run(
+    args: ALDRIFTConfig,
+    inputs: Inputs,
+    parts: Parts,
+    engine: Engine | None,
+    prior: Prior,
+    objective: Objective,
+    runtime: Runtime,
+    rows_per_update: int,
+    tell: Callable[..., None],
+    log: Callable[[dict[str, float]], None],
+) -> Run:
+    """A run at the bottom of its ladder; see [`Run`] and [`Rollout`] for the arguments.
+
+    Args:
+        rows_per_update: training rows per optimizer update, over all processes.
+    """
+    policy, prompts, output_dir = runtime.policy(), inputs.prompts, str(args.output_dir)
+    eos_token_ids = loading.eos_token_ids(base_model(policy), inputs.tokenizer)
+    for_engine = EngineSettings(
+        args.max_completion_length, eos_token_ids, inputs.pad_token_id, args.scoring_batch_tokens
+    )
+    rollout = Rollout(
+        args, runtime, prior, engine_of(args, for_engine, engine), objective, inputs.tokenizer, inputs.pad_token_id
+    )
+    snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
+    updates_per_rung = args.updates_per_rung or math.ceil(len(prompts) * args.num_chains / rows_per_update)
+    named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
+    return Run(
+        args=args,
+        prompts=prompts,
+        rollout=TrainingRollout(rollout, prompts, args.num_generations, snapshots, prior.is_start),
+        objective=objective,
+        **vars(parts),
+        eos_token_ids=eos_token_ids,
+        samples=RungSamples(updates_per_rung * rows_per_update, prompts.token_ids),
+        updates_per_rung=updates_per_rung,
+        record=RunRecord(settings_of(args, policy, objective.names, prompts, inputs.tokenizer, **named)),
+        tell=tell,
+        log=log,
+        state=RunState.start(len(prompts), args.objective_range),
+    )

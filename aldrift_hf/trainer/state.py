@@ -1,0 +1,72 @@
+"""Where a run stands: everything that a later rung depends on, beside the model, the costs and the random seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+
+from ..algorithm.ladders import LadderState
+
+
+class Phase(str, Enum):
+    """What has been done on the rung that the ladder has reached."""
+
+    DRAWN = "drawn"
+    """Its samples are laid out, and its updates are under way."""
+    LEARNED = "learned"
+    """Its updates are done and its record is complete; also before the first rung."""
+
+
+@dataclass
+class RunState:
+    """State of a run.
+
+    Attributes:
+        ladder: the inverse temperatures so far, the ladder's log Z, and D.
+        phase: of the rung that the ladder has reached.
+        rungs: the figures of each rung begun; those of the last one lack what is learned while `phase` is `DRAWN`.
+        proposals: draws so far.
+        num_tokens: tokens of prompts and completions drawn so far.
+        loss_sum: the rung's training loss, summed over its micro-batches on this process.
+        updates: the rung's optimizer updates so far.
+        learn_seconds: seconds spent in them.
+    """
+
+    ladder: LadderState
+    phase: Phase = Phase.LEARNED
+    rungs: list[dict[str, Any]] = field(default_factory=list)
+    proposals: int = 0
+    num_tokens: int = 0
+    loss_sum: float = 0.0
+    updates: int = 0
+    learn_seconds: float = 0.0
+
+    @property
+    def rung(self) -> int:
+        """Index of the rung that the ladder has reached; -1 before the first."""
+        return len(self.ladder.taus) - 1
+
+    @classmethod
+    def start(cls, num_prompts: int, objective_range: float | None) -> RunState:
+        """Before the first rung."""
+        return cls(LadderState(torch.zeros(num_prompts, dtype=torch.float64), objective_range=objective_range))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        ladder = {
+            "log_z": self.ladder.log_z.tolist(),
+            "taus": list(self.ladder.taus),
+            "objective_range": self.ladder.objective_range,
+        }
+        return {**vars(self), "ladder": ladder}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> RunState:
+        """The inverse of [`to_json`]."""
+        ladder = values["ladder"]
+        log_z = torch.tensor(ladder["log_z"], dtype=torch.float64)
+        state = LadderState(log_z, tuple(ladder["taus"]), ladder["objective_range"])
+        return cls(**{**values, "ladder": state, "phase": Phase(values["phase"])})
