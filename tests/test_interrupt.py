@@ -1,12 +1,16 @@
-"""Ctrl-C: a checkpoint at the next safe point; a second one ends a run at once."""
+"""Ctrl-C: a checkpoint at the next safe point; a second one ends a run at once. SIGTERM: the Trainer's checkpoint."""
 
+import dataclasses
+import json
 import os
 import signal
+import time
 
 import pytest
 import torch
 from conftest import count_a, lora_config, tiny_gpt2
 from transformers import TrainerCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager
 
 from aldrift_hf import ALDRIFTTrainer
 
@@ -57,7 +61,8 @@ def test_between_rounds_of_proposals_too(make, tmp_path):
     alone = make(output_dir=str(tmp_path / "alone"), **settings)
     alone.train()
     trainer = make(**settings)
-    stop_if_asked, rounds = trainer.proposer.between_rounds, []
+    rollout, rounds = trainer.run.rollout.rollout, []
+    stop_if_asked = rollout.runtime.stop_if_asked
 
     def in_the_second_rung():
         rounds.append(trainer.state.global_step)
@@ -65,7 +70,7 @@ def test_between_rounds_of_proposals_too(make, tmp_path):
             os.kill(os.getpid(), signal.SIGINT)
         stop_if_asked()
 
-    trainer.proposer.between_rounds = in_the_second_rung
+    rollout.runtime = dataclasses.replace(rollout.runtime, stop_if_asked=in_the_second_rung)
     with pytest.raises(KeyboardInterrupt, match="stopped after update 4"):
         trainer.train()
     resumed = make(**settings)
@@ -85,3 +90,45 @@ def test_outside_of_training_ctrl_c_is_as_ever(make):
     trainer, before = make(), signal.getsignal(signal.SIGINT)
     trainer.train()
     assert signal.getsignal(signal.SIGINT) is before
+
+
+class TerminateAt(TrainerCallback):
+    """Sends SIGTERM before an update, and waits until the Trainer's timer has noted it."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+
+
+@pytest.mark.parametrize(("step", "complete"), [(5, 1), (7, 2)], ids=["mid-rung", "last update of a rung"])
+def test_sigterm_is_the_trainers_and_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog, step, complete):
+    init = CheckpointManager.__init__
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
+    before = signal.getsignal(signal.SIGTERM)
+    alone = make(output_dir=str(tmp_path / "alone"))
+    alone.train()
+    trainer = make(callbacks=[TerminateAt(step)], enable_jit_checkpoint=True)
+    trainer.train()
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert trainer.state.global_step == step + 1
+    assert not trainer.record.finished
+    assert trainer.record.metrics == {}
+    assert [rung["rung"] for rung in trainer.record.rungs] == list(range(complete))
+    assert f"terminated after update {step + 1}, with a checkpoint" in caplog.text
+    resumed = make()
+    resumed.train(resume_from_checkpoint=True)
+    assert same(resumed, alone)
+    assert resumed.record.finished
+    assert untimed(resumed) == untimed(alone)
+
+
+def untimed(trainer):
+    """The rungs' figures without durations, as text: `NaN` is then equal to itself."""
+    return [
+        json.dumps({name: value for name, value in rung.items() if not name.startswith("seconds_")})
+        for rung in trainer.record.rungs
+    ]
