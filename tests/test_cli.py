@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import random
 import re
 import shutil
@@ -27,7 +28,8 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli
-from aldrift_hf.cli import parser as arguments
+from aldrift_hf.cli import env, runs
+from aldrift_hf.cli.parser import GROUPS, RunParser
 from aldrift_hf.cli.task import load_objective
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.toy import word_tokenizer
@@ -46,7 +48,8 @@ RUN = {
     "tau_step": 0.5,
     "objective_range": 3,
     "max_completion_length": 3,
-    "num_chains": 32,
+    "sampler": "metropolis_hastings",
+    "num_generations": 128,
     "chain_length": 4,
     "updates_per_rung": 4,
     "learning_rate": "1e-2",
@@ -116,7 +119,7 @@ def test_a_run_is_repeated_from_its_own_options(run, here):
 
 @pytest.mark.parametrize("name", ["costs:not_a", "costs.py:not_a"])
 def test_objectives_by_module_and_by_file(here, name):
-    cli.main(line(objective=name, num_train_epochs=1))
+    cli.main(line(objective=name, num_rungs=1))
     assert RunRecord.read("out").settings["objective"] == ["not_a"]
 
 
@@ -145,13 +148,13 @@ def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
         write[kind](here / f"prompts.{kind}")
     (here / "prompts.txt").write_text("a\nb c\n")
     name = "a b" if kind == "prompt" else f"prompts.{kind}"
-    cli.main(line(dataset=name, objective="costs:weighed" if kind in write else "costs:not_a", num_train_epochs=1))
+    cli.main(line(dataset_name=name, objective="costs:weighed" if kind in write else "costs:not_a", num_rungs=1))
     prompts = [draw["prompt"] for draw in RunRecord.read("out").draws]
     assert list(dict.fromkeys(prompts)) == (["a b"] if kind == "prompt" else rows["prompt"])
 
 
 def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
-    cli.main(line(model_name_or_path="out", output_dir="second", num_train_epochs=1))
+    cli.main(line(model_name_or_path="out", output_dir="second", num_rungs=1))
     assert (here / "second" / "prior" / "adapter_model.safetensors").is_file()
     assert abs(RunRecord.read("second").rungs[0]["missing_mass"]) < 1e-4
     capsys.readouterr()
@@ -161,7 +164,7 @@ def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
 
 
 def test_resumed_from_the_command_line(here):
-    cli.main(line(num_train_epochs=2))
+    cli.main(line(num_rungs=2))
     cli.main(line("train", "--resume_from_checkpoint", "True"))
     assert [rung["tau"] for rung in RunRecord.read("out").rungs] == [0.5, 1.0, 1.5]
 
@@ -169,7 +172,7 @@ def test_resumed_from_the_command_line(here):
 @pytest.mark.slow
 def test_under_accelerate_launch(here):
     how = (CONFIGS / "multi_cpu.yaml", "-m", "aldrift_hf.cli")
-    done = accelerate_launch(*how, *line(num_train_epochs=1))
+    done = accelerate_launch(*how, *line(num_rungs=1))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("final model: mean cost") == 1
     assert RunRecord.read("out").settings["processes"] == 2
@@ -187,7 +190,7 @@ def test_sample_prints_draws_as_json_lines(run, capsys):
     assert len(draws) == 5
     assert draws[0].keys() == {"prompt", "completion", "objective", "log_prior", "log_model"}
     assert [draw["objective"] for draw in draws] == count_a([], [draw["completion"] for draw in draws])
-    assert "draws: mean cost" in err
+    assert "samples: mean cost" in err
 
 
 def test_samples_are_those_of_the_trained_model_with_its_prior(run, capsys):
@@ -207,7 +210,7 @@ def test_samples_are_those_of_the_trained_model_with_its_prior(run, capsys):
 
 
 def test_sample_takes_other_options(run, here, capsys):
-    cli.main(["sample", "out", "-n", "2", "--output", "draws.jsonl", "--correction", "isir", "--dataset", "a b"])
+    cli.main(["sample", "out", "-n", "2", "--output", "draws.jsonl", "--correction", "isir", "--dataset_name", "a b"])
     assert not capsys.readouterr().out
     draws = [json.loads(text) for text in (here / "draws.jsonl").read_text().splitlines()]
     assert [draw["prompt"] for draw in draws] == ["a b", "a b"]
@@ -218,7 +221,7 @@ def test_evaluate_knows_the_ladders_log_z(run, capsys):
     metrics = json.loads(capsys.readouterr().out)
     assert abs(metrics["eval_missing_mass"]) < 0.5
     assert metrics["eval_kl"] >= -0.2
-    cli.main(["evaluate", "out", "--dataset", "a"])
+    cli.main(["evaluate", "out", "--dataset_name", "a"])
     assert "eval_missing_mass" not in json.loads(capsys.readouterr().out), "the ladder was climbed for other prompts"
 
 
@@ -236,7 +239,7 @@ def test_a_run_from_python_wants_its_objective_alone(here, config, capsys):
 
 
 def test_full_fine_tuning_is_sampled_from(here, capsys):
-    cli.main(line("train", "--no_use_peft", learning_rate="1e-3", num_train_epochs=1))
+    cli.main(line("train", "--no_use_peft", learning_rate="1e-3", num_rungs=1))
     capsys.readouterr()
     cli.main(["sample", "out", "-n", "3"])
     assert len(capsys.readouterr().out.splitlines()) == 3
@@ -254,8 +257,18 @@ def test_report_of_a_run(run, capsys):
 def test_env_lists_versions(capsys):
     cli.main(["env"])
     out = capsys.readouterr().out
-    for name in ("aldrift_hf", "torch", "transformers", "python", "accelerators"):
+    for name in (*env.PACKAGES, "python", "platform", "threads", "accelerators"):
         assert re.search(rf"^- {name}: \S", out, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", ["env", "report"])
+def test_commands_without_options_explain_themselves(command, capsys):
+    cli.main([command, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: aldrift {command}")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--no_such_option"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().out.startswith(f"usage: aldrift {command}")
 
 
 # ---- Help and errors ------------------------------------------------------------------------------------------------
@@ -278,7 +291,7 @@ def test_help_groups_the_options(capsys):
 def test_every_setting_of_ours_has_a_group():
     own = {field.name for field in dataclasses.fields(ALDRIFTConfig)}
     own -= {field.name for field in dataclasses.fields(TrainingArguments)}
-    grouped = [name for names in arguments.GROUPS.values() for name in names]
+    grouped = [name for names in GROUPS.values() for name in names]
     assert own - {"model_init_kwargs"} <= set(grouped)
     assert set(grouped) <= {field.name for field in dataclasses.fields(ALDRIFTConfig)}
     assert len(set(grouped)) == len(grouped)
@@ -287,7 +300,7 @@ def test_every_setting_of_ours_has_a_group():
 def test_no_command_and_no_such_command(capsys):
     cli.main([])
     assert "aldrift COMMAND --help" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"no command 'trian'; it is one of train, sample, evaluate, report, self"):
+    with pytest.raises(SystemExit, match=r"no command 'trian'; the commands are train, sample, evaluate, report, self"):
         cli.main(["trian"])
 
 
@@ -300,7 +313,7 @@ def test_no_command_and_no_such_command(capsys):
         ({"objective": "nope.py:cost"}, r"there is no such file"),
         ({"objective": "costs:nota"}, r"costs has no function 'nota'; did you mean not_a\?"),
         ({"objective": "costs:factor"}, r"factor is not a function, but float"),
-        ({"objective": "costs"}, r"name it as MODULE:FUNCTION"),
+        ({"objective": "costs"}, r"write MODULE:FUNCTION or FILE.py:FUNCTION"),
         ({"objective": "costs:weighed"}, r"missing a required argument: 'weight'"),
         ({"tua_max": 3}, r"no option --tua_max; did you mean --tau_max\?"),
         ({"tau_max": "high"}, r"--tau_max.*invalid float value: 'high'"),
@@ -309,8 +322,12 @@ def test_no_command_and_no_such_command(capsys):
         ({"config": "no.yaml"}, r"no.yaml"),
         ({"config": "broken.yaml"}, r"mapping"),
         ({"config": "unknown.yaml"}, r"no option --tua_max; did you mean --tau_max\?"),
-        ({"dataset": "no.jsonl"}, r"--dataset no.jsonl: there is no such file"),
-        ({"dataset": "costs.py"}, r"a file of prompts ends in .jsonl"),
+        ({"dataset_name": "no.jsonl"}, r"--dataset_name no.jsonl: there is no such file"),
+        ({"dataset_name": "costs.py"}, r"the name of a file of prompts ends in .jsonl"),
+        ({"dataset": "a"}, r"no option --dataset; did you mean --dataset_name\?"),
+        ({"dataset_split": "a"}, r"no option --dataset_split; did you mean --dataset_train_split\?"),
+        ({"generation_batch_size": 8}, r"did you mean --per_device_generation_batch_size\?"),
+        ({"num_train_epochs": 3}, r"num_train_epochs=3.* Set num_rungs"),
         ({"model_name_or_path": None}, r"--model_name_or_path is missing"),
         ({"model_name_or_path": "./nope"}, r"nope"),
     ],
@@ -335,7 +352,7 @@ def test_an_error_inside_the_users_module_is_shown_whole(here):
         (["sample"], "name the run first"),
         (["sample", "-n", "3"], "name the run first"),
         (["sample", "model"], "neither run.yaml nor run.json"),
-        (["evaluate", "not a name"], "is no folder here, and cannot be had from the Hub"),
+        (["evaluate", "not a name"], "is neither a folder nor a model on the Hub that can be downloaded"),
     ],
 )
 def test_what_is_no_run_is_refused(here, capsys, argv, said):
@@ -345,18 +362,16 @@ def test_what_is_no_run_is_refused(here, capsys, argv, said):
 def test_options_of_a_run_do_not_let_foreign_code_in(run, here, monkeypatch, capsys):
     saved = yaml.safe_load((run / "run.yaml").read_text())
     (run / "run.yaml").write_text(yaml.safe_dump(saved | {"trust_remote_code": True, "env": {"PLANTED": "1"}}))
-    seen = []
-    monkeypatch.setattr(cli, "make_trainer", lambda *parts: seen.append(parts) or sys.exit(0))
-    with pytest.raises(SystemExit):
-        cli.main(["sample", "out", "-n", "1"])
-    assert seen[0][2].trust_remote_code is False
-    monkeypatch.setattr(cli, "snapshot_download", lambda name: str(run))
+    _, (_, _, model) = runs.parse(RunParser("aldrift sample", "", ""), ["out"], str(here / "scratch"))
+    assert model.trust_remote_code is False
+    assert "PLANTED" not in os.environ
+    monkeypatch.setattr(runs, "snapshot_download", lambda name: str(run))
     message = refused(capsys, ["sample", "somebody/model", "-n", "1"])
     assert "required: --objective" in message, "a downloaded file does not say which code is run"
 
 
 def test_a_token_is_not_written_down(here):
-    cli.main(line(hub_token="hf_planted", num_train_epochs=1))
+    cli.main(line(hub_token="hf_planted", num_rungs=1))
     for path in (here / "out").iterdir():
         if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".md"):
             assert "hf_planted" not in path.read_text(), path

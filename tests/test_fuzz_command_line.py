@@ -1,4 +1,4 @@
-"""Whatever is on the command line or in a file: one line that says what is wrong, or the trainer is made."""
+"""Any command line and any file of options either gives a trainer, or one line that says what is wrong."""
 
 import contextlib
 import io
@@ -10,9 +10,10 @@ import yaml
 from conftest import WORDS, count_a, fuzz, lora_config, tiny_gpt2
 from hypothesis import given
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli
-from aldrift_hf.cli import task
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli, selftest
+from aldrift_hf.cli import report, task
 from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.reporting.writers import ReportWriter
 from aldrift_hf.toy import word_tokenizer
 
 SCALARS = st.one_of(
@@ -21,9 +22,10 @@ SCALARS = st.one_of(
 )  # fmt: skip
 KEYS = st.sampled_from(
     [
-        *("objective", "dataset", "model_name_or_path", "output_dir", "tau_max", "num_chains", "ladder", "env"),
-        *("objective_weights", "model_init_kwargs", "lr_scheduler_kwargs", "bf16", "report_to", "seed", "config"),
-        *("lora_target_modules", "use_peft", "tua_max", "load_in_4bit", "dtype", "num_samples", "optim", "--tau_max"),
+        *("objective", "dataset_name", "model_name_or_path", "output_dir", "tau_max", "num_generations", "ladder"),
+        *("env", "objective_weights", "model_init_kwargs", "lr_scheduler_kwargs", "bf16", "report_to", "seed"),
+        *("config", "lora_target_modules", "use_peft", "tua_max", "load_in_4bit", "dtype", "num_samples", "optim"),
+        "--tau_max",
     ]
 )
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
@@ -41,18 +43,10 @@ YAML = st.one_of(
     VALUES.map(lambda tree: yaml.safe_dump(tree).encode()),
 )
 OPTIONS = [
-    *("--config", "--objective", "--model_name_or_path", "--dataset", "--tau_max", "--num_chains", "--bf16", "-n"),
-    *("--help", "-h", "--", "-", "--tua_max", "--objective_weights", "--model_init_kwargs", "--no_use_peft", "--seed"),
-    *(
-        "--output_dir",
-        "--num_samples",
-        "--correction",
-        "--lr_scheduler_kwargs",
-        "--tau_max=1",
-        "--tau_max=",
-        "--=",
-        "-1",
-    ),
+    *("--config", "--objective", "--model_name_or_path", "--dataset_name", "--tau_max", "--num_generations", "--bf16"),
+    *("-n", "--help", "-h", "--", "-", "--tua_max", "--objective_weights", "--model_init_kwargs", "--no_use_peft"),
+    *("--seed", "--output_dir", "--num_samples", "--correction", "--lr_scheduler_kwargs", "--tau_max=1", "--tau_max="),
+    *("--=", "-1"),
     *("costs:cost", "costs.py:cost", "costs:", ":", "os:", "os.path:join", ".:x", "..:x", "", " ", "model", "empty"),
     *(
         "1",
@@ -75,31 +69,31 @@ ARGV = st.lists(st.sampled_from(OPTIONS) | st.text(max_size=6), max_size=6)
 
 
 class MadeError(Exception):
-    """The options were good enough for a trainer."""
+    """The options gave a trainer."""
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run's folder, with a model that nobody should load."""
+    """A run's folder; the folder of its model is empty."""
     folder = tmp_path_factory.mktemp("here")
     (folder / "costs.py").write_text("def cost(prompts, completions):\n    return [0.0] * len(completions)\n")
     (folder / "model").mkdir()
     (folder / "empty").mkdir()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aldrift_hf.reporting.report.write_report", lambda record, folder: None)
-        args = ALDRIFTConfig(
-            **{"output_dir": str(folder / "run"), "num_chains": 2, "chain_length": 2, "max_completion_length": 2},
-            **{"objective_range": 3.0, "num_train_epochs": 1, "disable_tqdm": True, "save_strategy": "no"},
-        )
-        model, tokenizer = tiny_gpt2(), word_tokenizer(WORDS, " ")
-        trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model))
-        trainer.train()
+    args = ALDRIFTConfig(
+        **{"output_dir": str(folder / "run"), "num_generations": 4, "chain_length": 2, "max_completion_length": 2},
+        **{"objective_range": 3.0, "num_rungs": 1, "disable_tqdm": True, "save_strategy": "no"},
+        sampler="metropolis_hastings",
+    )
+    model, tokenizer = tiny_gpt2(), word_tokenizer(WORDS, " ")
+    trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model))
+    trainer.remove_callback(ReportWriter)
+    trainer.train()
     (folder / "run" / "run.yaml").write_text("objective: [costs:cost]\nmodel_name_or_path: model\n")
     return folder / "run"
 
 
 def ends(run, argv):
-    """A command ends with one line and no traceback, or gets as far as its trainer."""
+    """A command prints one line and no traceback, or makes its trainer."""
 
     def made(*args, **kwargs):
         raise MadeError
@@ -107,10 +101,10 @@ def ends(run, argv):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.chdir(run.parent)
-        patch.setattr("aldrift_hf.selftest._examine", lambda *parts: [])
+        patch.setattr(selftest, "run", lambda options: 0)
         patch.setattr(sys, "path", list(sys.path))
         patch.setattr(task, "ALDRIFTTrainer", made)
-        patch.setattr(cli, "write_report", lambda record, folder: None)
+        patch.setattr(report, "write_report", lambda record, folder: None)
         try:
             cli.main(argv)
             code: object = 0
@@ -132,7 +126,7 @@ def test_any_file_of_options(run, content):
     ends(run, ["train", "--objective", "costs:cost", "--model_name_or_path", "model", "--config", "options.yaml"])
 
 
-def test_what_is_no_file_of_options(run):
+def test_paths_without_a_file_of_options(run):
     for name in ("empty", "/proc/self/mem", "x" * 300, "no.yaml", ""):
         ends(run, ["train", "--objective", "costs:cost", "--config", name])
 

@@ -1,36 +1,36 @@
-"""The self-test that ships with the package: green here, red where something is broken, and clear about its options."""
+"""The self-test that ships with the package: passes here, fails where something is broken, explains its options."""
 
 import contextlib
 import dataclasses
 import math
 import runpy
 import sys
+import types
 from importlib.metadata import version
 
 import pytest
 import torch
 from conftest import WORDS, tiny_gpt2
-from transformers import BartConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config
+from transformers import AutoModelForCausalLM, BartConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config
 
-from aldrift_hf import cli, selftest
-from aldrift_hf.algorithm import diagnostics, losses, samplers
-from aldrift_hf.algorithm.archive import Archive
-from aldrift_hf.models import generation as proposals
-from aldrift_hf.models import prior
-from aldrift_hf.models import scoring as sequences
-from aldrift_hf.selftest import checks, main, subjects, tiny
+from aldrift_hf import MaximumLikelihood, MetropolisHastings, cli, selftest
+from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings
+from aldrift_hf.models.generation import generate
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import sequence_logprobs
+from aldrift_hf.selftest import checks, subjects, tiny
 from aldrift_hf.selftest.exact import chain_law, chi_square_p
 from aldrift_hf.selftest.options import Options
 from aldrift_hf.toy import word_tokenizer
-from aldrift_hf.types import Proposals, join_rungs
+from aldrift_hf.types import join_rungs
 
 GPT2, LLAMA = selftest.FAMILIES
 WITHOUT_RUNS = tuple(check for check in checks.CHECKS if check not in (checks.learning, checks.log_z, checks.archive))
+FEWER_DRAWS = 1500
 
 
 @pytest.fixture(autouse=True)
-def _quick_and_wide(monkeypatch):
-    monkeypatch.setattr(subjects, "DRAWS", 1500)
+def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
 
 
@@ -38,139 +38,215 @@ def verdicts(printed):
     return [line.split()[-1] for line in printed.splitlines() if line.rstrip().endswith(("pass", "FAIL"))]
 
 
-# ---- Green ----------------------------------------------------------------------------------------------------------
+# ---- Passing --------------------------------------------------------------------------------------------------------
 
 
 def test_a_model_passes_as_it_is_and_as_a_tiny_one(tmp_path, capsys, monkeypatch):
-    """Everything, whole runs included; and nothing is left in the folder of temporary files."""
+    """All checks, including whole runs; and no temporary file is left behind."""
     tiny_gpt2(n_positions=64, vocab_size=40).save_pretrained(tmp_path / "model")
     word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    status = main(["--model_name_or_path", str(tmp_path / "model")])
+    status = selftest.main(["--model_name_or_path", str(tmp_path / "model")])
     printed = capsys.readouterr().out
     assert status == 0, printed
     assert "all checks pass" in printed
     assert f"torch {version('torch')}" in printed
     as_it_is, as_tiny = (verdicts(part) for part in printed.split("a tiny gpt2"))
-    assert as_it_is == ["pass"] * len(checks.OF_ANY_MODEL)
+    assert as_it_is == ["pass"] * len(checks.CHECKS_OF_ANY_MODEL)
     assert as_tiny == ["pass"] * len(checks.CHECKS)
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_llamas_family_passes(capsys, monkeypatch):
-    monkeypatch.setattr(selftest, "FAMILIES", (LLAMA,))
-    assert main([]) == 0
+def test_llamas_family_passes(capsys):
+    assert selftest.run(Options(), families=[LLAMA], num_draws=FEWER_DRAWS) == 0
     assert verdicts(capsys.readouterr().out) == ["pass"] * len(checks.CHECKS)
 
 
-@pytest.mark.parametrize("options", [["--dtype", "bfloat16"], ["--mixed_precision", "bf16"], ["--load_in_4bit"]])
-def test_other_precisions_pass(options, capsys, monkeypatch):
-    if "--load_in_4bit" in options:
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"mixed_precision": "bf16"}, {"load_in_4bit": True}])
+def test_other_precisions_pass(options, capsys):
+    if "load_in_4bit" in options:
         pytest.importorskip("bitsandbytes")
-    monkeypatch.setattr(selftest, "FAMILIES", (LLAMA,))
-    monkeypatch.setattr(selftest, "CHECKS", WITHOUT_RUNS)
-    assert main(options) == 0
+    assert selftest.run(Options(**options), families=[LLAMA], checks=WITHOUT_RUNS, num_draws=FEWER_DRAWS) == 0
     assert verdicts(capsys.readouterr().out) == ["pass"] * len(WITHOUT_RUNS)
 
 
-# ---- Red ------------------------------------------------------------------------------------------------------------
-
-draw, projected, join = proposals._draw, sequences.projected_logprobs, sequences.join
-pad_left, log_z_increment = proposals._pad_left, diagnostics.log_z_increment
-metropolis_hastings, maximum_likelihood = samplers.metropolis_hastings, losses.maximum_likelihood
-
-
-def shifted(model, select, targets, **inputs):
-    """The scorer reads the logits of the token itself."""
-    return projected(model, lambda hidden: select(hidden.roll(-1, 1)), targets, **inputs)
-
-
-def end_not_counted(prompts, completions, pad_token_id):
-    rows = join(prompts, completions, pad_token_id)
-    last = torch.tensor([len(prompt) + len(tokens) - 1 for prompt, tokens in zip(prompts, completions)])
-    mask = rows.completion_mask.clone()
-    mask[range(len(last)), last] &= torch.tensor([len(tokens) == 1 for tokens in completions])
-    return rows._replace(completion_mask=mask)
-
-
-def attending_to_padding(prompts, pad_token_id):
-    input_ids, mask = pad_left(prompts, pad_token_id)
-    return input_ids, torch.ones_like(mask)
+# ---- Failing --------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def left_on(self, policy):
-    yield prior.base_model(policy)
+def changed(module, output=None, inputs=None):
+    """Within the block, a module's output or its keyword arguments are changed by these functions."""
+    hooks = []
+    if output is not None:
+        hooks.append(module.register_forward_hook(lambda module, args, result: output(result)))
+    if inputs is not None:
+        hooks.append(
+            module.register_forward_pre_hook(lambda module, args, kwargs: (args, inputs(kwargs)), with_kwargs=True)
+        )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
-def hot(scores, numbers):
-    """Drawn at a temperature of 0.9; `log q` is that of 1."""
-    tokens, _ = draw(scores / 0.9, numbers)
-    return tokens, scores.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+def shifted(model, *args, **kwargs):
+    """The scorer reads the logits of the token itself."""
+
+    def roll(result):
+        result.last_hidden_state = result.last_hidden_state.roll(-1, 1)
+        return result
+
+    with changed(model.base_model, roll):
+        return sequence_logprobs(model, *args, **kwargs)
+
+
+def last_not_counted(model, prompts, completions, **kwargs):
+    shorter = completions._replace(length=(completions.length - 1).clamp(min=1))
+    return sequence_logprobs(model, prompts, shorter, **kwargs)
+
+
+def with_dropout(model, *args, **kwargs):
+    model.train()
+    try:
+        return sequence_logprobs(model, *args, **kwargs)
+    finally:
+        model.eval()
+
+
+def attending_to_padding(model, *args):
+    def attend(kwargs):
+        return kwargs | {"attention_mask": torch.ones_like(kwargs["attention_mask"])}
+
+    with changed(model, inputs=attend):
+        return generate(model, *args)
+
+
+def drawing_from(change):
+    """Generation from changed logits, with `log q` of those of the model."""
+
+    def draw(model, prompts, *args):
+        def logits_changed(result):
+            result.logits = change(result.logits)
+            return result
+
+        with changed(model, logits_changed):
+            draws = generate(model, prompts, *args)
+        scored = sequence_logprobs(model, prompts, draws.completions, pad_token_id=tiny.END, batch_size=4096)
+        return draws._replace(log_probs=scored)
+
+    return draw
 
 
 def top(k):
-    def truncated(scores, numbers):
-        least = scores.topk(min(k, scores.shape[-1])).values[:, -1:]
-        return draw(scores.masked_fill(scores < least, -math.inf), numbers)
+    def truncated(logits):
+        least = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+        return logits.masked_fill(logits < least, -math.inf)
 
-    return truncated
+    return drawing_from(truncated)
 
 
-def own_model_alone(self):
-    """Each of the archive's draws weighed by the model that drew it."""
-    own = [log_q[rung] for rung, log_q in enumerate(self.log_q)]
-    return dataclasses.replace(join_rungs(self.rungs), log_model=torch.cat(own, dim=1))
+class LeftOn:
+    """A prior that leaves the adapter on."""
+
+    @contextlib.contextmanager
+    def active(self, policy):
+        yield base_model(policy)
+
+
+def leave_adapter_on(subject):
+    subject.rollout.prior = LeftOn()
+
+
+def ignore_the_model(subject):
+    """Weights without `log q`: no Hastings correction."""
+    rollout = subject.rollout
+    propose = rollout.propose
+
+    def without_log_q(*args):
+        proposals = propose(*args)
+        return dataclasses.replace(proposals, log_model=torch.zeros_like(proposals.log_model))
+
+    rollout.propose = without_log_q
+
+
+def half_the_weight(log_weight, generator):
+    return metropolis_hastings(log_weight / 2, generator)
 
 
 BREAKS = {
-    "scorer shifted by one token": (sequences, "projected_logprobs", shifted, "scores"),
-    "last token not counted": (sequences, "join", end_not_counted, "probabilities"),
-    "dropout left on": (torch.nn.Module, "eval", torch.nn.Module.train, "scores"),
-    "padding attended to": (proposals, "_pad_left", attending_to_padding, "generation"),
-    "adapter not turned off": (prior.AdapterOff, "active", left_on, "adapter_off"),
-    "temperature": (proposals, "_draw", hot, "draws"),
-    "top_k=3": (proposals, "_draw", top(3), "draws"),
-    "top_k=50": (proposals, "_draw", top(50), "rare_tokens"),
-    "no Hastings correction": (Proposals, "log_weight", Proposals.log_target, "corrected_draws"),
-    "half the weight": (
-        samplers,
-        "metropolis_hastings",
-        lambda log_weight, generator: metropolis_hastings(log_weight / 2, generator),
-        "detailed_balance",
-    ),
+    "scorer shifted by one token": (lambda subject: setattr(subject, "score", shifted), "scores"),
+    "last token not counted": (lambda subject: setattr(subject, "score", last_not_counted), "probabilities"),
+    "dropout left on": (lambda subject: setattr(subject, "score", with_dropout), "scores"),
+    "padding attended to": (lambda subject: setattr(subject, "generate", attending_to_padding), "generation"),
+    "adapter not turned off": (leave_adapter_on, "adapter_off"),
+    "temperature": (lambda subject: setattr(subject, "generate", drawing_from(lambda x: x / 0.9)), "draws"),
+    "top_k=3": (lambda subject: setattr(subject, "generate", top(3)), "draws"),
+    "top_k=50": (lambda subject: setattr(subject, "generate", top(50)), "rare_tokens"),
+    "no Hastings correction": (ignore_the_model, "corrected_draws"),
 }
-"""What is broken: where, how, and the check that goes red."""
+"""What is broken: how, and the check that fails."""
 
 
 @pytest.fixture
 def subject(tmp_path):
     options = Options(device="cpu")
     options.folder = str(tmp_path)
-    return subjects.tiny_subject(GPT2, options)
+    return subjects.tiny_subject(GPT2, options, FEWER_DRAWS)
 
 
 @pytest.mark.parametrize("broken", BREAKS)
-def test_what_is_broken_goes_red(broken, subject, monkeypatch):
-    module, name, defect, red = BREAKS[broken]
-    monkeypatch.setattr(module, name, defect)
-    assert not getattr(checks, red)(subject).passed
+def test_what_is_broken_fails(broken, subject):
+    defect, failing = BREAKS[broken]
+    defect(subject)
+    assert not getattr(checks, failing)(subject).passed
 
 
-def test_runs_that_are_broken_go_red(subject, monkeypatch):
-    """Runs that learn nothing, and add log Z up the wrong way round; then an archive's weights."""
-    monkeypatch.setattr(losses, "maximum_likelihood", lambda *args, **kwargs: 0 * maximum_likelihood(*args, **kwargs))
-    monkeypatch.setattr(diagnostics, "log_z_increment", lambda before, after: log_z_increment(after, before))
+def test_a_broken_kernel_fails(subject):
+    assert checks.detailed_balance(subject, [metropolis_hastings, isir]).passed
+    assert not checks.detailed_balance(subject, [half_the_weight, isir]).passed
+
+
+class Nothing(MaximumLikelihood):
+    """A loss without a gradient."""
+
+    def __call__(self, log_probs, num_tokens, **columns):
+        return 0 * super().__call__(log_probs, num_tokens, **columns)
+
+
+class WrongWay(MetropolisHastings):
+    """Subtracts the increments of log Z instead of adding them."""
+
+    def log_z(self, pool, state, tau):
+        return 2 * state.log_z - super().log_z(pool, state, tau)
+
+
+def own_model_alone(archive):
+    """Each draw of the archive weighted by the model that drew it, instead of the mixture."""
+    own = [log_q[rung] for rung, log_q in enumerate(archive.log_q)]
+    return dataclasses.replace(join_rungs(archive.rungs), log_model=torch.cat(own, dim=1))
+
+
+def test_runs_that_are_broken_fail(subject):
+    """Runs that learn nothing and add log Z up the wrong way; then an archive's weights."""
+    parts = {"metropolis_hastings": {"sampler": WrongWay(256), "loss": Nothing()}, "archive": {}}
+    subject.runs = {
+        sampler: subject.make(sampler=sampler, parts=broken, **subjects.RUN) for sampler, broken in parts.items()
+    }
+    for trainer in subject.runs.values():
+        trainer.train()
+    assert isinstance(subject.runs["metropolis_hastings"].sampler, WrongWay)
     assert not checks.learning(subject).passed
     assert not checks.log_z(subject).passed
     assert checks.archive(subject).passed, "until its weights are broken, too"
-    monkeypatch.setattr(Archive, "mixture", own_model_alone)
+    archive = subject.runs["archive"].sampler.archive
+    archive.mixture = lambda: own_model_alone(archive)
     assert not checks.archive(subject).passed
 
 
-def test_a_failure_names_the_remedy(monkeypatch, capsys):
-    """Of a check that fails and of one that breaks; the others are still made."""
+def test_a_failure_names_the_remedy(capsys):
+    """Of a check that fails and of one that raises; the others are still made."""
 
     def broken(subject):
         """nothing
@@ -180,15 +256,18 @@ def test_a_failure_names_the_remedy(monkeypatch, capsys):
         """
         raise RuntimeError("no kernel for this device\nand more")
 
-    monkeypatch.setattr(proposals, "_draw", top(3))
-    monkeypatch.setattr(selftest, "FAMILIES", (GPT2,))
-    monkeypatch.setattr(selftest, "CHECKS", (broken, checks.draws, checks.adapter_off))
-    assert main([]) == 1
+    def draws(subject):
+        subject.generate = top(3)
+        return checks.draws(subject)
+
+    draws.__doc__ = checks.draws.__doc__
+    status = selftest.run(Options(), [GPT2], (broken, draws, checks.adapter_off), FEWER_DRAWS)
+    assert status == 1
     printed = capsys.readouterr().out
     assert verdicts(printed) == ["FAIL", "FAIL", "pass"]
     printed = " ".join(printed.split())
     assert "a tiny gpt2: broken: RuntimeError: no kernel for this device Do this." in printed
-    assert "a tiny gpt2: draws: The model is not drawn from as it is scored: a temperature, a truncation" in printed
+    assert "a tiny gpt2: draws: The model is drawn from with other probabilities than it is scored with" in printed
     assert "failed checks: 2" in printed
 
 
@@ -208,17 +287,17 @@ def test_help_explains(capsys):
     ("options", "message"),
     [
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
-        (["--device", "abacus"], "--device abacus: there is none here; take "),
+        (["--device", "abacus"], "--device abacus: this machine has none; use "),
         (["--seed", "one"], "--seed: invalid int value: 'one'"),
-        (["--mixed_precision", "fp16", "--device", "cpu"], "fp16 is for GPUs: on a CPU take bf16"),
+        (["--mixed_precision", "fp16", "--device", "cpu"], "fp16 needs a GPU: on a CPU use bf16"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--detype", "float32"], "there is no option --detype; did you mean --dtype?"),
     ],
 )
 def test_wrong_options_are_one_clear_line(options, message, capsys, monkeypatch):
     """Of the command, and of the module; before a model is made."""
-    monkeypatch.setattr(selftest, "tiny_subject", None)
-    monkeypatch.setattr(subjects, "tiny_model", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", None)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
     monkeypatch.setattr(sys, "argv", ["selftest", *options])
     for run in (
         lambda: cli.main(["selftest", *options]),
@@ -233,11 +312,15 @@ def test_wrong_options_are_one_clear_line(options, message, capsys, monkeypatch)
 
 
 def test_the_commands_status_is_that_of_the_checks(monkeypatch):
+    assert cli.COMMANDS["selftest"][0] == "..selftest"
     for status in (0, 1):
-        monkeypatch.setattr(selftest, "main", lambda argv, status=status: status)
-        with pytest.raises(SystemExit) as ended:
-            cli.main(["selftest"])
-        assert ended.value.code == status
+        stand_in = types.ModuleType("stand_in")
+        stand_in.main = lambda argv, status=status: status if argv == ["--seed", "1"] else None
+        monkeypatch.setitem(sys.modules, "stand_in", stand_in)
+        monkeypatch.setitem(cli.COMMANDS, "selftest", ("stand_in", ""))
+        with pytest.raises(SystemExit) if status else contextlib.nullcontext() as ended:
+            cli.main(["selftest", "--seed", "1"])
+        assert (ended.value.code if status else 0) == status
 
 
 # ---- Tiny models and exact laws -------------------------------------------------------------------------------------
@@ -249,7 +332,7 @@ def test_a_family_is_shrunk_to_one_layer_of_each_kind():
     assert layers == DeepseekV3Config().first_k_dense_replace + 1, "a mixture of experts comes after dense layers"
     model = tiny.tiny_model(GPT2Config(), 6, 0)
     logits = model(input_ids=torch.randint(6, (64, 5))).logits
-    assert logits.std(-1).mean().item() == pytest.approx(tiny.SPREAD, rel=0.3)
+    assert logits.std(-1).mean().item() == pytest.approx(tiny.LOGITS_STD, rel=0.3)
     with pytest.raises(tiny.NotShrunkError, match="no tiny model of type bart"):
         tiny.tiny_model(BartConfig(), 6, 0)
 

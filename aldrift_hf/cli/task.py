@@ -127,7 +127,7 @@ def make_trainer(
     if run is not None:
         peft_config = PeftConfig.from_pretrained(str(run)) if (run / PEFT_CONFIG).is_file() else None
     # Training continues an adapter as it is, and its frozen copy is the prior.
-    adapter = is_adapter(model.model_name_or_path, config)
+    adapter = is_adapter(model.model_name_or_path, config.model_init_kwargs)
     return ALDRIFTTrainer(
         model=model.model_name_or_path,
         objective=objectives,
