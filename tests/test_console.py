@@ -7,14 +7,17 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import count_a, lora_config, tiny_gpt2
 from rich.console import Console
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.reporting import progress as bars
-from aldrift_hf.reporting.progress import Bars
+from aldrift_hf.reporting import progress
+from aldrift_hf.reporting.console import LadderLines
+from aldrift_hf.reporting.progress import ProgressBars
+from aldrift_hf.types import no_progress
 
 
 @pytest.fixture
@@ -30,12 +33,20 @@ def make(config, tokenizer):
 
 
 @pytest.fixture
-def terminal(monkeypatch):
-    """Makes all bars draw on a terminal of 100 columns; what was written to it."""
+def on_terminal(make, monkeypatch):
+    """Makes trainers that show bars and lines on a terminal of 100 columns, and what is written to it."""
     monkeypatch.setenv("TERM", "xterm")
     written = io.StringIO()
-    monkeypatch.setattr(bars, "Console", lambda: Console(file=written, force_terminal=True, width=100))
-    return written
+    console = Console(file=written, force_terminal=True, width=100)
+
+    def build(**settings):
+        trainer = make(**settings)
+        for callback in (ProgressBars, LadderLines):
+            trainer.remove_callback(callback)
+            trainer.add_callback(callback(console))
+        return trainer, written
+
+    return build
 
 
 def test_without_a_terminal_there_are_plain_lines(make, capsys):
@@ -51,13 +62,13 @@ def test_without_a_terminal_there_are_plain_lines(make, capsys):
     assert lines[4].startswith("trained in ")
     assert lines[5].startswith("final model: mean cost ")
     assert "missing mass" in lines[5]
-    assert lines[6].startswith("draws: mean cost ")
+    assert lines[6].startswith("samples: mean cost ")
     assert lines[7].startswith("evaluation: mean cost ")
     assert len(lines) == 8
 
 
 def test_a_long_phase_says_how_far_it_is(make, capsys, monkeypatch):
-    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     make().train()
     out = capsys.readouterr().out
     assert "  proposals: 32 of 64, about" in out
@@ -65,41 +76,47 @@ def test_a_long_phase_says_how_far_it_is(make, capsys, monkeypatch):
     assert "64 of 64" not in out
 
 
-def test_a_terminal_has_bars_for_rungs_proposals_costs_and_updates(make, terminal):
-    make().train()
-    text = terminal.getvalue()
+def test_a_terminal_has_bars_for_rungs_proposals_costs_and_updates(on_terminal):
+    trainer, written = on_terminal()
+    trainer.train()
+    text = written.getvalue()
     for what in ("rungs", "proposals", "objective batches", "updates"):
         assert what in text
     assert "2 of 3" in text
 
 
-def test_bars_are_gone_after_an_error_and_come_again(make, terminal):
+def test_bars_are_gone_after_an_error_and_come_again(on_terminal):
     def cost(prompts, completions):
         if broken:
             raise RuntimeError("no answer")
         return count_a(prompts, completions)
 
-    trainer, broken = make(objective=cost), True
+    broken = True
+    trainer, written = on_terminal(objective=cost)
     with pytest.raises(RuntimeError, match="no answer"):
         trainer.train()
-    assert "\x1b[?25h" in terminal.getvalue()[-200:]  # the cursor is back
+    assert "\x1b[?25h" in written.getvalue()[-200:]  # the cursor is back
     broken = False
-    terminal.seek(0)
-    terminal.truncate()
+    written.seek(0)
+    written.truncate()
     trainer.train()
-    assert "updates" in terminal.getvalue()
+    assert "updates" in written.getvalue()
 
 
-def test_an_adaptive_ladder_shows_its_inverse_temperature(make, terminal):
-    make(ladder="adaptive", tau_step=None, num_chains=64).train()
-    assert "inverse temperature" in terminal.getvalue()
-    assert "of 1.5" in terminal.getvalue()
+def test_an_adaptive_ladder_shows_its_inverse_temperature(on_terminal):
+    trainer, written = on_terminal(ladder="adaptive", tau_step=None, num_generations=256)
+    trainer.train()
+    assert "inverse temperature" in written.getvalue()
+    assert "of 1.5" in written.getvalue()
 
 
 @pytest.mark.parametrize("shown", [True, False])
-def test_only_those_bars_that_are_meant_to_be_seen(capsys, monkeypatch, shown):
-    monkeypatch.setattr(bars, "SECONDS_BETWEEN_LINES", 0.0)
-    with Bars(shown).task("proposals", 10) as advance:
+def test_only_the_first_process_shows_bars(capsys, monkeypatch, shown):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "PartialState", lambda: SimpleNamespace(is_main_process=shown))
+    bar = ProgressBars(Console()).progress("proposals", 10)
+    assert (bar is not None) == shown
+    with bar or no_progress("proposals", 10) as advance:
         advance(4)
         advance(6)
     assert capsys.readouterr().out.startswith("  proposals: 4 of 10") == shown
@@ -112,7 +129,10 @@ def test_disable_tqdm_silences(make, capsys):
 
 # ---- Trackers -------------------------------------------------------------------------------------------------------
 
-SCALARS = {"tau", "objective_mean", "success", "acceptance_rate", "ess", "missing_mass", "log_z", "sft_loss"}
+SCALARS = {
+    *("tau", "objective_mean", "success", "acceptance_rate", "ess", "missing_mass", "log_z", "loss", "num_tokens"),
+    *("completions/mean_length", "completions/clipped_ratio", "entropy", "kl_to_prior", "kl_to_target"),
+}
 
 
 def test_tensorboard(make, tmp_path, monkeypatch):
@@ -136,8 +156,9 @@ from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.toy import word_tokenizer
 
 args = ALDRIFTConfig(
-    {folder!r}, tau_max=1.5, tau_step=0.5, objective_range=3.0, num_chains=16, chain_length=4, max_completion_length=3,
-    updates_per_rung=2, use_cpu=True, save_strategy="no", report_to=["trackio"], project="ladder",
+    {folder!r}, tau_max=1.5, tau_step=0.5, objective_range=3.0, sampler="metropolis_hastings",
+    num_generations=64, chain_length=4, max_completion_length=3, updates_per_rung=2, use_cpu=True, save_strategy="no",
+    report_to=["trackio"], project="ladder",
 )
 model = tiny_gpt2()
 tokenizer = word_tokenizer(["a", "b", "c"], " ")
