@@ -1,4 +1,4 @@
-"""The model card: what it says follows from the run's record, and its code works as it stands."""
+"""The model card: it says what the run's record holds, and its code works as it is."""
 
 import json
 import math
@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
+from peft import get_peft_model
 from transformers import GenerationConfig
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.reporting.card import NOT_ON_THE_HUB, hub_id, model_card
+from aldrift_hf.reporting.card import PATH_TO_BASE_MODEL, hub_id, model_card
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.selftest.exact import chi_square_p
 
@@ -64,7 +65,7 @@ def warped_gpt2():
 @pytest.fixture
 def base(tmp_path, monkeypatch, tokenizer):
     """A model in a folder; the card's code finds it, and the run's output, from the folder that we are in."""
-    folder = tmp_path / NOT_ON_THE_HUB
+    folder = tmp_path / PATH_TO_BASE_MODEL
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     warped_gpt2().save_pretrained(folder)
@@ -77,18 +78,25 @@ def base(tmp_path, monkeypatch, tokenizer):
     [
         ("adapter", None),
         ("adapter of an adapter", None),
+        ("adapter of another name", None),
         ("in full", None),
         ("adapter", ["a b"]),
         ("adapter", [[{"role": "user", "content": "a"}]]),
     ],
-    ids=["adapter", "adapter of an adapter", "in full", "text", "chat"],
+    ids=["adapter", "adapter of an adapter", "adapter of another name", "in full", "text", "chat"],
 )
 def test_the_code_works_as_it_stands(base, config, tuning, prompts, tokenizer, tmp_path):
     model = warped_gpt2()
     model.config._name_or_path = str(base)
     args = config(learning_rate=0.05)
+    start = model
+    if tuning == "adapter of an adapter":
+        start = lora(model, seed=3)
+    elif tuning == "adapter of another name":  # which PEFT saves in a subfolder
+        start = get_peft_model(model, lora_config(model), adapter_name="mine")
+        perturb(start, seed=3)
     trainer = ALDRIFTTrainer(
-        model=lora(model, seed=3) if tuning == "adapter of an adapter" else model,
+        model=start,
         objective=count_a,
         args=args,
         train_dataset=prompts,
@@ -97,6 +105,7 @@ def test_the_code_works_as_it_stands(base, config, tuning, prompts, tokenizer, t
     )
     trainer.train()
     trainer.save_model()
+    assert Path(args.output_dir, "mine", "adapter_config.json").is_file() == (tuning == "adapter of another name")
     card = Path(args.output_dir, "README.md").read_text()
     check_code(card, trainer)
     assert str(tmp_path) not in card
@@ -118,7 +127,8 @@ def test_a_run_writes_its_card_wherever_it_saves(config, tokenizer, tmp_path):
         assert "[More Information Needed]" not in text
         assert ModelCard(text).data.tags == ["aldrift", "peft", "lora"]
         assert "| ladder | adaptive, effective sample size above 50% |" in text
-        assert "| sampler | `archive`: 16 chains of 4 proposals |" in text
+        assert "| sampler | `archive`, 64 proposals per prompt per rung |" in text
+        assert "| training | loss `generalized_kl`, 4 updates per rung, 4 rows per update, " in text
     trainer.create_model_card(
         language="en", license="apache-2.0", tags=["trees"], model_name="Trees", finetuned_from="me/base"
     )
@@ -140,7 +150,7 @@ def record(config, tokenizer) -> RunRecord:
     """Of a short run with two costs, one without a name, on a model by its id."""
     model = tiny_gpt2()
     model.config._name_or_path = "me/base"
-    args = config(num_train_epochs=2, objective_weights=[1.0, 0.5], objective_range=4.5)
+    args = config(num_rungs=2, objective_weights=[1.0, 0.5], objective_range=4.5)
     costs = [count_a, lambda prompts, completions: count_a(prompts, completions)]
     trainer = ALDRIFTTrainer(model, costs, args, processing_class=tokenizer)
     trainer.train()
@@ -162,7 +172,7 @@ def test_what_it_says_is_what_the_record_holds(record, tmp_path):
     assert "| ladder | linear, steps of 0.5 |" in text
     assert f"{last['proposals']:,} proposals, {last['objective_calls']:,} distinct objective calls" in text
     assert "(count_a + \\<lambda>)" in text
-    assert "objective_weights=[1.0, 0.5]" in text
+    assert "num_generations=64, chain_length=4, max_completion_length=3, objective_weights=[1.0, 0.5]" in text
     assert "> **Warning.** The run ended at inverse temperature 1, below T = 1.5" in text
     assert "arxiv.org/abs/2503.06917" in text
     assert "aldrift sample me/short --objective" in text
@@ -184,7 +194,7 @@ def test_a_collapsed_run_says_so_first(record, tmp_path):
     text = model_card(record, tmp_path, "me/collapsed").text
     first = text.split("# collapsed", 1)[1].strip().splitlines()[0]
     assert first.startswith("> **Warning.** The model has lost 5.00 nats of the target")
-    assert "they account for 1% of p_T" in text
+    assert "by the ladder's log Z, its draws cover 1% of p_T" in text
 
 
 def test_the_header_is_one_that_the_hub_takes(record, tmp_path):
