@@ -1,7 +1,7 @@
-"""What else one would do with a prior and a cost: policy gradients with a KL penalty (TRL), and expert iteration.
+"""Other methods that train a model from a prior and a cost: TRL's policy gradients and expert iteration.
 
-Each takes a budget of proposals, and leaves a model. The two trainers of TRL maximise `E_q[-d] - KL(q‖L)/T`, whose
-optimum is `p_T`: the same target as ALDRIFT's.
+Each takes a budget of proposals and returns a model. TRL's two trainers maximise `E_q[-d] - KL(q‖L)/T`, where `q` is
+the model, `L` the prior, `d` the cost and `T` the inverse temperature. The optimum is `p_T`, as for ALDRIFT.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
+from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
@@ -22,14 +23,26 @@ from aldrift_hf.models.prompts import encode_prompt
 from aldrift_hf.models.scoring import inference
 from aldrift_hf.streams import stream_seed, uniforms
 from aldrift_hf.toy import fit
-from evaluation.recipe import RecipeModelConfig, longest_completion, make_prior
 
-Learnt = tuple[PeftModel, PreTrainedTokenizerBase, int]
-"""A model, its tokenizer, and how many distinct completions the objective was asked for."""
+TRL: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "rloo": (RLOOTrainer, RLOOConfig, {"normalize_advantages": False}),
+    "grpo": (GRPOTrainer, GRPOConfig, {"loss_type": "dr_grpo", "scale_rewards": "none"}),
+}
+"""TRL's trainers by name, with their configuration class and the settings that make them aim at `p_T`."""
+
+Learned = tuple[PeftModel, PreTrainedTokenizerBase, int]
+"""A model, its tokenizer, and the number of distinct completions that were evaluated."""
 
 
-class Counted:
-    """An objective that remembers what it was asked: costs are paid once for each distinct completion."""
+class CountedObjective:
+    """A problem's objective that evaluates each distinct completion of a prompt once.
+
+    Args:
+        problem: the problem.
+
+    Attributes:
+        known: the cost of each (prompt, completion) pair evaluated so far.
+    """
 
     def __init__(self, problem: TextProblem) -> None:
         self.problem = problem
@@ -53,59 +66,53 @@ def policy_gradient(
     batch_size: int,
     learning_rate: float,
     seed: int,
-) -> Learnt:
-    """TRL's `RLOOTrainer` or `GRPOTrainer` with `beta = 1/T`: one update for every batch of proposals.
+) -> Learned:
+    """Train with one of TRL's trainers and `beta = 1/T`, with one update per batch of proposals.
 
     Args:
-        method: `rloo` or `grpo`.
-        problem: what is drawn and what it costs.
+        method: a name in `TRL`.
+        problem: the problem.
         model_config: the prior, with LoRA.
-        tau_max: T.
-        proposals: budget; what does not fill a batch is not drawn.
-        batch_size: proposals an update, all prompts together.
-        learning_rate: constant.
-        seed: of everything random.
+        tau_max: T, the target's inverse temperature.
+        proposals: number of proposals, rounded down to whole batches.
+        batch_size: proposals per update, over all prompts.
+        learning_rate: learning rate, which is constant.
+        seed: random seed.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     tokenizer.pad_token = tokenizer.eos_token
-    objective, prompts = Counted(problem), problem.prompts
+    objective, prompts = CountedObjective(problem), problem.prompts
     generations = batch_size // len(prompts)
+    trainer_class, config_class, own_settings = TRL[method]
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [-cost for cost in objective(prompts, completions)]
 
     with tempfile.TemporaryDirectory() as folder:
-        settings: dict[str, Any] = {
-            "output_dir": folder,
-            "beta": 1 / tau_max,
-            "learning_rate": learning_rate,
-            "lr_scheduler_type": "constant",
-            "max_steps": proposals // (generations * len(prompts)),
-            "per_device_train_batch_size": generations * len(prompts),
-            "num_generations": generations,
-            "max_completion_length": longest_completion(problem, tokenizer),
-            "disable_dropout": True,
-            "max_grad_norm": 1.0,
-            "seed": seed,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-            "logging_strategy": "no",
-            "bf16": False,
-            "use_cpu": not torch.accelerator.is_available(),
-        }
-        trainer: RLOOTrainer | GRPOTrainer
-        common: dict[str, Any] = {
-            "model": model,
-            "reward_funcs": reward,
-            "train_dataset": Dataset.from_dict({"prompt": prompts}),
-            "processing_class": tokenizer,
-            "peft_config": peft_config,
-        }
-        if method == "rloo":
-            trainer = RLOOTrainer(args=RLOOConfig(normalize_advantages=False, **settings), **common)
-        else:
-            trainer = GRPOTrainer(args=GRPOConfig(loss_type="dr_grpo", scale_rewards="none", **settings), **common)
+        args = config_class(
+            output_dir=folder,
+            beta=1 / tau_max,
+            learning_rate=learning_rate,
+            lr_scheduler_type="constant",
+            max_steps=proposals // (generations * len(prompts)),
+            per_device_train_batch_size=generations * len(prompts),
+            num_generations=generations,
+            max_completion_length=longest_completion(problem, tokenizer),
+            disable_dropout=True,
+            max_grad_norm=1.0,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            logging_strategy="no",
+            bf16=False,
+            use_cpu=not torch.accelerator.is_available(),
+            **own_settings,
+        )
+        dataset = Dataset.from_dict({"prompt": prompts})
+        trainer = trainer_class(
+            model, reward, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
+        )
         trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model), tokenizer, len(objective.known)
 
@@ -120,23 +127,23 @@ def expert_iteration(
     learning_rate: float,
     seed: int,
     keep: float = 0.1,
-) -> Learnt:
-    """In each round the model draws, and is then fine-tuned on the best of all that was drawn so far.
+) -> Learned:
+    """Train by expert iteration: each round draws from the model, then fine-tunes it on the best draws of all rounds.
 
     Args:
-        problem: what is drawn and what it costs.
+        problem: the problem.
         model_config: the prior, with LoRA.
-        rounds: how often.
-        proposals: budget of all rounds together.
-        updates: of 128 rows each, a round.
+        rounds: number of rounds.
+        proposals: number of proposals in all rounds together.
+        updates: optimizer updates per round, on 128 rows each.
         learning_rate: peak of each round's one-cycle schedule.
-        seed: of everything random.
-        keep: share of the draws that counts as the best, of each prompt alike.
+        seed: random seed.
+        keep: share of each prompt's draws that counts as the best.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     torch.manual_seed(seed)
     policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
-    objective, prompts = Counted(problem), problem.prompts
+    objective, prompts = CountedObjective(problem), problem.prompts
     end = cast(int, tokenizer.eos_token_id)
     config = neutral_generation_config(
         max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end

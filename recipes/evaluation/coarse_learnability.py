@@ -1,246 +1,163 @@
-"""How well a maximum-likelihood fit `L` covers what it was fitted to: `log sup_x p(x) / L(x)`, exactly.
-
-Three settings on the real line, without a language model: one Gaussian fitted to a mixture of Gaussians (its family
-does not hold p), a tilted uniform fitted to another (it does), and a Gaussian kernel density estimate of the mixture.
-The first and the last are themselves mixtures of equally wide Gaussians, so that one supremum serves both.
-"""
+"""The table, the sentences and the figure of the coarse-learnability recipe."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from scipy import optimize, special
+from matplotlib.axes import Axes
 
-STEPS_A_WIDTH = 4  # of the grid, among the centres
-NEAR_BEST = 0.1  # nats
-EVEN_POINTS = 64  # of the grid, over all of a region: it is vast where L is barely wider than p, but p/L smooth there
-BLOCK = 1 << 17  # numbers in the largest array that a density makes: more do not stay in the cache
+from aldrift_hf.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from evaluation import suprema
+from evaluation.figures import figure
+from evaluation.tables import Comparison
 
-
-@dataclass(frozen=True)
-class GaussianMixture:
-    """`(1/k) Σ_i N(c_i, w²)`: Gaussians of one width and equal weights.
-
-    Attributes:
-        centres: `[k]`, the c_i.
-        width: w, the components' standard deviation.
-
-    Raises:
-        ValueError: if there are no centres, one is not finite, or the width is not positive and finite.
-    """
-
-    centres: np.ndarray
-    width: float = 1.0
-
-    def __post_init__(self) -> None:
-        if self.centres.ndim != 1 or len(self.centres) == 0 or not np.isfinite(self.centres).all():
-            raise ValueError("a mixture needs a vector of finite centres")
-        if not 0 < self.width < math.inf:
-            raise ValueError(f"a mixture's width must be positive and finite, not {self.width}")
-
-    @property
-    def mean(self) -> float:
-        """The mean of the c_i."""
-        return float(self.centres.mean())
-
-    @property
-    def variance(self) -> float:
-        """`w²` and the variance of the c_i."""
-        return float(self.width**2 + self.centres.var())
-
-    def log_density(self, x: np.ndarray) -> np.ndarray:
-        """`[n]` natural logarithms of the density at `x`, `[n]`."""
-        rows = max(1, BLOCK // len(self.centres))
-        blocks = [self._log_sum(x[start : start + rows]) for start in range(0, len(x), rows)]
-        return np.concatenate(blocks) - math.log(len(self.centres) * self.width * math.sqrt(2 * math.pi))
-
-    def _log_sum(self, x: np.ndarray) -> np.ndarray:
-        """`log Σ_i exp(-(x - c_i)² / 2w²)`; by hand, as SciPy's logsumexp takes three times as long."""
-        exponent = -0.5 * ((x[:, None] - self.centres) / self.width) ** 2
-        largest = exponent.max(axis=1)
-        result: np.ndarray = largest + np.log(np.exp(exponent - largest[:, None]).sum(axis=1))
-        return result
-
-    def quantile(self, level: float) -> float:
-        """Where the distribution function reaches `level`, in (0, 1)."""
-        around = self.width * special.ndtri(level)
-        low, high = self.centres.min() + around, self.centres.max() + around  # the outermost components' quantiles
-        if low == high:
-            return float(low)
-        return float(optimize.brentq(lambda x: special.ndtr((x - self.centres) / self.width).mean() - level, low, high))
-
-    def central_region(self, share: float) -> tuple[float, float]:
-        """The interval that leaves `(1 - share) / 2` of the mass on either side; `share` in (0, 1)."""
-        return self.quantile((1 - share) / 2), self.quantile((1 + share) / 2)
-
-    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`[count]` independent draws."""
-        return rng.choice(self.centres, count) + self.width * rng.standard_normal(count)
-
-
-def even_mixture(components: int, separation: float) -> GaussianMixture:
-    """`components` unit-variance Gaussians around 0, neighbouring centres `separation` apart."""
-    return GaussianMixture((np.arange(components) - (components - 1) / 2) * separation)
-
-
-def fit_gaussian(samples: np.ndarray) -> GaussianMixture:
-    """The Gaussian of largest likelihood: the mean and the standard deviation (divisor m) of samples `[m]`."""
-    return GaussianMixture(np.array([samples.mean()]), float(samples.std()))
-
-
-def infinite_sample_gaussian(p: GaussianMixture) -> GaussianMixture:
-    """The limit of `fit_gaussian` on ever more samples of p: p's own mean and variance."""
-    return GaussianMixture(np.array([p.mean]), math.sqrt(p.variance))
-
-
-def envelope(components: int, separation: float) -> float:
-    """`Δ e^k`: the order of the ratio's bound for one Gaussian fitted to k components."""
-    return separation * math.exp(components)
-
-
-def wide_separation_constant(components: int) -> float:
-    """`lim (sup p/L) / Δ` as Δ grows, of the infinite-sample Gaussian and an even mixture of k components.
-
-    The supremum moves to the outermost centres, `Δ (k-1) / 2` from the mean, where p is its component's
-    `1 / (k sqrt(2π))`; with `s² = 1 + Δ² (k²-1) / 12`, the limit is `sqrt((k²-1) / 12) / k · exp(3 (k-1) / (2 (k+1)))`.
-    It stays below 1.3 for every k: an even spacing is far from the envelope.
-    """
-    k = components
-    return math.sqrt((k * k - 1) / 12) / k * math.exp(1.5 * (k - 1) / (k + 1))
-
-
-def silverman(samples: np.ndarray) -> float:
-    """Silverman's bandwidth, `s (3m/4)^(-1/5)`, s the samples' standard deviation (divisor m - 1)."""
-    return float(samples.std(ddof=1) * (0.75 * len(samples)) ** -0.2)
-
-
-def kernel_density(samples: np.ndarray, bandwidth: float) -> GaussianMixture:
-    """The Gaussian kernel density estimate: a component on every sample."""
-    return GaussianMixture(samples, bandwidth)
-
-
-def log_supremum(p: GaussianMixture, q: GaussianMixture, region: tuple[float, float] | None = None) -> float:
-    """`log sup_x p(x) / q(x)` in nats, over an interval, or over all reals where `region` is None.
-
-    With widths w of p and h of q, far out `log p/q` is `(1/h² - 1/w²) x² / 2` and lower orders. So over all reals the
-    supremum is infinite where h < w, and finite where h > w. It is then taken inside `stationary_region`.
-
-    A bounded search between a grid point's neighbours refines every local maximum of the grid within `NEAR_BEST` of its
-    best. For a single Gaussian q, `(log p/q)'' >= 1/h² - 1/w²`, so that among the centres no peak is 0.01 nats above
-    the grid point nearest to it, and none is missed.
-
-    Raises:
-        ValueError: if `region` is None and the widths are equal, when the centres would have to decide.
-    """
-    if region is None:
-        if q.width == p.width:
-            raise ValueError("over all reals, p and q of equal width are not covered: give a region")
-        if q.width < p.width:
-            return math.inf
-        region = stationary_region(p, q)
-
-    def log_ratio(x: np.ndarray) -> np.ndarray:
-        difference: np.ndarray = p.log_density(x) - q.log_density(x)
-        return difference
-
-    grid = _grid(p, q, region)
-    values = log_ratio(grid)
-    walled = np.concatenate([[-math.inf], values, [-math.inf]])
-    peaks = (values >= walled[:-2]) & (values >= walled[2:]) & (values >= values.max() - NEAR_BEST)
-    before, after = np.concatenate([grid[:1], grid[:-1]]), np.concatenate([grid[1:], grid[-1:]])
-    refined = [
-        optimize.minimize_scalar(
-            lambda x: -log_ratio(np.array([x]))[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}
-        ).fun
-        for bounds in zip(before[peaks], after[peaks], strict=True)
-    ]
-    return float(max(values.max(), -min(refined)))
-
-
-def stationary_region(p: GaussianMixture, q: GaussianMixture) -> tuple[float, float]:
-    """An interval that holds every stationary point of p/q, where q's width h exceeds p's width w.
-
-    `(log p/q)' = 0` reads `x = (h² c - w² d) / (h² - w²)`, with c and d the components' centres averaged by their
-    shares in p(x) and q(x): each lies between the outermost centres of its mixture.
-    """
-    w2, h2 = p.width**2, q.width**2
-    low = (h2 * p.centres.min() - w2 * q.centres.max()) / (h2 - w2)
-    high = (h2 * p.centres.max() - w2 * q.centres.min()) / (h2 - w2)
-    return float(low), float(high)
-
-
-def _grid(p: GaussianMixture, q: GaussianMixture, region: tuple[float, float]) -> np.ndarray:
-    """Sorted points of the region: evenly spaced, densely among the centres, and the middles of q's gaps.
-
-    Between two kernels further apart than twice their width q has a minimum, and for narrow kernels p/q a sharp peak.
-    """
-    low, high = region
-    centres = np.sort(q.centres)
-    first, last = min(centres[0], p.centres.min()), max(centres[-1], p.centres.max())
-    among = np.arange(max(low, first), min(high, last), min(p.width, q.width) / STEPS_A_WIDTH)
-    middles = ((centres[1:] + centres[:-1]) / 2)[np.diff(centres) > 2 * q.width]
-    inside = middles[(middles > low) & (middles < high)]
-    return np.unique(np.concatenate([np.linspace(low, high, EVEN_POINTS), among, inside]))
+COLOURS = (ORANGE, PURPLE, GREEN, BLUE)
 
 
 @dataclass(frozen=True)
-class TiltedUniform:
-    """The exponential family `p_θ(x) = exp(θx - A(θ))` on [0, 1], with `A(θ) = log((e^θ - 1) / θ)`.
+class Sweep:
+    """The settings of the experiments in `recipes/coarse_learnability.py`, and `log sup p/L` of every fit, in nats.
 
     Attributes:
-        tilt: θ; 0 is the uniform distribution.
-
-    Raises:
-        ValueError: if θ is not a finite number.
+        components: k, the number of Gaussians in the mixtures.
+        separations: Δ in (a), in standard deviations of a component.
+        sample_sizes: m, the number of samples per fit.
+        tilt: θ in (b).
+        kde_separation: Δ in (c).
+        bandwidths: h in (c), in multiples of Silverman's.
+        gaussian: results of (a), `[separations, sizes, repeats]`.
+        realizable: results of (b), `[sizes, repeats]`.
+        kde: results of (c) over all reals, `[bandwidths, sizes, repeats]`.
+        kde_central: results of (c) over the central `1 - 1/m` of p, `[bandwidths, sizes, repeats]`.
     """
 
+    components: int
+    separations: list[float]
+    sample_sizes: list[int]
     tilt: float
-
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.tilt):
-            raise ValueError(f"a tilt must be finite, not {self.tilt}")
-
-    def log_density(self, x: np.ndarray) -> np.ndarray:
-        """`[n]` natural logarithms of the density at `x`, `[n]`, in [0, 1]."""
-        size = abs(self.tilt)
-        log_partition = max(self.tilt, 0.0) + (math.log(-math.expm1(-size) / size) if size else 0.0)
-        return self.tilt * x - log_partition
-
-    @property
-    def mean(self) -> float:
-        """`A'(θ) = 1 / (1 - e^-θ) - 1/θ`, increasing in θ."""
-        if abs(self.tilt) < 1e-3:  # the two terms cancel; the next term of the series is θ^5 / 30,240
-            return 0.5 + self.tilt / 12 - self.tilt**3 / 720
-        size = abs(self.tilt)
-        above = -1 / math.expm1(-size) - 1 / size
-        return above if self.tilt > 0 else 1 - above
-
-    def sample(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """`[count]` independent draws, through the inverse of the distribution function."""
-        u, size = rng.random(count), abs(self.tilt)
-        from_zero = -np.log1p(u * math.expm1(-size)) / size if size else u  # of the tilt -|θ|
-        return 1 - from_zero if self.tilt > 0 else from_zero
+    kde_separation: float
+    bandwidths: Sequence[float]
+    gaussian: np.ndarray
+    realizable: np.ndarray
+    kde: np.ndarray
+    kde_central: np.ndarray
 
 
-def fit_tilt(samples: np.ndarray) -> TiltedUniform:
-    """The tilt of largest likelihood, whose mean is that of samples `[m]`.
-
-    `A'(θ) >= 1 - 1/θ` for positive θ, and its mirror image for negative, bracket the root; by one wider, as it may lie
-    within rounding of an end.
-
-    Raises:
-        ValueError: if the samples' mean is not inside (0, 1), where no tilt has it.
-    """
-    mean = float(samples.mean())
-    if not 0 < mean < 1:
-        raise ValueError(f"samples of a tilted uniform have their mean inside (0, 1), not {mean}")
-    low, high = -1 / mean - 1, 1 / (1 - mean) + 1
-    return TiltedUniform(float(optimize.brentq(lambda tilt: TiltedUniform(tilt).mean - mean, low, high, xtol=1e-12)))
+def quantile(fits: np.ndarray, level: float = 0.5) -> np.ndarray:
+    """A quantile over repeats. It is one of the observed values: interpolation with infinity would be meaningless."""
+    observed: np.ndarray = np.quantile(fits, level, axis=-1, method="inverted_cdf")
+    return observed
 
 
-def tilt_log_supremum(p: TiltedUniform, q: TiltedUniform) -> float:
-    """`log sup_x p(x) / q(x)` over [0, 1], in nats: the log-ratio is linear in x, so an end has it."""
-    ends = np.array([0.0, 1.0])
-    return float((p.log_density(ends) - q.log_density(ends)).max())
+def ratio(nats: float, digits: int = 4) -> str:
+    """`exp(nats)` as text that is readable at any size."""
+    return "inf" if np.isinf(nats) else f"e^{nats:.0f}" if nats > 6.9 else f"{np.exp(nats):#.{digits}g}".rstrip(".")
+
+
+def compare(sweep: Sweep) -> Comparison:
+    """A table of the median and the quartiles of sup p/L at the smallest, a middle and the largest sample size."""
+    sizes = sweep.sample_sizes
+    shown = _ends_and_middle(len(sizes))
+    repeats = sweep.realizable.shape[-1]
+    table = Comparison(f"sup p/L of {repeats} fits: median (quartiles)", [f"m = {sizes[index]:,}" for index in shown])
+    rows = [(f"(a) Δ = {separation:g}", fits) for separation, fits in zip(sweep.separations, sweep.gaussian)]
+    rows.append((f"(b) θ = {sweep.tilt:g}", sweep.realizable))
+    for factor, everywhere, central in zip(sweep.bandwidths, sweep.kde, sweep.kde_central):
+        rows += [(f"(c) {factor:g} h_S", everywhere), (f"(c) {factor:g} h_S, central", central)]
+    for label, fits in rows:
+        quartiles = zip(*(quantile(fits[shown], level) for level in (0.25, 0.5, 0.75)))
+        cells = [f"{ratio(middle)} ({ratio(low, 3)}-{ratio(high, 3)})" for low, middle, high in quartiles]
+        table.rows.append((label, cells))
+    return table
+
+
+def _ends_and_middle(count: int) -> list[int]:
+    return sorted({0, count // 2, count - 1})
+
+
+def slope(x: Sequence[float], y: np.ndarray) -> float:
+    """The slope of the least-squares line through `(log x, y)`."""
+    return float(np.polyfit(np.log(x), y, 1)[0])
+
+
+def infinite_samples(sweep: Sweep) -> np.ndarray:
+    """`log sup p/L` of the Gaussian fitted to infinitely many samples, `[separations]`, nats."""
+    mixtures = [suprema.even_mixture(sweep.components, separation) for separation in sweep.separations]
+    return np.array([suprema.log_supremum(p, suprema.infinite_sample_gaussian(p)) for p in mixtures])
+
+
+def verdicts(sweep: Sweep) -> list[str]:
+    """One sentence per experiment, with the measured values and those of the theory."""
+    sizes, separations = sweep.sample_sizes, sweep.separations
+    gaussian, realizable = quantile(sweep.gaussian), quantile(sweep.realizable)
+    wide = (len(separations) - 1) // 2
+    limit = suprema.wide_separation_constant(sweep.components)
+    fall, off = np.exp(gaussian[:, 0] - gaussian[:, -1]), np.exp(gaussian[:, -1] - infinite_samples(sweep)) - 1
+    light = np.isinf(sweep.gaussian)
+    shares = ", ".join(f"{share:.0%}" for share in np.isfinite(sweep.kde).mean(axis=(1, 2)))
+    largest = ", ".join(ratio(nats) for nats in sweep.kde_central.max(axis=(1, 2)))
+    return [
+        f"(a) growth with Δ: log sup p/L has slope {slope(separations[wide:], gaussian[wide:, -1]):.3f} in log Δ from "
+        f"Δ = {separations[wide]:g} on (linear growth: 1). At Δ = {separations[-1]:g} the supremum is "
+        f"{np.exp(gaussian[-1, -1]) / separations[-1]:.3f} Δ (limit: {limit:.3f} Δ); the envelope Δ e^k is "
+        f"{np.exp(sweep.components):.1f} Δ.",
+        f"(a) convergence with m: the median at m = {sizes[0]:,} is {fall.min():.2f} to {fall.max():.2f} times that at "
+        f"m = {sizes[-1]:,}, which differs from its limit (a number above 1) by {off.min():+.1%} to {off.max():+.1%}. "
+        f"{light.sum()} of {light.size} fits are narrower than p's components, so that the supremum is infinite.",
+        f"(b) realizable: sup p/L falls from {np.exp(realizable[0]):.3f} at m = {sizes[0]:,} to "
+        f"{np.exp(realizable[-1]):.4f} at m = {sizes[-1]:,}, its logarithm like "
+        f"m^{slope(sizes, np.log(realizable)):.2f} (theory: m^-0.5).",
+        f"(c) kernel density, h = {', '.join(f'{factor:g}' for factor in sweep.bandwidths)} h_S: sup p/L is finite "
+        f"over all reals in {shares} of the fits (those with h > 1, a component's width). Its largest value over the "
+        f"central 1 - 1/m is {largest}.",
+    ]
+
+
+def band(axes: Axes, x: Sequence[float], fits: np.ndarray, colour: str, label: str, log: bool) -> None:
+    """Plot the median and the quartiles over repeats of sup p/L, or of its logarithm (`log`)."""
+    low, middle, high = (quantile(fits, level) for level in (0.25, 0.5, 0.75))
+    if not log:
+        low, middle, high = (np.exp(np.minimum(values, 99)) for values in (low, middle, high))  # beyond any axis
+    axes.plot(x, middle, color=colour, marker="o", markersize=3, label=label)
+    axes.fill_between(x, low, high, color=colour, alpha=0.25, linewidth=0)
+
+
+def draw_figure(sweep: Sweep, path: Path) -> None:
+    """Draw sup p/L against Δ for (a), its logarithm against m for (b) beside (a), and against m for (c)."""
+    sizes, separations, k = sweep.sample_sizes, sweep.separations, sweep.components
+    with figure(path, [["a", "b", "c"]], (14, 4.2)) as axes:
+        for index, colour in zip(_ends_and_middle(len(sizes)), COLOURS):
+            band(axes["a"], separations, sweep.gaussian[:, index], colour, f"m = {sizes[index]:,}", False)
+        limit = np.exp(infinite_samples(sweep))
+        axes["a"].plot(separations, limit, color="black", linestyle="--", label="infinitely many samples")
+        bound = [suprema.envelope(k, separation) for separation in separations]
+        axes["a"].plot(separations, bound, color=GREY, linestyle=":", label="envelope Δ e^k, constant 1")
+        axes["a"].set(
+            xlabel="separation Δ (component standard deviations)", ylabel="sup p/L", ylim=(0.2, 2 * bound[-1])
+        )
+        axes["a"].set_title(f"(a) one Gaussian for {k}: linear in Δ, far below Δ e^k")
+
+        for index, colour in ((-1, ORANGE), ((len(separations) - 1) // 2, PURPLE)):
+            label = f"(a) not realizable, Δ = {separations[index]:g}"
+            band(axes["b"], sizes, sweep.gaussian[index], colour, label, True)
+        band(axes["b"], sizes, sweep.realizable, BLUE, f"(b) realizable, θ = {sweep.tilt:g}", True)
+        constant = np.exp(np.log(quantile(sweep.realizable) * np.sqrt(sizes)).mean())
+        axes["b"].plot(sizes, constant / np.sqrt(sizes), color=GREY, linestyle=":", label="rate m^(-1/2)")
+        axes["b"].set(xlabel="samples m", ylabel="log sup p/L (nats)")
+        axes["b"].set_title("(b) realizable: p/L tends to 1; not realizable: it levels off")
+
+        for factor, colour, everywhere, central in zip(sweep.bandwidths, COLOURS, sweep.kde, sweep.kde_central):
+            band(axes["c"], sizes, central, colour, f"h = {factor:g} Silverman", True)
+            light = np.isinf(quantile(everywhere))
+            axes["c"].plot(np.array(sizes)[light], quantile(central)[light], "o", color=colour, mfc="white")
+        axes["c"].plot([], [], "o", color=GREY, mfc="white", label="infinite over all reals (h < 1)")
+        axes["c"].set(xlabel="samples m", ylabel="log sup p/L (nats), central 1 - 1/m of p")
+        axes["c"].set_title(f"(c) kernel density, Δ = {sweep.kde_separation:g}: too narrow fails to cover")
+        for panel in axes.values():
+            panel.set(xscale="log", yscale="log")
+        axes["c"].set_ylim(top=30 * axes["c"].get_ylim()[1])  # room for the legend
+        for panel in axes.values():
+            panel.legend(fontsize=8)

@@ -1,4 +1,4 @@
-"""How far a model is from `p_T`, over all completions of all of a problem's prompts."""
+"""The exact distance from `p_T` to a model, over every completion of every prompt of a problem."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from evaluation.enumeration import Enumeration, kl_divergence, total_variation
 
 @dataclass
 class ExactTarget:
-    """`p_T` of every prompt, with what counts as solved.
+    """The enumerated `p_T` of every prompt, and which completions are solutions.
 
     Attributes:
-        strings: every completion, for each prompt.
-        log_target: `log p_T` over them, for each prompt.
-        solved: whether a completion is a solution (the last entry, all other text, never is), for each prompt.
+        strings: every completion; one entry per prompt.
+        log_target: `log p_T` of the completions, nats; one entry per prompt.
+        solved: whether each completion is a solution; one entry per prompt. All other text, the last event, is not.
     """
 
     strings: list[Enumeration]
@@ -36,14 +36,14 @@ class ExactTarget:
         tau_max: float,
         slack: float = 0.0,
     ) -> ExactTarget:
-        """For a problem that can be enumerated.
+        """Enumerate a problem.
 
         Args:
-            problem: what is drawn and what it costs.
+            problem: the problem.
             prior: L.
-            tokenizer: its tokenizer.
-            tau_max: T.
-            slack: a completion is a solution if it costs no more than the best, and this share above it.
+            tokenizer: the prior's tokenizer.
+            tau_max: T, the target's inverse temperature.
+            slack: a completion is a solution if its cost exceeds the lowest one by at most this share.
         """
         strings = [
             Enumeration.of(
@@ -60,8 +60,17 @@ class ExactTarget:
         return cls(strings, log_target, solved)
 
     def measures(self, model: PreTrainedModel, draws: int, seed: int) -> dict[str, float]:
-        """Means over prompts: `tv`, `kl` (KL(p_T‖q)), `reverse_kl` (nats), `success` (mass of the solutions); and the
-        number of `distinct` (prompt, solution) pairs in so many draws of the model."""
+        """Distances of a model `q` from `p_T`.
+
+        Args:
+            model: the model.
+            draws: number of draws among which distinct solutions are counted, over all prompts.
+            seed: random seed of these draws.
+
+        Returns:
+            Means over prompts of `tv` (total variation), `kl` (KL(p_T‖q), nats), `reverse_kl` (KL(q‖p_T), nats) and
+            `success` (probability of a solution); and `distinct`, the number of distinct (prompt, solution) pairs.
+        """
         rows, distinct, rng = [], 0, np.random.default_rng(seed)
         for strings, log_p, solved in zip(self.strings, self.log_target, self.solved, strict=True):
             log_q = strings.log_probs(model)
@@ -79,7 +88,7 @@ class ExactTarget:
         return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} | {"distinct": distinct}
 
     def tv_of_draws(self, prompts: Sequence[str], completions: Sequence[str]) -> float:
-        """Total variation between `p_T` and drawn frequencies, the noise of counting included; mean over prompts."""
+        """Total variation between `p_T` and the frequencies of draws, sampling noise included; mean over prompts."""
         distances = []
         for strings, log_p in zip(self.strings, self.log_target, strict=True):
             texts = [text for prompt, text in zip(prompts, completions, strict=True) if prompt == strings.prompt]

@@ -1,4 +1,4 @@
-"""The recipes' figures, in the style of a run's own: axes with names and units."""
+"""Parts of the recipes' figures, in the style of a run's own figures: axes with names and units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,13 @@ from aldrift_hf.reporting.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, sty
 
 @contextmanager
 def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator[dict[str, Axes]]:
-    """The axes of a mosaic in the common style; saved as a PNG on leaving."""
+    """A context that yields the axes of a figure, and saves it at the end.
+
+    Args:
+        path: the PNG file.
+        mosaic: layout and names of the axes, as in `matplotlib.figure.Figure.subplot_mosaic`.
+        size: width and height, in inches.
+    """
     with styled():
         sheet = Figure(size)
         yield sheet.subplot_mosaic(mosaic)
@@ -28,21 +34,28 @@ def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator
 
 
 def plot_along_ladder(axes: Axes, records: list[dict[str, Any]], curves: dict[str, str], what: str) -> None:
-    """Curves of the rungs' records against `τ`: `{key: label}`, in the palette's order; `what` names the y-axis."""
+    """Plot metrics of the rungs against `τ`.
+
+    Args:
+        axes: the axes to draw on.
+        records: the records of the rungs.
+        curves: the metrics, as `{name: label}`. Metrics that are NaN or missing on all rungs are left out.
+        what: label of the y-axis.
+    """
     tau = [record["tau"] for record in records]
     lines = {label: (tau, [record.get(key, np.nan) for record in records]) for key, label in curves.items()}
-    lines = {label: line for label, line in lines.items() if not np.isnan(line[1]).all()}  # no chains, no acceptance
+    lines = {label: line for label, line in lines.items() if not np.isnan(line[1]).all()}
     plot_lines(axes, lines, "inverse temperature τ (nats per unit of cost)", what)
 
 
 def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *, log: str = "") -> None:
-    """Lines `{label: (x values, y values)}` in the palette's order.
+    """Plot lines, with a legend if there are several.
 
     Args:
-        axes: where to.
-        lines: a legend is drawn where there are several.
-        x, y: what the axes show, with units.
-        log: axes on a logarithmic scale: `"x"`, `"y"` or `"xy"`.
+        axes: the axes to draw on.
+        lines: the lines, as `{label: (x values, y values)}`.
+        x, y: labels of the axes, with units.
+        log: which axes are logarithmic: `"x"`, `"y"`, `"xy"` or none.
     """
     for (label, (across, up)), colour in zip(lines.items(), itertools.cycle(PALETTE)):
         axes.plot(across, up, color=colour, marker=".", label=label)
@@ -50,7 +63,7 @@ def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *,
     if "x" in log:
         axes.set_xscale("log")
         ticks = sorted({float(value) for across, _ in lines.values() for value in across})
-        if len(ticks) > 8:  # no steps of a few settings, but measurements: round numbers then
+        if len(ticks) > 8:  # measured values rather than a few settings: ticks at round numbers
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         else:
@@ -66,7 +79,7 @@ def plot_lines(axes: Axes, lines: dict[str, tuple[Any, Any]], x: str, y: str, *,
 
 
 def plot_shares(axes: Axes, shares: np.ndarray, title: str, rows: str, columns: str) -> None:
-    """A matrix of shares as a heat map, rows and columns counted from 1; dark is 0, bright the largest share."""
+    """Plot a matrix of shares as a heat map, from dark (0) to bright (the largest). Rows and columns count from 1."""
     axes.imshow(
         shares,
         aspect="auto",
@@ -79,15 +92,24 @@ def plot_shares(axes: Axes, shares: np.ndarray, title: str, rows: str, columns: 
         axis.set_major_locator(MaxNLocator(integer=True))
 
 
-def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str], float], exact: np.ndarray) -> None:
-    """The graph, each edge as wide and dark as its learnt share of trees, with `learnt | exact` in per cent on it."""
+def plot_edge_marginals(axes: Axes, graph: nx.Graph, learned: dict[tuple[str, str], float], exact: np.ndarray) -> None:
+    """Plot a graph. Edges that more of the drawn trees contain are wider and darker.
+
+    If there are at most 40 edges, each is labelled with its `learned|exact` shares in per cent.
+
+    Args:
+        axes: the axes to draw on.
+        graph: the graph.
+        learned: the share of drawn trees that contain each edge.
+        exact: the same for all spanning trees, in the order of `learned`.
+    """
     layout = nx.kamada_kawai_layout(graph)
-    values = np.array(list(learnt.values()))
+    values = np.array(list(learned.values()))
     nx.draw_networkx_edges(
         graph,
         layout,
         ax=axes,
-        edgelist=list(learnt),
+        edgelist=list(learned),
         width=list(0.5 + 4 * values),
         edge_color=list(values),
         edge_cmap=matplotlib.colormaps["cividis_r"],
@@ -102,18 +124,19 @@ def plot_edge_marginals(axes: Axes, graph: nx.Graph, learnt: dict[tuple[str, str
             layout,
             ax=axes,
             edge_labels={
-                edge: f"{100 * a:.0f}|{100 * b:.0f}" for (edge, a), b in zip(learnt.items(), exact, strict=True)
+                edge: f"{100 * a:.0f}|{100 * b:.0f}" for (edge, a), b in zip(learned.items(), exact, strict=True)
             },
             font_size=6,
         )
-    axes.set_title("share of trees that hold each edge: learnt | exact, in %")
+    axes.set_title("share of trees that contain each edge: learned | exact, in %")
     axes.axis("off")
 
 
-def plot_marginals(axes: Axes, learnt: dict[str, np.ndarray], exact: np.ndarray) -> None:
-    """Learnt against exact edge marginals, one colour a source, with the diagonal on which they would agree."""
+def plot_marginals(axes: Axes, learned: dict[str, np.ndarray], exact: np.ndarray) -> None:
+    """Plot learned against exact edge marginals, with one colour per source of draws, and the diagonal."""
     axes.plot([0, 1], [0, 1], color=GREY, linewidth=0.8)
-    for (label, values), colour in zip(learnt.items(), (ORANGE, BLUE, GREEN), strict=False):
+    for (label, values), colour in zip(learned.items(), (ORANGE, BLUE, GREEN), strict=False):
         axes.scatter(exact, values, s=14, color=colour, label=label)
     axes.set(xlabel="exact edge marginal (Kirchhoff)", ylabel="edge marginal of drawn trees", title="edge marginals")
-    axes.legend()
+    if learned:
+        axes.legend()

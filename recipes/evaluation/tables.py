@@ -1,4 +1,4 @@
-"""The tables that recipes end with: printed, and kept as Markdown."""
+"""The tables that recipes print and write as Markdown."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from rich.table import Table
 
 @dataclass
 class Comparison:
-    """Rows of figures, one column for each thing compared.
+    """A table with one column for each thing that is compared.
 
     Attributes:
-        title: stands above the table.
-        columns: names of what is compared.
-        rows: a label and a cell for each column.
+        title: the title above the table.
+        columns: names of the columns.
+        rows: each row's label, and its cells in the columns' order.
     """
 
     title: str
@@ -27,13 +27,19 @@ class Comparison:
     rows: list[tuple[str, list[str]]] = field(default_factory=list)
 
     def add(self, label: str, cells: Mapping[str, float | None], spec: str = ".2f") -> None:
-        """One row: `cells` by column, those without a number left empty; `spec` formats the others."""
+        """Append a row.
+
+        Args:
+            label: the row's label.
+            cells: numbers by column. Columns that are missing, `None` or NaN are left empty.
+            spec: format of the numbers.
+        """
         values = [cells.get(column) for column in self.columns]
         known = [value is not None and not math.isnan(value) for value in values]
         self.rows.append((label, [format(value, spec) if is_known else "" for value, is_known in zip(values, known)]))
 
     def print(self) -> None:
-        """To the terminal."""
+        """Print the table to the terminal."""
         table = Table("", title=self.title)
         for column in self.columns:
             table.add_column(escape(column), justify="right")
@@ -42,7 +48,7 @@ class Comparison:
         Console().print(table)
 
     def write_markdown(self, path: str | Path) -> None:
-        """To a file."""
+        """Write the table to a file."""
         lines = [
             f"**{self.title}**",
             "",

@@ -1,22 +1,22 @@
-"""Clusters of real measurements as text: local hints in the prior, the global fit in the cost.
+"""Clusterings of real measurements as text: local hints are in the prior, the global fit is in the cost.
 
-The points of a data set stand in a fixed order, a tour in which each is followed by its nearest neighbour among those
-left. A string names the cluster of each point in this order, as in `"a a b b a c …"`. Clusters are named as they appear
+The points of a data set are in a fixed order, a tour that goes from each point to the nearest one not yet visited. A
+string names the cluster of each point in this order, as in `"a a b b a c …"`. Clusters are named in order of appearance
 (the first point's is `a`, the next new one is `b`), so every partition has exactly one string.
 
-The local rule is a chain of hints between neighbours of the tour: a *must-link* (some pairs of one species: the same
-cluster, always) or a *prefer-link* (the same cluster the more likely the closer the points are). With `k` clusters and
-`g_i` the distance from point `i-1` to point `i`,
+The local rule is a chain of hints between consecutive points of the tour. A *must-link*, given to some pairs of one
+species, puts both points into the same cluster. A *prefer-link* does so with a probability that falls with their
+distance. With `k` clusters and the distance `g_i` from point `i-1` to point `i`,
 
     P(same cluster as point i-1) = 1/k + (1 - 1/k)·exp(-g_i / mean g),  or 1 for a must-link,
 
-and otherwise any other cluster, each alike. The cost is the within-cluster sum of squares, which no link knows of, in
-tenths of the best known one above it,
+and all other clusters share the rest equally. The cost is the within-cluster sum of squares `W`, relative to the best
+known one `W*`:
 
-    d = 10·(W / W* - 1),    W = Σ_clusters Σ_points ‖x - mean‖²,
+    d = 10·(W / W* - 1),    W = Σ_clusters Σ_points ‖x - mean‖².
 
-where `W*` is the best of 100 runs of k-means (which knows nothing of the hints). D is the cost of a single cluster:
-no partition has a larger W.
+`W*` is the best of 100 runs of k-means, which ignores the hints. D is the cost of a single cluster, because no
+partition has a larger `W`.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ class ClusteringProblem(TextProblem):
 
     Attributes:
         points: `[n, features]`.
-        species: `[n]`, which kind each point is of; hints are made of it, and the cost does not see it.
+        species: `[n]`, the class of each point. The hints depend on it, the cost does not.
         clusters: k, from 2 to 26.
-        must_link: `[n]`, whether a point must share the cluster of the one before it; never so for the first.
+        must_link: `[n]`, whether a point must be in the same cluster as the previous one; false for the first.
 
     Raises:
-        ValueError: for fewer points than clusters, or a number of clusters without letters.
+        ValueError: if there are not more points than clusters, or more clusters than letters.
     """
 
     points: np.ndarray
@@ -66,26 +66,26 @@ class ClusteringProblem(TextProblem):
     def load(
         cls, name: str, points: int, clusters: int = 3, must_link_share: float = 0.3, seed: int = 0
     ) -> ClusteringProblem:
-        """A data set of scikit-learn: `iris` (in cm) or `wine` (standardised).
+        """Points of one of scikit-learn's data sets.
 
         Args:
-            name: `iris` or `wine`.
-            points: how many of its points, evenly over its kinds; all of them if it has fewer.
+            name: `iris` (in cm) or `wine` (standardised).
+            points: number of points to take, in equal shares of the species; all of them if there are fewer.
             clusters: k.
-            must_link_share: which share of the tour's pairs of one kind are must-links.
-            seed: of the choice of must-links.
+            must_link_share: share of must-links among the consecutive pairs of one species.
+            seed: random seed of the choice of must-links.
 
         Raises:
-            ValueError: for another name, saying which there are, or numbers that make no problem.
+            ValueError: if there is no such data set, or a number is out of range.
         """
         if name not in _DATASETS:
-            raise ValueError(f"no data set {name!r}: take {' or '.join(_DATASETS)}")
+            raise ValueError(f"there is no data set {name!r}: use {' or '.join(_DATASETS)}")
         if not 0 <= must_link_share <= 1:
             raise ValueError(f"must_link_share must be in [0, 1], got {must_link_share}")
         features, species = cast(tuple[np.ndarray, np.ndarray], _DATASETS[name](return_X_y=True))
-        if name == "wine":  # its features have units of their own
+        if name == "wine":  # each feature has its own unit
             features = StandardScaler().fit_transform(features)
-        # The data sets are sorted by kind, so that evenly spaced rows take each kind in proportion.
+        # The data sets are sorted by species, so evenly spaced rows contain every species in proportion.
         chosen = np.unique(np.linspace(0, len(features) - 1, max(points, 1)).round().astype(int))
         tour = chosen[_tour(features[chosen])]
         alike = np.append(False, species[tour][1:] == species[tour][:-1])
@@ -94,55 +94,55 @@ class ClusteringProblem(TextProblem):
 
     @property
     def words(self) -> list[str]:
-        """The clusters' names."""
+        """The names of the clusters."""
         return [chr(ord("a") + cluster) for cluster in range(self.clusters)]
 
     @property
     def separator(self) -> str:
-        """Between two points."""
+        """The text between two points."""
         return " "
 
     @cached_property
     def best_known(self) -> float:
-        """W*, the within-cluster sum of squares of the best of 100 runs of k-means."""
+        """`W*`, the smallest within-cluster sum of squares among 100 runs of k-means."""
         return float(self.kmeans(runs=100, seed=0).inertia_)
 
     @property
     def worst_cost(self) -> float:
-        """D, the cost of putting all points into one cluster."""
+        """D, the cost of a single cluster with all points."""
         return 10 * (self.sum_of_squares([0] * len(self.points)) / self.best_known - 1)
 
     @cached_property
     def same(self) -> np.ndarray:
-        """Probability that a point shares the cluster of the one before it, `[n]`; 0 for the first."""
+        """The probability that a point is in the same cluster as the previous one, `[n]`; 0 for the first."""
         gaps = np.linalg.norm(np.diff(self.points, axis=0), axis=1)
         k = self.clusters
         prefer = 1 / k + (1 - 1 / k) * np.exp(-gaps / gaps.mean())
         return np.append(0.0, np.where(self.must_link[1:], 1.0, prefer))
 
     def sum_of_squares(self, labels: Sequence[int]) -> float:
-        """W, within the clusters that `labels` `[n]` name."""
+        """`W`, the within-cluster sum of squares; `labels` are `[n]` indices of clusters."""
         one_hot = np.eye(self.clusters)[np.asarray(labels)]
         sizes = np.maximum(one_hot.sum(0), 1)
         means = (one_hot.T @ self.points) / sizes[:, None]
         return float(((self.points - means[np.asarray(labels)]) ** 2).sum())
 
     def kmeans(self, runs: int, seed: int) -> Any:
-        """scikit-learn's k-means, fitted: the best of so many runs."""
+        """A fitted scikit-learn `KMeans`, the best of a number of runs."""
         return KMeans(self.clusters, n_init=runs, random_state=seed).fit(self.points)
 
     def links_kept(self, labels: Sequence[int]) -> float:
-        """Share of must-links whose two points are in one cluster; NaN where there are none."""
+        """The share of must-links whose two points are in one cluster; NaN if there are no must-links."""
         kept = np.diff(np.asarray(labels))[self.must_link[1:]] == 0
         return float(kept.mean()) if len(kept) else float("nan")
 
     def to_text(self, labels: Sequence[int]) -> str:
-        """The string of a partition, whatever its clusters are called."""
+        """The string of a partition. `labels` may number the clusters in any order."""
         order = {label: name for name, label in enumerate(dict.fromkeys(labels))}
         return self.separator.join(self.words[order[label]] for label in labels)
 
     def parse(self, text: str) -> list[int] | None:
-        """The clusters that a string names; `None` unless it is the string of a partition of all points."""
+        """The cluster of each point, as a text names it; `None` unless the text is the string of a partition."""
         position = {word: index for index, word in enumerate(self.words)}
         labels = [position.get(word, self.clusters) for word in text.strip().split(self.separator)]
         newest = -1
@@ -153,14 +153,14 @@ class ClusteringProblem(TextProblem):
         return labels if len(labels) == len(self.points) and newest < self.clusters else None
 
     def cost_of(self, text: str) -> float:
-        """Tenths of the best known sum of squares above it (0 if below); D for malformed text."""
+        """`10·(W / W* - 1)`, at least 0; D for malformed text."""
         labels = self.parse(text)
         if labels is None:
             return self.worst_cost
         return max(0.0, 10 * (self.sum_of_squares(labels) / self.best_known - 1))
 
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Draws of the hints alone."""
+        """Draw strings by the hints alone."""
         labels = np.zeros((count, len(self.points)), dtype=int)
         labels[:, 0] = rng.integers(self.clusters, size=count)
         for point in range(1, len(self.points)):
@@ -170,7 +170,7 @@ class ClusteringProblem(TextProblem):
         return [self.to_text(row) for row in labels.tolist()]
 
     def number_of_strings(self) -> int:
-        """Partitions into at most `k` clusters: a sum of Stirling numbers of the second kind."""
+        """The number of partitions into at most `k` clusters: a sum of Stirling numbers of the second kind."""
         n = len(self.points)
         return sum(_partitions(n, blocks) for blocks in range(1, self.clusters + 1))
 
@@ -188,13 +188,13 @@ class ClusteringProblem(TextProblem):
 
 
 def _partitions(n: int, blocks: int) -> int:
-    """Stirling number of the second kind, by inclusion and exclusion over empty blocks."""
+    """The Stirling number of the second kind, by inclusion and exclusion over empty blocks."""
     onto = sum((-1 if j % 2 else 1) * comb(blocks, j) * pow(blocks - j, n) for j in range(blocks + 1))
     return int(onto // factorial(blocks))
 
 
 def _tour(points: np.ndarray) -> list[int]:
-    """From the point furthest from the mean, always on to the nearest point left."""
+    """The indices of the points in tour order, from the point farthest from the mean always to the nearest one left."""
     left = list(range(len(points)))
     tour = [int(np.linalg.norm(points - points.mean(0), axis=1).argmax())]
     left.remove(tour[0])

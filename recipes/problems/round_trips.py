@@ -1,8 +1,8 @@
-"""Round trips through cities as text, one prompt for each start: a conditional problem that can be enumerated.
+"""Round trips through cities as text, with one prompt per starting city: a conditional problem that can be enumerated.
 
-The prior knows one rule, to name every city once. Given the first city as a prompt, a completion names the others, and
-the cost is the length of the trip that returns to the start. A trip is as long from wherever on it one starts, so all
-prompts have the same costs.
+The local rule is to name every city once. The prompt is the first city, a completion names the others, and the cost is
+the length of the round trip. The length does not depend on where the trip starts, so the costs are the same for all
+prompts.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ CAPITALS = {  # degrees north and east
 
 
 class RoundTripProblem(TextProblem):
-    """Trips in thousands of kilometres (great circles), through the capitals above."""
+    """Round trips through the capitals above, measured along great circles in thousands of kilometres."""
 
     @property
     def words(self) -> list[str]:
-        """The cities."""
+        """The names of the cities."""
         return list(CAPITALS)
 
     @property
     def separator(self) -> str:
-        """Between two cities."""
+        """The text between two cities."""
         return ", "
 
     @property
     def worst_cost(self) -> float:
-        """D: as if every leg were the longest there is."""
+        """D, the length of a trip if every leg were as long as the longest one."""
         legs = [_distance(a, b) for a, b in itertools.combinations(CAPITALS, 2)]
         return len(CAPITALS) * max(legs)
 
     @property
     def prompts(self) -> list[str]:
-        """Each city once."""
+        """Each city is one prompt."""
         return self.words
 
     def completions(self, prompt: str) -> Iterator[str]:
-        """The other cities, in every order."""
+        """All orders of the other cities."""
         return map(self.separator.join, itertools.permutations(city for city in CAPITALS if city != prompt))
 
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Whole trips, in random order."""
+        """Draw whole trips, each a random order of all cities."""
         return [self.separator.join(rng.permutation(self.words)) for _ in range(count)]
 
     def cost_of(self, text: str) -> float:
-        """Length of a whole trip, the start included and the way back to it; D for anything but one."""
+        """The length of a whole trip, including the way back to its first city; D for malformed text."""
         trip = text.split(self.separator)
         if sorted(trip) != sorted(CAPITALS):
             return self.worst_cost
         return sum(_distance(a, b) for a, b in zip(trip, trip[1:] + trip[:1], strict=True))
 
     def cost(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """The objective: a trip is its prompt and what was written after it."""
+        """The objective: the lengths of the trips that consist of a prompt and its completion."""
         return [self.cost_of(start + self.separator + rest) for start, rest in zip(prompts, completions, strict=True)]
 
     def number_of_strings(self) -> int:
-        """Of whole trips."""
+        """The number of whole trips."""
         return math.factorial(len(CAPITALS))
 
     def all_texts(self) -> Iterator[str]:
@@ -79,7 +79,7 @@ class RoundTripProblem(TextProblem):
 
 
 def _distance(a: str, b: str) -> float:
-    """Thousands of kilometres between two cities (haversine formula)."""
+    """The distance between two cities in thousands of kilometres (haversine formula)."""
     (north_a, east_a), (north_b, east_b) = (map(math.radians, CAPITALS[city]) for city in (a, b))
     cosines = math.cos(north_a) * math.cos(north_b)
     half = math.hypot(math.sin((north_a - north_b) / 2), math.sqrt(cosines) * math.sin((east_a - east_b) / 2))

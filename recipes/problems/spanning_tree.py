@@ -1,11 +1,11 @@
-"""Spanning trees of a graph as text: local constraints in the prior, the global one in the cost.
+"""Spanning trees of a graph as text: the local constraints are in the prior, the global one is in the cost.
 
 A string names `n-1` distinct edges of a graph with `n` nodes, in the graph's own order, as in
-`"Acciaiuoli-Medici, Albizzi-Ginori, …"`. The prior is uniform over such strings; that a choice of edges connects the
-graph is what the cost says: `d = components - 1`, so the strings of cost 0 are the spanning trees.
+`"Acciaiuoli-Medici, Albizzi-Ginori, …"`. The prior is uniform over such strings. Whether the edges connect the graph is
+left to the cost, `d = components - 1`: the strings of cost 0 are the spanning trees.
 
-Exact references cost nothing: Kirchhoff's matrix-tree theorem counts the trees and gives every edge's share in them
-(its effective resistance), and where the strings are few, all of them can be enumerated.
+Exact references come for free: Kirchhoff's matrix-tree theorem counts the spanning trees and gives the share of them
+that contain each edge (its effective resistance). For small graphs all strings can be enumerated as well.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SEPARATOR = ", "
 
 
 def _florentine_core() -> nx.Graph:
-    """Without the families of one marriage, whose edge is in every tree: the 1,208 trees are the same."""
+    """Without the families that have a single marriage, an edge of every tree: the number of trees stays 1,208."""
     return nx.k_core(nx.florentine_families_graph(), 2)
 
 
@@ -40,12 +40,12 @@ _NAMED = {
 
 @dataclass(frozen=True)
 class SpanningTreeProblem(TextProblem):
-    """A connected graph with a fixed order of its edges, each with a name that holds no separator.
+    """A connected graph with a fixed order of its edges, whose names do not contain the separator.
 
     Attributes:
-        nodes: the nodes' names.
+        nodes: names of the nodes.
         edges: pairs of indices into `nodes`, in the order in which a string names them.
-        names: the edges' names, `"A-B"`.
+        names: names of the edges, `"A-B"`.
     """
 
     nodes: list[str]
@@ -54,7 +54,7 @@ class SpanningTreeProblem(TextProblem):
 
     @classmethod
     def from_graph(cls, graph: nx.Graph) -> SpanningTreeProblem:
-        """From any connected undirected graph; node names are made to fit into text.
+        """From any connected undirected graph. Characters that the text form uses are replaced in the nodes' names.
 
         Raises:
             ValueError: for a graph that is directed, disconnected, or has fewer than two nodes.
@@ -72,27 +72,27 @@ class SpanningTreeProblem(TextProblem):
 
     @property
     def words(self) -> list[str]:
-        """The edges' names."""
+        """The names of the edges."""
         return self.names
 
     @property
     def separator(self) -> str:
-        """Between two edges."""
+        """The text between two edges."""
         return SEPARATOR
 
     @property
     def size(self) -> int:
-        """`n-1`, the number of edges that a string names."""
+        """`n-1`, the number of edges in a string."""
         return len(self.nodes) - 1
 
     @property
     def worst_cost(self) -> int:
-        """D: a bound on `components - 1` for any `n-1` distinct edges, and the cost of malformed text.
+        """D: an upper bound on `components - 1` for any `n-1` distinct edges, and the cost of malformed text.
 
-        Edges of rank `r` (their graph has `n - r` components) that fall into `c` components touch `r + c` nodes.
-        So they are no more than half of the `r + c` largest degrees, and no more than one clique and `c - 1` single
-        edges have. D is `n - 1 - r` for the least rank that has room for `n-1` edges; at least 1, so that malformed
-        text never passes for a tree.
+        A set of edges has rank `r` if the graph with these edges alone has `n - r` components. If the edges form `c`
+        components, they touch `r + c` nodes. So their number is at most half the sum of the `r + c` largest degrees,
+        and at most the number of edges of one clique and `c - 1` single edges. D is `n - 1 - r` for the smallest rank
+        `r` that allows `n-1` edges; but at least 1, so that malformed text does not count as a tree.
         """
         degrees = np.bincount(np.array(self.edges).ravel(), minlength=len(self.nodes))
         half = np.concatenate([[0], np.sort(degrees)[::-1].cumsum()]) // 2
@@ -103,59 +103,67 @@ class SpanningTreeProblem(TextProblem):
                 for c in range(1, rank + 1)
             )
 
-        least = next(rank for rank in range(1, self.size + 1) if rank == self.size or room(rank) >= self.size)
-        return max(1, self.size - least)
+        smallest = next(rank for rank in range(1, self.size + 1) if rank == self.size or room(rank) >= self.size)
+        return max(1, self.size - smallest)
 
     def to_text(self, chosen: Sequence[int]) -> str:
-        """The string that names these edges (indices), in the graph's order."""
+        """The string of a set of edges, given by their indices."""
         return SEPARATOR.join(self.names[index] for index in sorted(chosen))
 
     def parse(self, text: str) -> list[int] | None:
-        """The edges that a string names; `None` unless it names `n-1` distinct edges in the graph's order."""
+        """The indices of the edges in a text; `None` unless it names `n-1` distinct edges in the graph's order."""
         index = {name: position for position, name in enumerate(self.names)}
         chosen = [index.get(name, -1) for name in text.strip().split(SEPARATOR)]
         ascending = all(a < b for a, b in itertools.pairwise(chosen))
         return chosen if len(chosen) == self.size and chosen[0] >= 0 and ascending else None
 
     def components(self, chosen: Sequence[int]) -> int:
-        """Connected components of the graph with these edges alone."""
+        """The number of connected components of the graph with these edges alone."""
         graph = nx.empty_graph(len(self.nodes))
         graph.add_edges_from(self.edges[index] for index in chosen)
         return int(nx.number_connected_components(graph))
 
     def cost_of(self, text: str) -> float:
-        """`components - 1`; the worst cost for malformed text."""
+        """`components - 1`; D for malformed text."""
         chosen = self.parse(text)
         return float(self.worst_cost if chosen is None else self.components(chosen) - 1)
 
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Strings drawn uniformly: what the prior is made from."""
-        # The n-1 smallest of independent uniforms are a uniform subset.
+        """Draw strings uniformly."""
+        # The positions of the n-1 smallest of independent uniform numbers are a uniform subset.
         order = rng.random((count, len(self.edges))).argsort(axis=1)[:, : self.size]
         return [self.to_text(row.tolist()) for row in order]
 
     def number_of_strings(self) -> int:
-        """How many well-formed strings there are, `C(edges, n-1)`."""
+        """The number of strings, `C(edges, n-1)`."""
         return math.comb(len(self.edges), self.size)
 
     def all_texts(self) -> Iterator[str]:
-        """Every well-formed string."""
+        """Every string."""
         return map(self.to_text, itertools.combinations(range(len(self.edges)), self.size))
 
     def number_of_trees(self) -> float:
-        """Kirchhoff's matrix-tree theorem: the determinant of the reduced Laplacian."""
+        """The number of spanning trees, by Kirchhoff's theorem: the determinant of the reduced Laplacian."""
         sign, log_determinant = np.linalg.slogdet(self._laplacian()[1:, 1:])
         return float(sign * np.exp(log_determinant))
 
     def tree_marginals(self) -> np.ndarray:
-        """Share of spanning trees that hold each edge, `[edges]`: its effective resistance."""
+        """The share of spanning trees that contain each edge, `[edges]`: its effective resistance."""
         inverse = np.linalg.pinv(self._laplacian(), hermitian=True)
         a, b = np.array(self.edges).T
         resistance: np.ndarray = inverse[a, a] + inverse[b, b] - 2 * inverse[a, b]
         return resistance
 
     def marginals(self, texts: Sequence[str], weights: np.ndarray | None = None) -> np.ndarray:
-        """Share of well-formed strings that name each edge, `[edges]`, weighted if asked; NaN where there are none."""
+        """The share of strings that contain each edge.
+
+        Args:
+            texts: any texts; malformed ones are ignored.
+            weights: one weight per text; `None` weights all texts equally.
+
+        Returns:
+            `[edges]`; NaN if all texts are malformed.
+        """
         used = np.zeros((len(texts), len(self.edges)))
         well_formed = np.zeros(len(texts), dtype=bool)
         for row, text in enumerate(texts):
@@ -168,7 +176,7 @@ class SpanningTreeProblem(TextProblem):
         return share
 
     def to_networkx(self) -> nx.Graph:
-        """The graph with its text names, for drawing."""
+        """The graph, its nodes named as in texts."""
         graph = nx.Graph()
         graph.add_nodes_from(self.nodes)
         graph.add_edges_from((self.nodes[a], self.nodes[b]) for a, b in self.edges)
@@ -183,13 +191,16 @@ class SpanningTreeProblem(TextProblem):
 
 
 def load_problem(name: str) -> SpanningTreeProblem:
-    """A graph by name: one of networkx's, `random:N,P` (Erdős-Rényi, seed 0), or the path of an edge list.
+    """The problem of a graph given by name.
 
-    `florentine`, `florentine-core` (without its leaves: 10 families, 5,005 strings), `davis`, `tutte` and `karate` are
-    known by name.
+    Args:
+        name: `florentine`, `florentine-core` (without its leaves: 10 families, 5,005 strings), `davis`, `tutte` or
+            `karate`, which networkx ships; `random:N,P`, an Erdős-Rényi graph drawn with seed 0; or the path of a file
+            with an edge list.
 
     Raises:
-        ValueError: for a name that is none of these, saying what there is; or a graph that is not connected.
+        ValueError: if there is no such graph, if the file is not an edge list, or if the graph is not connected. The
+            message says what is allowed.
     """
     if name in _NAMED:
         return SpanningTreeProblem.from_graph(_NAMED[name]())
@@ -206,14 +217,17 @@ def load_problem(name: str) -> SpanningTreeProblem:
         try:
             return SpanningTreeProblem.from_graph(nx.read_edgelist(name, data=False))
         except (ValueError, OSError) as error:
-            raise ValueError(f"graph {name!r} is no edge list of one, with two nodes a line: {error}") from None
-    raise ValueError(f"no graph {name!r}: take {', '.join(_NAMED)}, random:N,P, or the path of an edge list")
+            raise ValueError(
+                f"graph {name!r} is not the edge list of a connected graph, with two nodes per line: {error}"
+            ) from None
+    raise ValueError(f"there is no graph {name!r}: use {', '.join(_NAMED)}, random:N,P, or the path of an edge list")
 
 
 def _label(node: object) -> str:
-    """A node's name without what the text form uses: `"Evelyn Jefferson"` becomes `"EvelynJefferson"`."""
+    """A node's name as in texts: hyphens and commas become underscores, and blanks are removed."""
     return "".join(part for part in str(node).replace("-", "_").replace(",", "_").split())
 
 
 def _natural(name: str) -> tuple[int, int, str]:
+    """A sorting key: numbers in numerical order, before other names."""
     return (0, int(name), "") if name.isdecimal() else (1, 0, name)

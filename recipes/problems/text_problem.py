@@ -1,4 +1,4 @@
-"""A problem of the recipes: strings with a local rule, which the prior learns, and a cost, which only the loop sees."""
+"""What every problem of the recipes has: texts that follow a local rule, which the prior learns, and a cost."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import numpy as np
 
 
 class TextProblem(ABC):
-    """Strings of words joined by a separator. A problem says how to draw them, what they cost, and which there are."""
+    """Texts made of words joined by a separator.
+
+    A *string* of the problem is a well-formed text: one that the local rule can produce. A problem draws strings, lists
+    all of them, and computes the cost of any text.
+    """
 
     @property
     @abstractmethod
@@ -19,32 +23,32 @@ class TextProblem(ABC):
     @property
     @abstractmethod
     def separator(self) -> str:
-        """What stands between two words."""
+        """The text between two words."""
 
     @property
     @abstractmethod
     def worst_cost(self) -> float:
-        """D: no string costs more, and malformed text costs as much."""
+        """D, an upper bound on the cost of a string, and the cost of malformed text."""
 
     @abstractmethod
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
-        """Draws of the local rule alone: what the prior is made from."""
+        """Draw strings by the local rule alone, without regard to the cost: the prior is trained on them."""
 
     @abstractmethod
     def cost_of(self, text: str) -> float:
-        """The cost of one completion, in `[0, D]`. Never raises: malformed text costs D."""
+        """The cost of one text, in `[0, D]`. Never raises: malformed text costs D."""
 
     @abstractmethod
     def number_of_strings(self) -> int:
-        """How many well-formed strings there are."""
+        """The number of strings."""
 
     @abstractmethod
     def all_texts(self) -> Iterator[str]:
-        """Every well-formed string."""
+        """Every string."""
 
     @property
     def prompts(self) -> list[str]:
-        """What strings are completions of; of the empty prompt alone, unless a problem says otherwise."""
+        """The prompts whose completions are drawn: only the empty one, unless a problem overrides this."""
         return [""]
 
     def completions(self, prompt: str) -> Iterator[str]:
@@ -52,5 +56,5 @@ class TextProblem(ABC):
         return self.all_texts()
 
     def cost(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """The objective, in the trainer's form."""
+        """The objective, as the trainer calls it."""
         return [self.cost_of(text) for text in completions]

@@ -1,4 +1,4 @@
-"""A LoRA warm-up of any causal language model on the texts of a problem, cached outside the repository."""
+"""A LoRA warm-up of any causal language model on texts, cached outside the repository."""
 
 from __future__ import annotations
 
@@ -32,35 +32,38 @@ def warm_up(
     seed: int = 0,
     cache_dir: str | Path | None = None,
 ) -> PeftModel:
-    """`model` with an adapter fitted to the texts that `draw` yields, from the cache or trained now.
+    """A model with an adapter fitted to texts, from the cache or trained now.
 
-    Handed to the trainer as it is, this adapter becomes the frozen prior, and a copy of it the policy.
+    If the result is passed to the trainer, a frozen copy of the adapter is the prior, and the adapter is trained on.
 
     Args:
-        model: a causal language model, quantised or not.
+        model: a causal language model, quantized or not.
         tokenizer: its tokenizer.
-        draw: `(count, rng) -> count texts`.
-        peft_config: the adapter.
-        steps, batch_size, learning_rate, seed: of the fit.
-        cache_dir: as in [`small_prior`].
+        draw: draws texts.
+        peft_config: the adapter's configuration.
+        steps: optimizer updates.
+        batch_size: new texts per update.
+        learning_rate: peak of a one-cycle schedule.
+        seed: random seed of the adapter's weights and of the texts.
+        cache_dir: the folder of all cached priors, as in [`aldrift_hf.toy.small_prior`].
     """
     adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
     texts = completion_ids(draw(NUM_FINGERPRINT_TEXTS, np.random.default_rng(seed)), tokenizer)
     folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():
-            logger.warning(f"warming up the prior: {steps} steps of {batch_size} texts, to be kept in {folder}")
+            logger.warning(f"warming up the prior: {steps} updates on {batch_size} texts each; cached in {folder}")
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(seed))
                 fitted = cast(PeftModel, get_peft_model(model, peft_config))
                 fit(fitted, tokenizer, draw, steps, batch_size, learning_rate, seed)
             store(fitted, tokenizer, folder)
-            model = cast(PreTrainedModel, fitted.unload())  # the base as it was: the adapter is loaded below
+            model = cast(PreTrainedModel, fitted.unload())  # without the adapter, which is loaded below
     return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def _weights(model: PreTrainedModel) -> str:
-    """A fingerprint of a model: a few values of every tensor, which no other revision or quantisation shares."""
+    """A fingerprint of a model: a few values of every tensor, which other revisions and quantizations do not share."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).cpu()

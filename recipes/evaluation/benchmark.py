@@ -1,4 +1,4 @@
-"""The benchmark's table for each problem, and its figure."""
+"""The tables and the figure of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 from evaluation.figures import figure, plot_lines
 from evaluation.tables import Comparison
 
-COLUMNS = {  # of the table: the measure, and how it is written
+COLUMNS = {
     "TV": ("tv", ".2f"),
     "KL(p_T‖q)": ("kl", ".3g"),
     "KL(q‖p_T)": ("reverse_kl", ".3g"),
@@ -23,18 +23,18 @@ COLUMNS = {  # of the table: the measure, and how it is written
     "objective calls": ("calls", ",.0f"),
     "seconds": ("seconds", ",.0f"),
 }
-
+"""The tables' columns: for each, the measure that it shows and the format of its numbers."""
 
 Run = dict[str, Any]
 """The measures of one run, with its problem, method, budget, learning rate and seed."""
 
 
 def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
-    """Print and write everything.
+    """Print the tables, and write them and the figure.
 
     Args:
-        groups: for each problem its runs, those that differ by the seed alone together.
-        folder: where to write.
+        groups: for each problem its groups of runs; runs of one group differ in the seed alone.
+        folder: the folder to write to.
     """
     path, blocks = folder / "benchmark.md", []
     for problem, runs in groups.items():
@@ -61,7 +61,7 @@ def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
 
 
 def _cell(group: list[Run], name: str, spec: str) -> str:
-    """Mean over seeds, with the standard deviation where it tells something."""
+    """The mean over seeds; for the main measures also the standard deviation."""
     values = [run[name] for run in group if name in run]
     if not values:
         return ""

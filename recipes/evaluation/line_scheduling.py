@@ -1,4 +1,4 @@
-"""How close a run came on line scheduling, and how much of the traveller's preference survived."""
+"""The table, the figure and the sentences that compare a run on line scheduling with the exact target."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ EXACT = "exact p_T"
 def compare(
     problem: LineSchedulingProblem, draws: dict[str, list[str]], tau: float, kl: dict[str, float]
 ) -> Comparison:
-    """A column for each source of draws; that of `EXACT` is computed, but for its number of distinct schedules.
+    """A table with one column per source of draws.
+
+    All values of `EXACT` are exact, except for the number of distinct schedules, which is that of its draws.
 
     Args:
         problem: the line.
-        draws: texts by source; one of them is `EXACT`.
+        draws: drawn texts by source; one of the sources is `EXACT`.
         tau: the inverse temperature of `EXACT`.
         kl: Monte Carlo estimates of KL(exact p_T‖source), nats, for the sources whose probabilities are known.
     """
@@ -34,35 +36,35 @@ def compare(
     wait = {name: float(cost.mean()) for name, cost in costs.items()}
     wait[EXACT] = float((shares[EXACT] * problem.waits_alone).sum())
     waitless = {name: {t for t in texts if problem.cost_of(t) == 0} for name, texts in draws.items()}
-    table.add("success: share of schedules without a wait", success, ".3f")
-    table.add("distinct schedules without a wait", {name: len(found) for name, found in waitless.items()}, ",d")
-    table.add("mean wait, minutes", wait)
+    table.add("success: share of schedules without waiting", success, ".3f")
+    table.add("distinct schedules without waiting", {name: len(found) for name, found in waitless.items()}, ",d")
+    table.add("mean waiting time, minutes", wait)
     if problem.favourites:
         gap = {name: problem.preference_gap(share) for name, share in shares.items()}
-        table.add("preference: minutes longer where long visits are preferred", gap)
+        table.add("preference: mean visit where long ones are preferred, minus elsewhere, minutes", gap)
     table.add(f"KL({EXACT} || ·) in nats", kl)
     return table
 
 
 def first_waitless_rung(records: list[dict[str, Any]], minutes: float = 0.5) -> int | None:
-    """The first rung whose samples wait less than `minutes` on average, counted from 1; `None` if there is none."""
+    """The first rung, counted from 1, whose samples wait less than `minutes` on average; `None` if there is none."""
     return next((r["rung"] + 1 for r in records if r["sample_objective_mean"] < minutes), None)
 
 
 def preference_in_words(problem: LineSchedulingProblem, draws: dict[str, list[str]], tau: float) -> str:
-    """How far the preference of the model is from the one that `p_T` keeps."""
+    """The strength of the preference in the prior, in the exact target and in the model."""
     gap = {name: problem.preference_gap(problem.visit_shares(draws[name])) for name in ("prior", "model")}
     exact = problem.preference_gap(problem.marginals(tau))
     return (
-        f"preference for longer visits at some stations: {gap['prior']:.1f} minutes in the prior, {exact:.1f} in exact "
-        f"p_T, {gap['model']:.1f} in the model"
+        f"preference for longer visits at some stations: {gap['prior']:.1f} minutes in the prior, {exact:.1f} in the "
+        f"exact p_T, {gap['model']:.1f} in the model"
     )
 
 
 def draw_figure(
     problem: LineSchedulingProblem, draws: dict[str, list[str]], records: list[dict[str, Any]], path: Path
 ) -> None:
-    """Shares of visit lengths by station, under the prior, the model and exactly; and the run along its ladder."""
+    """Draw the shares of visit lengths by station for the prior, the model and the target; and metrics of the run."""
     with figure(path, [["prior", "model", EXACT], ["cost", "share", "mass"]], (13, 7)) as axes:
         for name in ("prior", "model", EXACT):
             shares = problem.visit_shares(draws[name])
@@ -71,7 +73,7 @@ def draw_figure(
             axes["cost"],
             records,
             {"objective_mean": "proposals", "sample_objective_mean": "samples"},
-            "mean wait (minutes)",
+            "mean waiting time (minutes)",
         )
         shares_of = {"success": "success", "acceptance_rate": "acceptance rate", "ess": "ESS / n"}
         plot_along_ladder(

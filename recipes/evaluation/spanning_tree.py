@@ -1,4 +1,4 @@
-"""How close a run came on a spanning-tree problem: as a table, as a figure, and in words."""
+"""The table and the figure that compare a run on spanning trees with the exact target."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def compare(
     strings: Enumeration | None,
     log_probs: dict[str, np.ndarray],
 ) -> Comparison:
-    """A column for each source of draws; where all strings are enumerated, exact distances beside what was drawn.
+    """A table with one column per source of draws. If all strings are enumerated, it contains exact distances.
 
     Args:
         problem: the graph.
-        draws: texts by source; one of them is `"model"`.
-        strings: every string of the problem, or `None` where they are too many.
-        log_probs: exact log-probabilities over `strings`, by source; `"exact p_T"` among them.
+        draws: drawn texts by source; one of the sources is `"model"`.
+        strings: every string of the problem; `None` if there are too many.
+        log_probs: exact log-probabilities over `strings`, by source; one of the sources is `"exact p_T"`.
     """
     table = Comparison(f"{len(draws['model']):,} draws each", list(draws))
     trees = {name: [text for text in texts if problem.cost_of(text) == 0] for name, texts in draws.items()}
@@ -53,22 +53,22 @@ def compare(
         table.add("KL(p_T || ·) in nats, over all strings", kl)
         table.add("TV to p_T, over all strings", tv)
         row(
-            "TV to p_T of the draws, noise of counting included",
+            "TV to p_T of the draws, sampling noise included",
             lambda name: total_variation(p, strings.counts(draws[name]) / len(draws[name])),
         )
     return table
 
 
 def uncounted_trees(problem: SpanningTreeProblem, texts: Sequence[str], log_model: Sequence[float]) -> float:
-    """Nats by which a model's draws fall short of counting all spanning trees: log of Kirchhoff's number over theirs.
+    """The log ratio of the number of spanning trees (Kirchhoff) to the number estimated from a model's draws, nats.
 
-    The mean of `1/q(s)` over draws of `q`, with 0 for those that are no trees, is the number of the trees that `q`
-    reaches, whatever else it draws.
+    The mean of `1/q(s)` over draws of `q`, where draws that are not trees count as 0, estimates the number of trees
+    that `q` covers, whatever else it draws.
 
     Args:
         problem: the graph.
-        texts: plain draws of a model.
-        log_model: their log-probabilities under it, nats.
+        texts: uncorrected draws of a model `q`.
+        log_model: their log-probabilities under `q`, nats.
     """
     is_tree = np.array([problem.cost_of(text) == 0 for text in texts])
     if not is_tree.any():
@@ -80,14 +80,14 @@ def uncounted_trees(problem: SpanningTreeProblem, texts: Sequence[str], log_mode
 def draw_figure(
     problem: SpanningTreeProblem, draws: dict[str, list[str]], records: list[dict[str, Any]], path: Path
 ) -> None:
-    """The graph with learnt against exact marginals, and the run along its ladder."""
+    """Draw the graph with learned and exact edge marginals; and metrics of the run."""
     kirchhoff = problem.tree_marginals()
     trees = {name: [text for text in texts if problem.cost_of(text) == 0] for name, texts in draws.items()}
     marginals = {name: problem.marginals(found) for name, found in trees.items() if found and name != "exact p_T"}
     with figure(path, [["graph", "graph", "scatter"], ["cost", "share", "mass"]], (13, 8)) as axes:
-        learnt = marginals.get("corrected", np.zeros(len(problem.edges)))
+        learned = marginals.get("corrected", np.zeros(len(problem.edges)))
         pairs = [(problem.nodes[a], problem.nodes[b]) for a, b in problem.edges]
-        plot_edge_marginals(axes["graph"], problem.to_networkx(), dict(zip(pairs, learnt)), kirchhoff)
+        plot_edge_marginals(axes["graph"], problem.to_networkx(), dict(zip(pairs, learned)), kirchhoff)
         plot_marginals(axes["scatter"], marginals, kirchhoff)
         plot_along_ladder(
             axes["cost"], records, {"objective_mean": "proposals", "sample_objective_mean": "samples"}, "mean cost d"
@@ -98,5 +98,5 @@ def draw_figure(
             "ess": "ESS / n",
             "distinct_proposals": "distinct",
         }
-        plot_along_ladder(axes["share"], records, shares, "shares of a rung's proposals")
+        plot_along_ladder(axes["share"], records, shares, "share of the rung's proposals")
         plot_along_ladder(axes["mass"], records, {"missing_mass": "missing mass"}, "missing mass (nats)")

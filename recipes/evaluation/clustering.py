@@ -1,4 +1,4 @@
-"""How the partitions that a model draws compare with k-means."""
+"""The table and the figure that compare the partitions drawn by a model with those of k-means."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ KMEANS = "k-means"
 
 
 def kmeans_draws(problem: ClusteringProblem, count: int) -> list[str]:
-    """Single runs of scikit-learn's k-means, each from a start of its own."""
+    """Partitions from single runs of scikit-learn's k-means, each from its own random start."""
     return [problem.to_text(problem.kmeans(runs=1, seed=seed).labels_.tolist()) for seed in range(count)]
 
 
 def compare(problem: ClusteringProblem, draws: dict[str, list[str]]) -> Comparison:
-    """A column for each source of partitions, k-means being one of them."""
+    """A table with one column per source of partitions; one of them is k-means."""
     counts = ", ".join(f"{len(texts):,} of {name}" for name, texts in draws.items())
     table = Comparison(f"draws: {counts}", list(draws))
     labels = {name: [problem.parse(text) for text in texts] for name, texts in draws.items()}
@@ -50,7 +50,7 @@ def compare(problem: ClusteringProblem, draws: dict[str, list[str]]) -> Comparis
 def draw_figure(
     problem: ClusteringProblem, draws: dict[str, list[str]], records: list[dict[str, Any]], path: Path
 ) -> None:
-    """The points with their species, the best partition of k-means and of the chains; and the run along its ladder."""
+    """Draw the points by species and by the best partitions of k-means and corrected draws; and metrics of the run."""
     flat = PCA(2).fit_transform(problem.points)
     best = {name: problem.parse(min(draws[name], key=problem.cost_of)) for name in (KMEANS, "corrected")}
     panels = {"species": problem.species, **{name: labels for name, labels in best.items() if labels is not None}}
@@ -65,7 +65,7 @@ def draw_figure(
             title = "species; lines are must-links" if name == "species" else f"best partition of {name}"
             axes[name].set(xlabel="first principal component", ylabel="second principal component", title=title)
         costs = {"objective_mean": "proposals", "sample_objective_mean": "samples", "objective_best": "best"}
-        plot_along_ladder(axes["cost"], records, costs, "cost d (tenths of W* above W*)")
+        plot_along_ladder(axes["cost"], records, costs, "cost d = 10 (W / W* - 1)")
         shares = {"acceptance_rate": "acceptance rate", "ess": "ESS / n", "distinct_samples": "distinct samples"}
         plot_along_ladder(axes["share"], records, shares, "share")
         plot_along_ladder(axes["mass"], records, {"missing_mass": "missing mass"}, "missing mass (nats)")

@@ -1,0 +1,91 @@
+"""The prior of a problem: a small model trained on the spot, or any causal language model after a LoRA warm-up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional, cast
+
+import numpy as np
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from trl import ModelConfig, get_peft_config, get_quantization_config
+
+from aldrift_hf.models.loading import NO_FOREIGN_CODE, own_device
+from aldrift_hf.models.prior import keep_four_bit_weights
+from aldrift_hf.toy import SmallPriorConfig, completion_ids, small_prior
+from problems.text_problem import TextProblem
+from problems.warm_up import warm_up
+
+
+@dataclass
+class RecipeModelConfig(ModelConfig):
+    """TRL's model settings. Without `model_name_or_path` the prior is a small model trained on the spot."""
+
+    use_peft: bool = field(
+        default=True, metadata={"help": "Train a LoRA adapter; --no_use_peft fine-tunes the small model in full."}
+    )
+    lora_target_modules: Optional[list[str]] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "LoRA target modules."}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "LoRA dropout."})
+    prior_layers: int = field(
+        default=2,
+        metadata={
+            "help": "Layers of the small model. Costs that depend on distant parts of a text, as on large graphs, need "
+            "more."
+        },
+    )
+    prior_steps: int = field(
+        default=800, metadata={"help": "Optimizer updates that train the small model, or the warm-up of another one."}
+    )
+
+
+def make_prior(
+    problem: TextProblem, model_config: RecipeModelConfig
+) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase, PeftConfig | None]:
+    """The prior of a problem, its tokenizer, and the adapter to train.
+
+    Args:
+        problem: the problem, whose local rule the prior learns.
+        model_config: which model, and which adapter.
+
+    Returns:
+        The model, its tokenizer, and the configuration of the adapter to add for training. It is `None` if the model
+        comes with an adapter, or is to be fine-tuned in full.
+
+    Raises:
+        SystemExit: if a model is given by name without an adapter, so that it cannot be warmed up.
+    """
+    peft_config = get_peft_config(model_config)
+    steps = model_config.prior_steps
+    if model_config.model_name_or_path is None:
+        size = SmallPriorConfig(layers=model_config.prior_layers, steps=steps)
+        model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, size)
+        if peft_config is not None:
+            peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
+        return model, tokenizer, peft_config
+    if peft_config is None:
+        raise SystemExit("a model given by name is warmed up with LoRA: leave out --no_use_peft")
+    name = model_config.model_name_or_path
+    source = {"revision": model_config.model_revision, **NO_FOREIGN_CODE}
+    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **source))
+    quantization = get_quantization_config(model_config)
+    model = AutoModelForCausalLM.from_pretrained(
+        name,
+        **source,
+        dtype=model_config.dtype,
+        attn_implementation=model_config.attn_implementation,
+        quantization_config=quantization,
+        device_map=own_device() if quantization is not None else None,
+    )
+    keep_four_bit_weights(model)
+    peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
+    fitted = warm_up(
+        model, tokenizer, problem.random_texts, peft_config, steps=steps, batch_size=16, learning_rate=2e-4
+    )
+    return fitted, tokenizer, None
+
+
+def longest_completion(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The number of tokens of the longest of 1,000 random strings, including the end-of-text token."""
+    return max(map(len, completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)))
