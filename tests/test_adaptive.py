@@ -7,7 +7,7 @@ from conftest import count_a, lora_config, tiny_gpt2
 
 from aldrift_hf import ALDRIFTTrainer
 
-ADAPTIVE = {"ladder": "adaptive", "tau_step": None, "num_chains": 64, "updates_per_rung": 8}
+ADAPTIVE = {"ladder": "adaptive", "tau_step": None, "num_generations": 256, "updates_per_rung": 8}
 
 
 def trainer_of(settings, tokenizer):
@@ -22,7 +22,7 @@ def test_it_climbs_to_the_target(sampler, config, tokenizer):
     settings = {**ADAPTIVE, "updates_per_rung": 24, "per_device_train_batch_size": 16}
     trainer = trainer_of(config(**settings, sampler=sampler, ess_threshold=0.6, tau_max=3.0), tokenizer)
     trainer.train()
-    records = trainer.progress.records
+    records = trainer.record.rungs
     taus = [record["tau"] for record in records]
     assert len(taus) >= 2
     assert taus[-1] == 3.0, "the end is T exactly, and is learnt once"
@@ -42,7 +42,7 @@ def test_it_says_when_it_cannot_move(config, tokenizer, caplog):
     """Nothing is learnt, and so the draws of the prior never allow the second step."""
     trainer = trainer_of(config(**ADAPTIVE, ess_threshold=0.9, tau_max=3.0, learning_rate=0.0), tokenizer)
     trainer.train()
-    taus = [record["tau"] for record in trainer.progress.records]
+    taus = [record["tau"] for record in trainer.record.rungs]
     assert 0 < taus[0] < 1
     assert len(set(taus[-3:])) == 1
     assert taus[-1] < 3.0
@@ -51,20 +51,20 @@ def test_it_says_when_it_cannot_move(config, tokenizer, caplog):
 
 
 def test_a_number_of_rungs_is_kept(config, tokenizer):
-    trainer = trainer_of(config(**ADAPTIVE, ess_threshold=0.3, tau_max=0.2, num_train_epochs=3), tokenizer)
+    trainer = trainer_of(config(**ADAPTIVE, ess_threshold=0.3, tau_max=0.2, num_rungs=3), tokenizer)
     trainer.train()
-    assert [record["tau"] for record in trainer.progress.records] == [0.2] * 3, "further rungs stay at T"
+    assert [record["tau"] for record in trainer.record.rungs] == [0.2] * 3, "further rungs stay at T"
 
 
 def test_resumed_at_the_end_nothing_is_left_to_do(config, tokenizer, tmp_path):
     settings = {**ADAPTIVE, "ess_threshold": 0.5, "tau_max": 1.0, "save_strategy": "epoch", "save_total_limit": None}
     trainer = trainer_of(config(**settings), tokenizer)
     trainer.train()
-    taus = [record["tau"] for record in trainer.progress.records]
+    taus = [record["tau"] for record in trainer.record.rungs]
     for step in sorted({8, trainer.state.global_step}):
         resumed = trainer_of(config(**settings, output_dir=str(tmp_path / f"from-{step}")), tokenizer)
         resumed.train(resume_from_checkpoint=str(tmp_path / "out" / f"checkpoint-{step}"))
-        assert [record["tau"] for record in resumed.progress.records] == taus
+        assert [record["tau"] for record in resumed.record.rungs] == taus
         assert resumed.state.global_step == trainer.state.global_step
 
 

@@ -130,13 +130,13 @@ def test_a_run_fits_an_adapter_and_leaves_the_prior_alone(model, config, tokeniz
     trainer = ALDRIFTTrainer(
         model,
         count_a,
-        config(num_train_epochs=1, max_completion_length=MAX_LENGTH),
+        config(num_rungs=1, max_completion_length=MAX_LENGTH),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=targets),
     )
     trainer.train()
     learnt = log_probs(base_model(trainer.model), [EOS], every_completion())
-    with inference(trainer.model), trainer.proposer.prior.active(trainer.model) as prior_model:
+    with inference(trainer.model), trainer.rollout.prior.active(trainer.model) as prior_model:
         after = log_probs(prior_model, [EOS], every_completion())
     assert torch.allclose(after, before, rtol=0, atol=1e-5)  # Mamba takes another path beside an adapter, by rounding
     assert (learnt - before).abs().max() > 1e-3

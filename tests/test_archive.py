@@ -7,8 +7,9 @@ import torch
 from conftest import count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
 
 from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.algorithm import diagnostics, samplers
+from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive
+from aldrift_hf.algorithm.samplers.kernels import systematic_resample
 from aldrift_hf.models import snapshots
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.types import Completions, Proposals, join_rungs
@@ -35,10 +36,10 @@ def draws(model, count, prompts=1):
     return Proposals(
         rows,
         completions,
-        [str(event) for event in events.tolist()],
         COST[events].view(shape),
         PRIOR.log()[events].view(shape),
         MODELS[model].log()[events].view(shape),
+        [str(event) for event in events.tolist()],
     )
 
 
@@ -87,7 +88,7 @@ def test_weights_are_bounded_by_the_priors_share():
 def test_resampled_draws_follow_the_target():
     """Systematic resampling keeps each event's number within one of its share, whatever the number of its copies."""
     pool = filled()[0].mixture()
-    index = samplers.systematic_resample(pool.log_weight(1.0), 1000, torch.Generator().manual_seed(0))
+    index = systematic_resample(pool.log_weight(1.0), 1000, torch.Generator().manual_seed(0))
     events = pool.completions.ids[index[0], 0]
     target = PRIOR * torch.exp(-COST)
     assert (events.bincount(minlength=4) / 1000) == pytest.approx(target / target.sum(), abs=0.02)
@@ -112,13 +113,16 @@ def test_beyond_the_window_the_oldest_rung_but_the_first_is_forgotten():
 
 def test_rungs_are_joined_by_prompt():
     parts = [draws(0, 8, prompts=2), draws(2, 4, prompts=2)]
+    # Numbers of their own tell the draws apart: 0, 1, … on the first rung, 100, 101, … on the second.
     parts = [
-        replace(part, texts=[f"{number}:{i}" for i in range(len(part.texts))]) for number, part in enumerate(parts)
+        replace(part, completions=Completions(100 * number + torch.arange(len(part))[:, None], part.completions.length))
+        for number, part in enumerate(parts)
     ]
     joined = join_rungs(parts)
     assert joined.rows.tolist() == [0] * 12 + [1] * 12
-    assert joined.texts[:12] == [f"0:{i}" for i in range(8)] + [f"1:{i}" for i in range(4)]
-    assert joined.texts[12:] == [f"0:{i}" for i in range(8, 16)] + [f"1:{i}" for i in range(4, 8)]
+    assert joined.completions.ids[:12, 0].tolist() == [*range(8), *range(100, 104)]
+    assert joined.completions.ids[12:, 0].tolist() == [*range(8, 16), *range(104, 108)]
+    assert joined.texts is None, "texts are decoded again where they are wanted"
     assert joined.completions.ids[:, 0].tolist() == [
         int(event) for prompt in range(2) for part in parts for event in part.completions.ids.view(2, -1)[prompt]
     ]
@@ -129,9 +133,9 @@ def test_rungs_are_joined_by_prompt():
 def test_to_tensors_and_back():
     archive = filled(prompts=2)[0]
     again = Archive(16)
-    again.load(archive.tensors(), lambda completions: [str(event) for event in completions.ids[:, 0].tolist()])
+    again.load_state_dict(archive.state_dict())
     assert torch.equal(again.mixture().log_model, archive.mixture().log_model)
-    assert again.mixture().texts == archive.mixture().texts
+    assert torch.equal(again.mixture().completions.ids, archive.mixture().completions.ids)
     assert torch.equal(again.mixture().rows, archive.mixture().rows)
     assert again.snapshots == archive.snapshots
     for ours, theirs in zip(again.rungs, archive.rungs):
@@ -167,7 +171,7 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
     """Every column is the log-probability under the model that drew that rung; log Z is that of the target."""
     model = tiny_gpt2()
     prior = tiny_gpt2()
-    settings = config(sampler="archive", num_chains=128, tau_max=1.5, tau_step=0.5)
+    settings = config(sampler="archive", num_generations=512, tau_max=1.5, tau_step=0.5)
     trainer = ALDRIFTTrainer(
         model,
         count_a,
@@ -177,36 +181,36 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
         peft_config=lora_config(model) if peft else None,
     )
     trainer.train()
-    archive = trainer.archive
+    archive = trainer.sampler.archive
     assert len(archive.rungs) == 3
     assert archive.snapshots[0] == {}, "the first rung's model is the prior"
     for number, snapshot in enumerate(archive.snapshots):
         for rung, log_q in zip(archive.rungs, archive.log_q):
-            for prompt, ids in enumerate(trainer.prompts.token_ids):
+            for prompt, ids in enumerate(trainer.inputs.prompts.token_ids):
                 drawn = rung.completions.select(torch.arange(len(rung.rows))[rung.rows == prompt])
                 with snapshots.loaded(trainer.model, snapshot):
                     expected = log_probs(prior if number == 0 else base_model(trainer.model), ids, drawn)
                 assert log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
     completions = every_completion()
     cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
-    exact = [(log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item() for ids in trainer.prompts.token_ids]
+    exact = [(log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item() for ids in trainer.inputs.prompts.token_ids]
     log_weight = archive.mixture().log_weight(1.5)
     error = (1 / diagnostics.effective_sample_size(log_weight) - 1).sqrt() / log_weight.shape[1] ** 0.5
-    assert ((torch.tensor(trainer.progress.log_z) - torch.tensor(exact)).abs() <= 5 * error).all()
-    record = trainer.progress.records[-1]
+    assert ((torch.tensor(trainer.record.log_z) - torch.tensor(exact)).abs() <= 5 * error).all()
+    record = trainer.record.rungs[-1]
     assert record["archive_draws"] == 3 * 128 * 4
     assert 0 < record["archive_ess"] <= 1
-    assert record["log_z"] == pytest.approx(sum(trainer.progress.log_z) / 2)
+    assert record["log_z"] == pytest.approx(sum(trainer.record.log_z) / 2)
 
 
 def test_samples_from_the_archive(config, tokenizer):
     """Resampled from the run's own proposals by their weights for T: no draw is made, no objective is called."""
     model = tiny_gpt2()
-    settings = config(sampler="archive", num_chains=128)
+    settings = config(sampler="archive", num_generations=512)
     trainer = ALDRIFTTrainer(
         model, count_a, settings, train_dataset=["", "a b"], processing_class=tokenizer, peft_config=lora_config(model)
     )
-    with pytest.raises(ValueError, match="train with sampler='archive' first"):
+    with pytest.raises(ValueError, match=r"train with a sampler that keeps them \(sampler='archive'\) first"):
         trainer.sample(10, correction="archive")
     trainer.train()
     calls = trainer.objective.calls
@@ -216,7 +220,7 @@ def test_samples_from_the_archive(config, tokenizer):
         trainer.sample(10, prompts=["b"], correction="archive")
     with pytest.raises(ValueError, match="correction must be"):
         trainer.sample(10, correction="gibbs")
-    pool = trainer.archive.mixture()
+    pool = trainer.sampler.archive.mixture()
     assert drawn["prompt"] == [""] * 20_000 + ["a b"] * 20_000
     for prompt in range(2):
         expected = pool.log_weight(1.5)[prompt].softmax(0) @ pool.objective[prompt]
@@ -226,7 +230,7 @@ def test_samples_from_the_archive(config, tokenizer):
 
 def test_smoothed_weights_are_the_ones_drawn_by(config, tokenizer, monkeypatch):
     model = tiny_gpt2()
-    settings = config(sampler="archive", num_chains=128, pareto_smoothing=True)
+    settings = config(sampler="archive", num_generations=512, pareto_smoothing=True)
     trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
     # All weight on the first proposal: no tie of these tiny weights keeps the real smoothing from showing.
     only = lambda log_weight: torch.where(torch.arange(log_weight.shape[-1]) == 0, 0.0, -torch.inf)[None]  # noqa: E731
@@ -243,8 +247,8 @@ def test_a_second_training_starts_a_new_archive(config, tokenizer):
     )
     trainer.train()
     trainer.train()
-    assert len(trainer.archive.rungs) == 3
-    assert trainer.archive.snapshots[0], "a fine-tuned model, kept as such"
+    assert len(trainer.sampler.archive.rungs) == 3
+    assert trainer.sampler.archive.snapshots[0], "a fine-tuned model, kept as such"
 
 
 def test_smoothing_is_for_the_archive(config):

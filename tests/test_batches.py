@@ -7,7 +7,6 @@ from conftest import EOS, count_a, every_completion, log_probs, lora_config, tin
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models import batching as batches
 from aldrift_hf.models.batching import Batches, fitting
-from aldrift_hf.trainer import checkpoints
 
 
 def out_of_memory_above(limit, done):
@@ -51,13 +50,13 @@ def test_one_row_that_does_not_fit_is_an_error_and_so_is_any_other():
 def test_the_guess_is_the_rows_whose_cache_fits(monkeypatch):
     """By hand: a tiny Llama caches 2 layers × 1 head × 8 numbers, keys and values, 4 bytes each: 128 bytes a token."""
     monkeypatch.setattr(batches, "_free_memory", lambda device: 100 * 128 * 50)
-    monkeypatch.setattr(batches, "SHARE", 1.0)
+    monkeypatch.setattr(batches, "MEMORY_SHARE", 1.0)
     assert fitting(tiny_llama(), tokens=50) == 64
     assert fitting(tiny_llama(), tokens=5) == 512
-    assert fitting(tiny_llama(), tokens=1) == batches.MOST
+    assert fitting(tiny_llama(), tokens=1) == batches.MAX_BATCH_SIZE
     assert fitting(tiny_llama(), tokens=10**9) == 1
     monkeypatch.undo()
-    assert fitting(tiny_gpt2(), tokens=10) == batches.MOST, "a tiny model fits into this machine"
+    assert fitting(tiny_gpt2(), tokens=10) == batches.MAX_BATCH_SIZE, "a tiny model fits into this machine"
 
 
 @pytest.mark.parametrize("sampler", ["metropolis_hastings", "archive"])
@@ -67,7 +66,10 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, token
     for name in ("enough", "short"):
         model = tiny_gpt2()
         settings = config(
-            output_dir=str(tmp_path / name), generation_batch_size=None, sampler=sampler, save_strategy="epoch"
+            output_dir=str(tmp_path / name),
+            per_device_generation_batch_size=None,
+            sampler=sampler,
+            save_strategy="epoch",
         )
         trainer = ALDRIFTTrainer(
             model, count_a, settings, train_dataset=["", "a b"], processing_class=tokenizer,
@@ -84,15 +86,16 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, token
             monkeypatch.setattr(model, "generate", short_of_memory)
         trainer.train()
         runs[name] = trainer
-    assert runs["enough"].proposer.batches == Batches(batches.MOST, fixed=False)
-    assert runs["short"].proposer.batches == Batches(8, fixed=False)
+    assert runs["enough"].rollout.batches == Batches(batches.MAX_BATCH_SIZE, fixed=False)
+    assert runs["short"].rollout.batches == Batches(8, fixed=False)
     scores = [log_probs(run.model.get_base_model(), [EOS], every_completion()) for run in runs.values()]
     assert torch.allclose(*scores, atol=1e-4)
     for key in ("objective_mean", "distinct_proposals", "objective_calls", "sample_objective_mean"):
-        assert [record[key] for record in runs["enough"].progress.records] == [
-            record[key] for record in runs["short"].progress.records
+        assert [record[key] for record in runs["enough"].record.rungs] == [
+            record[key] for record in runs["short"].record.rungs
         ], key
     trainer = runs["short"]
     folder = str(tmp_path / "short" / "checkpoint-12")
-    saved = checkpoints.load(folder, trainer.samples, trainer.objective, trainer._must_agree())
-    assert saved.batches == Batches(8, fixed=False), "a resumed run would draw in other batches"
+    trainer.rollout.batches = None
+    trainer.checkpointer.read(folder)
+    assert trainer.rollout.batches == Batches(8, fixed=False), "a resumed run would draw in other batches"

@@ -7,11 +7,13 @@ import torch
 from conftest import EOS, every_completion, log_probs, tiny_gpt2
 from test_exactness import STEPS, TAU, fixed_model
 
-from aldrift_hf.models import generation as proposals
+from aldrift_hf.models import generation
+from aldrift_hf.models.batching import Batches
+from aldrift_hf.models.engines import transformers as engine
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p
-from aldrift_hf.trainer import rollout as proposer
+from aldrift_hf.trainer import rollout
 
 
 def cached_log_probs(model, prompt, completions):
@@ -38,14 +40,14 @@ def test_corrected_draws_are_from_the_target_up_to_rounding(kind, config, tokeni
     for seed in range(3):
         trainer, completions, cost, _ = fixed_model(kind, config, tokenizer, ["", "b"], seed, bf16=True)
         drawn = trainer.sample(1000, chain_length=STEPS)
-        texts = trainer.proposer.decode(completions)
+        texts = trainer.rollout.decode(completions)
         names = sorted(set(texts))
         place = torch.tensor([names.index(text) for text in texts])
-        for number, prompt in enumerate(trainer.prompts.token_ids):
+        for number, prompt in enumerate(trainer.inputs.prompts.token_ids):
             with inference(trainer.model), trainer.accelerator.autocast():
                 log_q = log_probs(base_model(trainer.model), prompt, completions)
                 delta = cached_log_probs(base_model(trainer.model), prompt, completions) - log_q
-                with trainer.proposer.prior.active(trainer.model) as prior_model:
+                with trainer.rollout.prior.active(trainer.model) as prior_model:
                     log_prior = log_probs(prior_model, prompt, completions)
             target = torch.zeros(len(names), dtype=torch.float64)
             target.index_add_(0, place, (log_prior - TAU * cost).softmax(0))
@@ -62,20 +64,21 @@ def test_corrected_draws_are_from_the_target_up_to_rounding(kind, config, tokeni
 def test_log_q_is_generations_only_where_it_is_the_scorers(config, tokenizer, monkeypatch, off_by, exact):
     """To a thousandth of a nat, seen on a few rows of every batch; otherwise all are scored, as bf16 may need it."""
     trainer, completions, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
-    trainer.args.generation_batch_size = 100
+    trainer.rollout.batches = Batches(100, fixed=True)
     scored = []
 
     def off(*args):
-        drawn = proposals.generate(*args)
+        drawn = generation.generate(*args)
         return drawn._replace(log_probs=drawn.log_probs + off_by)
 
     def counted(model, prompts, *args, **kwargs):
         scored.append(len(prompts))
         return sequence_logprobs(model, prompts, *args, **kwargs)
 
-    monkeypatch.setattr(proposer, "generate", off)
-    monkeypatch.setattr(proposer, "sequence_logprobs", counted)
-    drawn, _ = trainer.proposer.propose(trainer.prompts, 400, (1,))
+    monkeypatch.setattr(engine, "generate", off)
+    for module in (engine, rollout):
+        monkeypatch.setattr(module, "sequence_logprobs", counted)
+    drawn = trainer.rollout.propose(trainer.inputs.prompts, 400, (1,))
     assert sorted(scored) == ([8] * 4 + [100] * 4 if exact else [8] * 4 + [100] * 8), "the prior's, and the policy's"
     log_q = log_probs(base_model(trainer.model), [EOS], completions)
     place = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
@@ -88,12 +91,12 @@ def test_generation_that_does_not_draw_what_is_scored_is_an_error(config, tokeni
     trainer, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
 
     def wrong(*args):
-        drawn = proposals.generate(*args)
+        drawn = generation.generate(*args)
         return drawn._replace(log_probs=drawn.log_probs - 0.5)
 
-    monkeypatch.setattr(proposer, "generate", wrong)
-    with pytest.raises(RuntimeError, match="generates with other probabilities"):
-        trainer.proposer.propose(trainer.prompts, 40, (1,))
+    monkeypatch.setattr(engine, "generate", wrong)
+    with pytest.raises(RuntimeError, match="has other probabilities than its forward pass"):
+        trainer.rollout.propose(trainer.inputs.prompts, 40, (1,))
 
 
 def test_scores_under_autocast_are_normalised_and_are_not_those_of_fp32():

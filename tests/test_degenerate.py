@@ -31,7 +31,7 @@ def constant(cost):
 def check_finite(trainer, infinite=()):
     """All of a run's figures are numbers, but for those that have no meaning in it, and so are the parameters."""
     without_meaning = {"khat", "archive_khat", "acceptance_rate", *infinite}
-    for figures in [*trainer.progress.records, trainer.record.metrics]:
+    for figures in [*trainer.record.rungs, trainer.record.metrics]:
         assert [name for name, value in figures.items() if not math.isfinite(value)] == [
             name for name in figures if name in without_meaning and not math.isfinite(figures[name])
         ]
@@ -62,7 +62,7 @@ def test_nothing_is_better_than_the_worst(make, sampler, ladder, objective_range
     assert caplog.text.count(words) == 2  # of the first rung to give rise to it, and of the final model
     assert "let it give partial credit" in caplog.text
     check_finite(trainer)
-    assert trainer.progress.tau == 1.5
+    assert trainer.run.state.ladder.tau == 1.5
     assert sum(words in warning for warning in health.warnings(RunRecord.read(trainer.args.output_dir))) == 1
 
 
@@ -99,7 +99,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
     trainer = make(flaky, objective_on_error="worst", per_device_generation_batch_size=8)
     trainer.train()
     assert (
-        0 < trainer.progress.records[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
+        0 < trainer.record.rungs[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
     )
     assert "could not be evaluated and cost 3" in caplog.text
     assert "no answer" in caplog.text
@@ -113,7 +113,7 @@ def test_one_draw_carries_all_weight_and_chains_accept_nothing(make, caplog):
     few = {"num_generations": 4, "chain_length": 4, "tau_max": 1.0, "tau_step": 1.0, "num_rungs": 1}
     for seed in range(100):  # until the first proposal is like no other
         looked_at = make(seed=seed, **few)
-        first, *others = looked_at.proposer.propose(looked_at.prompts, 4, (0, 0))[0].texts
+        first, *others = looked_at.rollout.propose(looked_at.inputs.prompts, 4, (0, 0)).texts
         if first not in others:
             break
 
@@ -122,7 +122,7 @@ def test_one_draw_carries_all_weight_and_chains_accept_nothing(make, caplog):
 
     trainer = make(only_the_first, objective_range=50.0, seed=seed, **few)
     trainer.train()
-    (rung,) = trainer.progress.records
+    (rung,) = trainer.record.rungs
     assert rung["acceptance_rate"] == 0
     assert rung["ess"] == pytest.approx(1 / 4)
     assert "a rung's proposals are worth 1.0 independent draws a prompt. Take smaller steps" in caplog.text
@@ -158,23 +158,23 @@ def test_a_token_of_probability_zero_under_model_and_prior(make, sampler, loss_t
 @pytest.mark.parametrize("sampler", ["metropolis_hastings", "archive", "reweight"])
 def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     trainer = make(adapter=False, sampler=sampler, chain_length=16, learning_rate=1e-3)
-    mask(trainer.proposer.prior.model, [3])
+    mask(trainer.rollout.prior.model, [3])
     trainer.train()
     check_finite(trainer, infinite=["kl"])  # of a model that writes what its target never does: it is
-    (rung, *_) = trainer.progress.records
+    (rung, *_) = trainer.record.rungs
     assert (
         f"{rung['excluded']:.1%} of the draws have probability 0 under the prior. The model writes what" in caplog.text
     )
     assert any("have probability 0 under the prior" in warning for warning in health.warnings(trainer.record))
     if sampler != "reweight":
-        learnt = trainer.proposer.decode(trainer.samples.completions)
+        learnt = trainer.rollout.decode(trainer.run.samples.samples.completions)
         assert not any("b" in text for text in learnt)
 
 
 def test_a_prior_that_excludes_all_draws(make):
     trainer = make(adapter=False)
     mask(trainer.model, [1])
-    mask(trainer.proposer.prior.model, [0, 2, 3, 4])
+    mask(trainer.rollout.prior.model, [0, 2, 3, 4])
     with pytest.raises(FloatingPointError, match="1 of 1 prompts have no proposal that the prior can write"):
         trainer.train()
 
@@ -195,14 +195,14 @@ def test_half_precision_overflows(make, adapter):
     with pytest.raises(FloatingPointError, match=r"no token can be drawn.*float16.*'dtype': 'bfloat16'"):
         make(never, copy.deepcopy(model).half(), adapter).train()
     in_full = make(model=model, adapter=adapter)
-    in_full.proposer.propose(in_full.prompts, 4, (0, 0))
+    in_full.rollout.propose(in_full.inputs.prompts, 4, (0, 0))
 
 
 def test_log_probabilities_that_are_none_are_refused_before_they_are_priced(make):
     """Where the first tokens are well and later ones are not."""
     for broken, who in (("policy", "the model"), ("prior", "the prior")):
         trainer = make(never, adapter=False)
-        model = trainer.model if broken == "policy" else trainer.proposer.prior.model
+        model = trainer.model if broken == "policy" else trainer.rollout.prior.model
         with torch.no_grad():
             model.transformer.wpe.weight[3] = math.nan  # of the third token
         with pytest.raises(FloatingPointError, match=f"have log-probability nan under {who}: they cannot be weighted"):

@@ -37,8 +37,8 @@ def cost(prompts, completions):
 
 model = tiny_gpt2()
 config = ALDRIFTConfig(
-    output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_chains=32, chain_length=4,
-    max_completion_length=3, generation_batch_size=None if "--short" in sys.argv else 16,
+    output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_generations=128, chain_length=4,
+    max_completion_length=3, per_device_generation_batch_size=None if "--short" in sys.argv else 16,
     per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
     use_cpu=True, save_strategy="steps", save_steps=6,
     sampler="archive" if "--archive" in sys.argv else "metropolis_hastings",
@@ -65,7 +65,7 @@ def watched(model, inputs, items=None):
     return step(model, inputs, items)
 trainer.training_step = watched
 trainer.train(resume_from_checkpoint=resume)
-trainer.args.generation_batch_size = None if "--short" in sys.argv else 4096
+trainer.args.per_device_generation_batch_size = None if "--short" in sys.argv else 4096
 corrected = trainer.sample(20 if "--short" in sys.argv else 1500, chain_length=24)
 rank = trainer.args.process_index
 save_file({{name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items() if "lora_" in name}},
@@ -114,7 +114,7 @@ def test_the_first_rungs_proposals_do_not_depend_on_how_many_draw_them(runs):
         "proposals",
     ):
         assert one[key] == two[key], key
-    for key in ("log_z", "ess", "sft_loss"):
+    for key in ("log_z", "ess", "loss"):
         assert one[key] == pytest.approx(two[key], rel=1e-4), key
 
 

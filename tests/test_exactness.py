@@ -1,6 +1,7 @@
 """The trainer's chains against p_τ on a space where every sequence is enumerated."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from conftest import (
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.algorithm import diagnostics
+from aldrift_hf.algorithm.ladders import LadderState
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 
@@ -45,14 +47,14 @@ def fixed_model(kind, config, tokenizer, prompts=None, seed=0, **changes):
     trainer = ALDRIFTTrainer(
         model,
         count_a,
-        config(tau_max=TAU, seed=seed, generation_batch_size=4096, **changes),
+        config(tau_max=TAU, seed=seed, per_device_generation_batch_size=4096, **changes),
         train_dataset=prompts,
         processing_class=tokenizer,
         peft_config=peft_config,
     )
     completions = every_completion()
-    cost = torch.tensor(count_a([], trainer.proposer.decode(completions)), dtype=torch.float64)
-    priors = [log_probs(reference, ids, completions) for ids in trainer.prompts.token_ids]
+    cost = torch.tensor(count_a([], trainer.rollout.decode(completions)), dtype=torch.float64)
+    priors = [log_probs(reference, ids, completions) for ids in trainer.inputs.prompts.token_ids]
     move_within_reach(trainer, completions, cost, priors)
     return trainer, completions, cost, priors
 
@@ -66,7 +68,7 @@ def move_within_reach(trainer, completions, cost, priors):
         perturb(trainer.model, seed=11, scale=scale)
         ratios = [
             (log_prior - TAU * cost).log_softmax(0) - log_probs(base_model(trainer.model), ids, completions)
-            for ids, log_prior in zip(trainer.prompts.token_ids, priors)
+            for ids, log_prior in zip(trainer.inputs.prompts.token_ids, priors)
         ]
         if (1 - (-torch.stack(ratios).max()).exp()) ** (STEPS - 1) < 1e-2:
             return
@@ -76,7 +78,7 @@ def move_within_reach(trainer, completions, cost, priors):
 
 def text_target(trainer, completions, log_p):
     """The distribution over decoded texts: what a sample's row shows of its token sequence."""
-    texts = trainer.proposer.decode(completions)
+    texts = trainer.rollout.decode(completions)
     names = sorted(set(texts))
     probability = torch.zeros(len(names), dtype=torch.float64)
     for text, value in zip(texts, log_p.exp()):
@@ -104,7 +106,7 @@ def test_corrected_draws_are_from_the_target(kind, side, config, tokenizer):
             _, uncorrected = text_target(
                 trainer,
                 completions,
-                log_probs(base_model(trainer.model), trainer.prompts.token_ids[number], completions),
+                log_probs(base_model(trainer.model), trainer.inputs.prompts.token_ids[number], completions),
             )
             assert chi_square_p(counts, uncorrected) < 1e-5, "the model is the target: the test shows nothing"
 
@@ -124,9 +126,9 @@ def test_the_columns_of_a_draw_are_exact(kind, config, tokenizer):
     """log_prior is the passed-in model's, log_model the policy's: on tokens, in a batch with the others."""
     trainer, completions, cost, priors = fixed_model(kind, config, tokenizer, PROMPTS)
     drawn = trainer.sample(200, chain_length=2)
-    texts = trainer.proposer.decode(completions)
+    texts = trainer.rollout.decode(completions)
     for number, log_prior in enumerate(priors):
-        log_model = log_probs(base_model(trainer.model), trainer.prompts.token_ids[number], completions)
+        log_model = log_probs(base_model(trainer.model), trainer.inputs.prompts.token_ids[number], completions)
         for row in drawn.select(range(200 * number, 200 * number + 200)):
             same_text = [index for index, text in enumerate(texts) if text == row["completion"]]
             assert any(
@@ -140,7 +142,7 @@ def test_the_columns_of_a_draw_are_exact(kind, config, tokenizer):
 
 def test_log_z_meets_the_exact_sum(config, tokenizer):
     trainer, _, cost, priors = fixed_model("gpt2-adapter-off", config, tokenizer, PROMPTS)
-    proposals, _ = trainer.proposer.propose(trainer.prompts, 8000, (99,))
+    proposals = trainer.rollout.propose(trainer.inputs.prompts, 8000, (99,))
     log_weight = proposals.log_weight(TAU)
     exact = torch.stack([(log_prior - TAU * cost).logsumexp(0) for log_prior in priors])
     w = log_weight.exp()
@@ -150,7 +152,7 @@ def test_log_z_meets_the_exact_sum(config, tokenizer):
 
 def test_evaluation_meets_the_exact_divergences(config, tokenizer):
     trainer, completions, cost, (log_prior,) = fixed_model(
-        "gpt2-adapter-off", config, tokenizer, num_chains=5000, chain_length=4
+        "gpt2-adapter-off", config, tokenizer, num_generations=20000, chain_length=4
     )
     log_p = (log_prior - TAU * cost).log_softmax(0)
     log_q = log_probs(base_model(trainer.model), [EOS], completions)
@@ -159,7 +161,7 @@ def test_evaluation_meets_the_exact_divergences(config, tokenizer):
     assert metrics["eval_log_z"] == pytest.approx((log_prior - TAU * cost).logsumexp(0).item(), abs=0.03)
     assert metrics["eval_kl"] == pytest.approx((log_q.exp() * (log_q - log_p)).sum().item(), abs=0.03)
     assert metrics["eval_kl_forward"] == pytest.approx((log_p.exp() * (log_p - log_q)).sum().item(), abs=0.03)
-    texts = trainer.proposer.decode(completions)
+    texts = trainer.rollout.decode(completions)
     success = sum(value.item() for value, text in zip(log_q.exp(), texts) if count_a([], [text]) == [0.0])
     assert metrics["eval_success"] == pytest.approx(success, abs=0.02)
 
@@ -169,14 +171,13 @@ def test_only_the_correction_meets_the_target(sampler, meets, config, tokenizer)
     """The same problem, proposals and step: Metropolis-Hastings lands on p_τ, `reweight` and `top` beside it."""
     for seed in range(3):
         trainer, completions, cost, (log_prior,) = fixed_model(
-            "gpt2-adapter-off", config, tokenizer, None, seed, sampler=sampler, num_chains=2000, chain_length=STEPS
+            "gpt2-adapter-off", config, tokenizer, None, seed, sampler=sampler, num_generations=2000 * STEPS, chain_length=STEPS
         )
-        trainer.progress.objective_range = 3.0
-        trainer.progress.tau = 0.5
-        trainer.begin_rung(1)
-        assert trainer.progress.tau == TAU
+        trainer.run.state.ladder = replace(trainer.run.state.ladder, taus=(0.5,))
+        trainer.run.begin_rung()
+        assert trainer.run.state.ladder.tau == TAU
         index = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
-        drawn = [index[tuple(tokens)] for tokens in trainer.samples.completions.tokens()]
+        drawn = [index[tuple(tokens)] for tokens in trainer.run.samples.samples.completions.tokens()]
         counts = torch.tensor(drawn).bincount(minlength=len(cost))
         p_value = chi_square_p(counts, (log_prior - TAU * cost).softmax(0))
         assert p_value > 1e-4 if meets else p_value < 1e-8
@@ -185,7 +186,7 @@ def test_only_the_correction_meets_the_target(sampler, meets, config, tokenizer)
 def test_two_token_sequences_of_one_text_keep_their_own_weights(config, tokenizer):
     """The unknown token decodes to nothing, so many sequences share a text. Weights are the sequences' own."""
     trainer, *_ = fixed_model("gpt2-adapter-off", config, tokenizer)
-    proposals, _ = trainer.proposer.propose(trainer.prompts, 2000, (1,))
+    proposals = trainer.rollout.propose(trainer.inputs.prompts, 2000, (1,))
     by_text: dict[str, set[float]] = {}
     for text, value in zip(proposals.texts, proposals.log_prior.flatten().tolist()):
         by_text.setdefault(text, set()).add(round(value, 6))
@@ -199,14 +200,14 @@ def test_two_token_sequences_of_one_text_keep_their_own_weights(config, tokenize
 def test_a_collapsed_model_is_found_out(config, tokenizer, caplog):
     """A policy that all but stopped drawing most sequences: its own ESS is perfect, the missing mass is not."""
     trainer, completions, cost, (log_prior,) = fixed_model(
-        "gpt2-full", config, tokenizer, num_chains=500, chain_length=4
+        "gpt2-full", config, tokenizer, num_generations=2000, chain_length=4
     )
     head = trainer.model.get_output_embeddings()
     with torch.no_grad():  # the last layer's outputs are replaced by a constant: only the word `a` is left
         trainer.model.transformer.ln_f.weight.zero_()
         trainer.model.transformer.ln_f.bias.copy_(30 * head.weight[2] / head.weight[2].norm() ** 2)
     log_z = (log_prior - TAU * cost).logsumexp(0)
-    trainer.progress.log_z, trainer.progress.tau = [log_z.item()], TAU
+    trainer.run.state.ladder = LadderState(log_z[None], (TAU,))
     metrics = trainer.evaluate()
     log_q = log_probs(trainer.model, [EOS], completions)
     kept = log_q > math.log(1e-4)

@@ -32,16 +32,16 @@ def test_a_run_on_a_gpu(precision, sampler, config, tokenizer, tmp_path):
     trainer = ALDRIFTTrainer(
         model,
         count_a,
-        config(use_cpu=False, bf16=precision == "bf16", sampler=sampler, num_chains=64, generation_batch_size=None),
+        config(use_cpu=False, bf16=precision == "bf16", sampler=sampler, num_generations=256, per_device_generation_batch_size=None),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )
 
     def scores(prior):
-        with trainer.proposer.running(), inference(trainer.model):
+        with trainer.rollout.running(), inference(trainer.model):
             if not prior:
                 return log_probs(base_model(trainer.model), [EOS], every_completion())
-            with trainer.proposer.prior.active(trainer.model) as prior_model:
+            with trainer.rollout.prior.active(trainer.model) as prior_model:
                 return log_probs(prior_model, [EOS], every_completion())
 
     before = scores(prior=True)
@@ -51,8 +51,8 @@ def test_a_run_on_a_gpu(precision, sampler, config, tokenizer, tmp_path):
     log_q = scores(prior=False)
     assert log_q.exp().sum().item() == pytest.approx(1.0, abs=0.05 if precision == "bf16" else 1e-4)
     place = {tuple(tokens): row for row, tokens in enumerate(every_completion().tokens())}
-    proposals, _ = trainer.proposer.propose(trainer.prompts, 500, (9,))
+    proposals = trainer.rollout.propose(trainer.inputs.prompts, 500, (9,))
     drawn = torch.stack([log_q[place[tuple(tokens)]] for tokens in proposals.completions.tokens()])
     tolerance = 0.1 if precision == "bf16" else 2e-3
     assert torch.allclose(proposals.log_model[0], drawn, atol=tolerance)
-    assert proposals.objective.mean() < trainer.progress.records[0]["objective_mean"]
+    assert proposals.objective.mean() < trainer.record.rungs[0]["objective_mean"]

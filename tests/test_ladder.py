@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 
 from aldrift_hf.algorithm.diagnostics import effective_sample_size
-from aldrift_hf.algorithm.ladder import adaptive_tau, linear_ladder
+from aldrift_hf.algorithm.ladders.adaptive import adaptive_tau
+from aldrift_hf.algorithm.ladders.linear import linear_ladder
 
 
 def test_the_papers_steps():

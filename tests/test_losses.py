@@ -1,7 +1,6 @@
 """What a rung minimises: its value and its gradient, over every completion of a tiny vocabulary."""
 
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +9,15 @@ from evaluation.enumeration import kl_divergence
 from torch import nn
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.algorithm import losses
+from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
+from aldrift_hf.algorithm.losses.generalized_kl import log_reference
+from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
 from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import label_logprobs, without_dropout
 from aldrift_hf.trainer.samples import SampleCollator
 
 PROMPT = [2, 3]
+maximum_likelihood, generalized_kl = MaximumLikelihood(), GeneralizedKL()
 
 
 def batch(*completions, **densities):
@@ -25,7 +28,9 @@ def batch(*completions, **densities):
 
 
 def forward(model, inputs):
-    return model(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+    """Log-probabilities of the completions' tokens, as the trainer hands them to a loss."""
+    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    return label_logprobs(logits, inputs["labels"])
 
 
 def gradient(model, *values):
@@ -46,7 +51,7 @@ def weighted(function, model, weight, **densities):
     for row, share, *columns in zip(every_completion().tokens(), weight, *densities.values()):
         inputs = batch(row, **{name: [column] for name, column in zip(densities, columns)})
         named = {name: inputs[name] for name in densities}
-        total = total + share.item() * function(forward(model, inputs), inputs["labels"], 1, **named)
+        total = total + share.item() * function(forward(model, inputs), 1, **named)
     return total
 
 
@@ -63,7 +68,7 @@ def test_maximum_likelihood_is_total_nll_over_total_tokens():
     model, short, long = tiny_gpt2(), [2, 0], [4, 3, 4, 4, 2, 3]
 
     def loss(inputs, items):
-        return losses.maximum_likelihood(forward(model, inputs), inputs["labels"], items)
+        return maximum_likelihood(forward(model, inputs), items)
 
     together = gradient(model, loss(batch(short, long), 8))
     apart = gradient(model, loss(batch(short), 8), loss(batch(long), 8))
@@ -92,10 +97,10 @@ def test_its_mean_is_the_kl_divergence_and_its_gradient_that_of_maximum_likeliho
     """Under draws of `(p + q)/2`, where nothing is bounded: `Σ_s p log(p/q)`, and the gradient of `-Σ_s p log q`."""
     model, log_q, log_p = pair
     log_r = torch.logaddexp(log_p, log_q) - math.log(2)
-    value = weighted(losses.generalized_kl, model, log_r.exp(), log_target=log_p, log_reference=log_r)
+    value = weighted(generalized_kl, model, log_r.exp(), log_target=log_p, log_reference=log_r)
     assert value.item() == pytest.approx(kl_divergence(log_p.numpy(), log_q.numpy()), abs=1e-4)
     ours = gradient(model, value)
-    theirs = gradient(model, weighted(losses.maximum_likelihood, model, log_p.exp()))
+    theirs = gradient(model, weighted(maximum_likelihood, model, log_p.exp()))
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert theirs.abs().max() > 0.1
 
@@ -104,12 +109,11 @@ def test_a_draw_whose_probability_is_right_teaches_nothing(pair):
     """Each by itself, whatever the reference; maximum likelihood would raise it."""
     model, log_q, _ = pair
     inputs = all_rows(log_target=log_q, log_reference=log_q - torch.linspace(-5, 5, len(log_q)))
-    loss = losses.generalized_kl(
-        forward(model, inputs), inputs["labels"], 1, inputs["log_target"], inputs["log_reference"]
-    )
+    columns = {name: inputs[name] for name in ("log_target", "log_reference")}
+    loss = generalized_kl(forward(model, inputs), 1, **columns)
     assert loss.item() == pytest.approx(0, abs=1e-4)
     assert gradient(model, loss).abs().max() < 1e-3
-    assert gradient(model, losses.maximum_likelihood(forward(model, inputs), inputs["labels"], 1)).abs().max() > 1
+    assert gradient(model, maximum_likelihood(forward(model, inputs), 1)).abs().max() > 1
 
 
 @pytest.mark.parametrize("above", [1.0, -1.0, 200.0, -200.0, -math.inf])
@@ -123,7 +127,7 @@ def test_it_pulls_towards_the_target_and_is_bounded(pair, above, reference):
         logits[0, 0, 1] = math.log(math.expm1(-log_q))
     labels = torch.tensor([[-100, 0]])
     target, log_r = torch.tensor([log_q + above]), torch.tensor([log_q + reference])
-    loss = losses.generalized_kl(SimpleNamespace(logits=logits), labels, 1, target, log_r)
+    loss = generalized_kl(label_logprobs(logits, labels), 1, log_target=target, log_reference=log_r)
     loss.backward()
     # d log q / d logit_0 = 1 - q
     factor = -logits.grad[0, 0, 0].item() / -math.expm1(log_q)
@@ -134,7 +138,7 @@ def test_it_pulls_towards_the_target_and_is_bounded(pair, above, reference):
 
 def test_the_reference_is_half_target_half_proposals():
     log_p, log_q = torch.tensor([0.2, 0.7]).log(), torch.tensor([0.4, 0.1]).log()
-    assert losses.log_reference(log_p, log_q).exp().tolist() == pytest.approx([0.3, 0.4])
+    assert log_reference(log_p, log_q).exp().tolist() == pytest.approx([0.3, 0.4])
 
 
 @pytest.mark.parametrize("model", [tiny_gpt2(dropout=0.5), tiny_llama(dropout=0.5)], ids=["gpt2", "llama"])
@@ -143,7 +147,7 @@ def test_without_dropout(model):
     with torch.no_grad():
         exact = model(rows).logits
         assert not torch.equal(model.train()(rows).logits, exact)
-        losses.without_dropout(model)
+        without_dropout(model)
         assert torch.equal(model.train()(rows).logits, exact)
 
 
@@ -165,22 +169,22 @@ def trainer_of(settings: ALDRIFTConfig, tokenizer, dataset=None):
 def test_a_rungs_densities(config, tokenizer):
     """Every row of a rung carries `log p_τ` with the ladder's log Z, and the density of the draws it came from."""
     prompts = ["", "a b"]
-    trainer = trainer_of(config(sampler="archive", num_chains=64, updates_per_rung=8), tokenizer, prompts)
+    trainer = trainer_of(config(sampler="archive", num_generations=256, updates_per_rung=8), tokenizer, prompts)
     trainer.train()
-    samples, tau, prior = trainer.samples, trainer.progress.tau, tiny_gpt2()
-    pool = trainer.archive.mixture()
+    samples, tau, prior = trainer.run.samples, trainer.run.state.ladder.tau, tiny_gpt2()
+    pool = trainer.sampler.archive.mixture()
     mixture = {
         (row, *tokens): value
         for row, tokens, value in zip(pool.rows.tolist(), pool.completions.tokens(), pool.log_model.flatten().tolist())
     }
-    assert len(samples.rows) == len(samples) == 32
+    assert len(samples.samples.rows) == len(samples) == 32
     for position in range(32):
         item = samples[position]
-        row = trainer.prompts.token_ids.index(item["prompt"])
+        row = trainer.inputs.prompts.token_ids.index(item["prompt"])
         drawn = every_completion().tokens().index(item["completion"])
         log_prior = log_probs(prior, item["prompt"], every_completion())[drawn].item()
         cost = count_a([], [tokenizer.decode(item["completion"], skip_special_tokens=True)])[0]
-        log_p = log_prior - tau * cost - trainer.progress.log_z[row]
+        log_p = log_prior - tau * cost - trainer.record.log_z[row]
         assert float(item["log_target"]) == pytest.approx(log_p, abs=1e-4)
         log_r = math.log((math.exp(log_p) + math.exp(mixture[(row, *item["completion"])])) / 2)
         assert float(item["log_reference"]) == pytest.approx(log_r, abs=1e-4)
@@ -190,10 +194,10 @@ def test_it_learns_the_target_where_maximum_likelihood_memorises(config, tokeniz
     """Few draws, many updates: maximum likelihood fits the draws, the divergence fits p_T; exact KL tells."""
     distance = {}
     for loss_type in ("nll", "generalized_kl"):
-        settings = config(sampler="archive", loss_type=loss_type, num_chains=8, updates_per_rung=100)
+        settings = config(sampler="archive", loss_type=loss_type, num_generations=32, updates_per_rung=100)
         trainer = trainer_of(settings, tokenizer)
         trainer.train()
-        completions, start = every_completion(), trainer.prompts.token_ids[0]
+        completions, start = every_completion(), trainer.inputs.prompts.token_ids[0]
         cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
         log_p = (log_probs(tiny_gpt2(), start, completions) - 1.5 * cost).log_softmax(0)
         log_q = log_probs(base_model(trainer.model), start, completions)
@@ -204,24 +208,24 @@ def test_it_learns_the_target_where_maximum_likelihood_memorises(config, tokeniz
 
 def test_accumulated_batches_learn_as_one(config, tokenizer):
     """The Trainer hands the loss the tokens of the whole accumulated batch, and each row its own densities."""
-    same = {"sampler": "archive", "num_train_epochs": 1, "optim": "sgd"}
+    same = {"sampler": "archive", "num_rungs": 1, "optim": "sgd"}
     one = trainer_of(config(per_device_train_batch_size=8, **same), tokenizer)
     two = trainer_of(config(per_device_train_batch_size=2, gradient_accumulation_steps=4, **same), tokenizer)
     one.train()
     two.train()
     for ours, theirs in zip(one.model.parameters(), two.model.parameters()):
         assert torch.allclose(ours, theirs, atol=1e-6)
-    assert one.progress.records[0]["sft_loss"] == pytest.approx(two.progress.records[0]["sft_loss"], rel=1e-4)
+    assert one.record.rungs[0]["loss"] == pytest.approx(two.record.rungs[0]["loss"], rel=1e-4)
 
 
 def test_it_needs_the_archive(config):
-    with pytest.raises(ValueError, match="needs the densities of the archive's draws"):
+    with pytest.raises(ValueError, match="needs samples drawn in proportion to known weights"):
         config(loss_type="generalized_kl")
     with pytest.raises(ValueError, match="loss_type must be nll or generalized_kl"):
         config(loss_type="kl")
-    assert not config().learns_densities
-    assert config(sampler="archive").learns_densities
-    assert not config(sampler="archive", loss_type="nll").learns_densities
+    assert config().loss_for(MetropolisHastings) == "nll"
+    assert config(sampler="archive").loss_for(ArchiveSampler) == "generalized_kl"
+    assert config(sampler="archive", loss_type="nll").loss_for(ArchiveSampler) == "nll"
 
 
 def test_the_learning_rate_decays_at_the_end(config, tokenizer):

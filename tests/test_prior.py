@@ -16,7 +16,7 @@ MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
 def prior_scores(trainer):
-    with inference(trainer.model), trainer.proposer.prior.active(trainer.model) as model:
+    with inference(trainer.model), trainer.rollout.prior.active(trainer.model) as model:
         return log_probs(model, [EOS], every_completion())
 
 

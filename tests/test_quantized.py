@@ -48,7 +48,7 @@ def adapter():
 
 
 def prior_scores(trainer):
-    with inference(trainer.model), trainer.proposer.prior.active(trainer.model) as model:
+    with inference(trainer.model), trainer.rollout.prior.active(trainer.model) as model:
         return log_probs(model, [EOS], every_completion())
 
 

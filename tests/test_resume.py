@@ -39,8 +39,8 @@ def outcome(trainer):
         if "rung" in log
     ]
     state = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-    progress = trainer.progress
-    return state, (records, logs, progress.log_z, progress.proposals, trainer.objective.state_dict()["asked"].tolist())
+    reached, asked = trainer.run.state, trainer.objective.state_dict()["asked"].tolist()
+    return state, (records, logs, trainer.record.log_z, reached.ladder.taus, reached.proposals, asked)
 
 
 def assert_same(resumed, alone):
@@ -118,10 +118,10 @@ def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
     trainer.train()
     folder = os.path.join(trainer.args.output_dir, "checkpoint-12")
     other = trainer_of("adapter-off", config(updates_per_rung=5), tokenizer)
-    with pytest.raises(ValueError, match="2 prompts and 16 training rows a rung; this run has 2 and 20"):
+    with pytest.raises(ValueError, match="16 training rows per rung; this run has 20"):
         other.train(resume_from_checkpoint=folder)
     os.remove(os.path.join(folder, checkpoints.MANIFEST_FILE))
-    with pytest.raises(ValueError, match="it is not a checkpoint of ALDRIFTTrainer, or not a whole one: it has no"):
+    with pytest.raises(ValueError, match="it is not a complete checkpoint of ALDRIFTTrainer: it has no"):
         trainer.train(resume_from_checkpoint=folder)
 
 
@@ -131,12 +131,12 @@ def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
         ({"tau_max": 2.0}, r"tau_max = 1\.5, not 2\.0"),
         ({"objective_range": 4.0}, r"objective_range = 3\.0, not 4\.0"),
         ({"sampler": "archive"}, "sampler = 'metropolis_hastings', not 'archive'"),
-        ({"seed": 1, "num_chains": 8}, "num_chains = 16, not 8; .*seed = 42, not 1"),
+        ({"seed": 1, "num_generations": 32}, "num_generations = 64, not 32; .*seed = 42, not 1"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(config, tokenizer, change, said):
     trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer).train()
-    with pytest.raises(ValueError, match=f"was written under other settings than this run's: .*{said}"):
+    with pytest.raises(ValueError, match=f"was written with other settings than this run's: .*{said}"):
         trainer_of("adapter-off", config(**change), tokenizer).train(resume_from_checkpoint=True)
 
 
@@ -148,10 +148,10 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(config, tokenizer):
 
 
 def test_what_may_change_may_change(config, tokenizer):
-    trainer_of("adapter-off", config(save_strategy="epoch", num_train_epochs=2), tokenizer).train()
-    longer = trainer_of("adapter-off", config(learning_rate=1e-3, generation_batch_size=16), tokenizer)
+    trainer_of("adapter-off", config(save_strategy="epoch", num_rungs=2), tokenizer).train()
+    longer = trainer_of("adapter-off", config(learning_rate=1e-3, per_device_generation_batch_size=16), tokenizer)
     longer.train(resume_from_checkpoint=True)
-    assert longer.progress.rung == 2
+    assert longer.run.state.rung == 2
 
 
 def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenizer):
@@ -164,7 +164,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenize
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
         with pytest.raises(
-            ValueError, match=rf"checkpoint-12 .*{path.name} is not as .*newest good one is .*checkpoint-8"
+            ValueError, match=rf"checkpoint-12 .*{path.name} has changed since it was written.*newest undamaged one is .*checkpoint-8"
         ):
             trainer.train(resume_from_checkpoint=True)
         path.write_bytes(whole)
@@ -172,7 +172,7 @@ def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenize
     os.remove(newest / "optimizer.pt")
     assert checkpoints.damage(str(newest)) == "optimizer.pt is missing"
     (good / checkpoints.MANIFEST_FILE).write_text("{")
-    with pytest.raises(ValueError, match="There is no good one; start anew"):
+    with pytest.raises(ValueError, match="There is no undamaged one; start again"):
         trainer.train(resume_from_checkpoint=str(newest))
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from aldrift_hf.algorithm.samplers import isir, metropolis_hastings, systematic_resample, top
+from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings, systematic_resample, top
 from aldrift_hf.selftest.exact import chi_square_p
 
 STATES = 6

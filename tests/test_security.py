@@ -79,7 +79,7 @@ def sealed(folder):
 
 @pytest.mark.parametrize("write", [plain, as_torch_saves])
 def test_no_pickle_of_a_checkpoint_is_read(make, trace, write):
-    trainer = make(num_train_epochs=2)
+    trainer = make(num_rungs=2)
     trainer.train()
     earlier = Path(trainer.args.output_dir, "checkpoint-4")
     pickles = sorted(path.name for path in earlier.iterdir() if path.suffix in (".pt", ".pth", ".bin"))
@@ -90,7 +90,7 @@ def test_no_pickle_of_a_checkpoint_is_read(make, trace, write):
         folder = sealed(earlier)
         read = name in ("optimizer.pt", "rng_state.pth", "scheduler.pt", "pytorch_model.bin")
         with pytest.raises(Exception, match=r"(?i)weights.only") if read else contextlib.nullcontext():
-            make(num_train_epochs=2).train(resume_from_checkpoint=folder)
+            make(num_rungs=2).train(resume_from_checkpoint=folder)
         (earlier / name).unlink()
         if kept:
             (earlier / name).write_bytes(kept)
@@ -119,7 +119,7 @@ def test_no_pickle_of_a_run_or_a_model_is_read(make, trace, write, tmp_path):
 
 
 def test_a_manifest_names_no_file_outside_its_folder(make, tmp_path):
-    trainer = make(num_train_epochs=1)
+    trainer = make(num_rungs=1)
     trainer.train()
     folder = Path(trainer.args.output_dir, "checkpoint-4")
     outside = tmp_path / "outside"
@@ -197,7 +197,7 @@ def test_no_run_asks_for_code(make, with_code, trace, monkeypatch, capsys):
 
 def test_text_of_prompts_and_completions_becomes_no_path(make, tmp_path, tokenizer):
     """Whatever is drawn or asked, the files of a run have the names that they always have."""
-    ordinary = make(num_train_epochs=1)
+    ordinary = make(num_rungs=1)
     ordinary.train()
     names = {str(path.relative_to(ordinary.args.output_dir)) for path in Path(ordinary.args.output_dir).rglob("*")}
     spoken = word_tokenizer(["../../up", "/tmp/down", "CON"], " ")

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.models.prior import base_model
-from aldrift_hf.trainer import rollout as proposer
+from aldrift_hf.models.engines import transformers as engine
+from aldrift_hf.trainer import rollout
 
 RECORD = {
     "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",
@@ -46,7 +47,7 @@ def test_training_brings_the_model_closer_to_the_target(make, family):
     model = family()
     log_prior = log_probs(model, [EOS], every_completion())
     trainer = make(model=model, settings={"num_generations": 1024, "chain_length": 8, "updates_per_rung": 16})
-    cost = torch.tensor(count_a([], trainer.proposer.decode(every_completion())), dtype=torch.float64)
+    cost = torch.tensor(count_a([], trainer.rollout.decode(every_completion())), dtype=torch.float64)
     log_p = (log_prior - 1.5 * cost).log_softmax(0)
 
     def kl():
@@ -88,7 +89,7 @@ def test_the_papers_settings_are_the_ladder_of_one_over_d_and_m_squared_steps(ma
 def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
     trainer = make(settings={"objective_range": None, "tau_step": None})
     trainer.train()
-    assert trainer.progress.objective_range == 3.0
+    assert trainer.record.objective_range == 3.0
     assert rungs(trainer)[0]["proposals"] == 64, "the draws that measured the range are the first rung's"
     known = make(settings={"objective_range": 3.0, "tau_step": None})
     known.train()
@@ -121,7 +122,7 @@ def test_the_neighbours_run_through_the_same_loop(make, sampler):
 
 def test_the_default_is_one_pass_over_the_samples(make):
     trainer = make(settings={"updates_per_rung": None, "num_generations": 40})
-    assert trainer.updates_per_rung == 3
+    assert trainer.run.updates_per_rung == 3
     trainer.train()
     assert trainer.state.global_step == 9
 
@@ -133,9 +134,9 @@ def test_prompts_have_their_own_chains_and_columns(make):
 
     data = Dataset.from_dict({"prompt": ["a b", "c", ""], "wanted": [1, 3, 2]})
     trainer = make(nearest, settings={"num_generations": 32}, train_dataset=data)
-    trainer.begin_rung(0)
-    assert trainer.samples.rows.tolist() == [0] * 8 + [1] * 8 + [2] * 8
-    assert len(trainer.progress.log_z) == 3
+    trainer.run.begin_rung()
+    assert trainer.run.samples.samples.rows.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert len(trainer.record.log_z) == 3
     drawn = trainer.sample(5)
     assert drawn["prompt"] == ["a b"] * 5 + ["c"] * 5 + [""] * 5
     other = trainer.sample(2, Dataset.from_dict({"prompt": ["c"], "wanted": [3]}))
@@ -157,7 +158,7 @@ def test_chat_prompts_go_through_the_template(make, tokenizer):
     chat = [{"role": "user", "content": "a c"}]
     trainer = make(cost, train_dataset=Dataset.from_dict({"prompt": [chat]}))
     # The template writes the special tokens itself: none is added.
-    assert trainer.prompts.token_ids == [tokenizer("a c b", add_special_tokens=False)["input_ids"]]
+    assert trainer.inputs.prompts.token_ids == [tokenizer("a c b", add_special_tokens=False)["input_ids"]]
     trainer.train()
     assert seen[0] == chat
     assert all(isinstance(text, str) for text in trainer.sample(3)["completion"])
@@ -176,7 +177,7 @@ def test_the_seed_decides_a_new_adapters_weights(make):
 
 def test_no_data_set_is_one_empty_prompt(make):
     trainer = make(train_dataset=None)
-    assert trainer.prompts.token_ids == [[EOS]]
+    assert trainer.inputs.prompts.token_ids == [[EOS]]
     assert trainer.sample(2)["prompt"] == ["", ""]
 
 
@@ -330,8 +331,8 @@ def test_dropout_does_not_reach_scores_or_draws(make):
     """Scores in the middle of training, with the model in train mode and LoRA dropout on."""
     trainer = make(model=tiny_gpt2(dropout=0.5), peft_config=lora_config(tiny_gpt2(), dropout=0.5))
     trainer.model.train()
-    first, _ = trainer.proposer.propose(trainer.prompts, 50, (1,))
-    second, _ = trainer.proposer.propose(trainer.prompts, 50, (1,))
+    first = trainer.rollout.propose(trainer.inputs.prompts, 50, (1,))
+    second = trainer.rollout.propose(trainer.inputs.prompts, 50, (1,))
     assert trainer.model.training
     assert torch.equal(first.log_model, second.log_model)
     assert torch.equal(first.log_prior, second.log_prior)
@@ -347,12 +348,12 @@ def test_an_exception_leaves_the_model_as_it_was(make, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no more")
 
-    for name in ("generate", "sequence_logprobs"):
+    for module, name in ((engine, "generate"), (rollout, "sequence_logprobs")):
         trainer.model.train()
         with monkeypatch.context() as patch:
-            patch.setattr(proposer, name, broken)
+            patch.setattr(module, name, broken)
             with pytest.raises(RuntimeError, match="no more"):
-                trainer.proposer.propose(trainer.prompts, 10, (1,))
+                trainer.rollout.propose(trainer.inputs.prompts, 10, (1,))
         assert all(module.training for module in trainer.model.modules())
         assert trainer.model.is_gradient_checkpointing
         assert torch.is_grad_enabled()
@@ -382,13 +383,13 @@ def test_an_adapter_costs_no_second_copy_of_the_weights(make):
     model = tiny_gpt2()
     weights = sum(parameter.numel() for parameter in model.parameters())
     trainer = make(model=model, peft_config=lora_config(model))
-    held = [trainer.model, getattr(trainer.proposer.prior, "model", None)]
+    held = [trainer.model, getattr(trainer.rollout.prior, "model", None)]
     frozen = {parameter.data_ptr() for module in held if module for parameter in module.parameters()}
     assert all(parameter.data_ptr() in frozen for parameter in model.parameters())
     assert sum(p.numel() for p in trainer.model.parameters() if not p.requires_grad) == weights
     assert held[1] is None
     full = make(model=tiny_gpt2(), peft_config=None)
-    assert sum(p.numel() for p in full.proposer.prior.model.parameters()) == weights
+    assert sum(p.numel() for p in full.rollout.prior.model.parameters()) == weights
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------

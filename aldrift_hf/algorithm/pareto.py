@@ -1,7 +1,7 @@
-"""Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646), a row at a time.
+"""Pareto-smoothed importance sampling (Vehtari, Simpson, Gelman, Yao and Gabry, arXiv 1507.02646), one row at a time.
 
-The largest weights are taken for draws from a generalised Pareto distribution. Its shape, k-hat, says how heavy their
-tail is: moments of order 1/k and above do not exist. Its quantiles are steadier than the weights themselves.
+The largest weights are modelled as draws from a generalised Pareto distribution. Its shape, k-hat, says how heavy the
+tail is: moments of order 1/k and above do not exist. Its quantiles have less variance than the weights themselves.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import math
 import numpy as np
 
 RESOLUTION = 1e-3
-"""Nats by which log-weights may be off: their rounding, and the most that generation's and scoring's may differ by."""
-LEAST_TAIL = 5
-"""Different weights below which a tail has no shape."""
+"""Error of log-weights, nats: their rounding, and the largest tolerated gap between generation and scoring."""
+MIN_TAIL = 5
+"""Least number of distinct weights to which a tail's shape is fitted."""
 
 
 def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
@@ -23,15 +23,15 @@ def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
         log_weight: `[n]`, nats, fp64.
 
     Returns:
-        `[n]` and a number; the weights as they are and NaN where their tail has too few draws, or of too few different
-        weights, to be fitted to more than rounding errors.
+        `[n]` and a number; the weights unchanged and NaN where the tail has too few draws, or too few distinct weights,
+        for a fit that is more than rounding errors.
     """
     n = len(log_weight)
     length = math.floor(min(0.2 * n, 3 * math.sqrt(n)))
     order = np.argsort(log_weight, kind="stable")
     tail = order[n - length :]
-    with np.errstate(all="ignore"):  # of weights that are zero, and tails that are mostly one value
-        if length < LEAST_TAIL or (np.diff(log_weight[tail]) > RESOLUTION).sum() < LEAST_TAIL - 1:
+    with np.errstate(all="ignore"):  # from weights that are zero, and tails that are mostly one value
+        if length < MIN_TAIL or (np.diff(log_weight[tail]) > RESOLUTION).sum() < MIN_TAIL - 1:
             return log_weight, math.nan
         relative = log_weight - log_weight[tail[-1]]
         threshold = np.exp(relative[order[n - length - 1]])
@@ -39,14 +39,14 @@ def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
         share = (np.arange(length) + 0.5) / length
         quantile = -np.log1p(-share) if shape == 0 else np.expm1(-shape * np.log1p(-share)) / shape
         smooth = relative.copy()
-        smooth[tail] = np.minimum(np.log(scale * quantile + threshold), 0.0)  # none grows beyond the largest
+        smooth[tail] = np.minimum(np.log(scale * quantile + threshold), 0.0)  # no weight grows beyond the largest
     return (smooth if np.isfinite(smooth[tail]).all() else log_weight), shape
 
 
 def fit(excess: np.ndarray) -> tuple[float, float]:
     """Shape and scale of a generalised Pareto distribution, by an empirical prior (Zhang and Stephens, 2009).
 
-    The shape is drawn towards 1/2 as ten more observations would do it.
+    The shape is shrunk towards 1/2 with the weight of ten observations.
 
     Args:
         excess: `[n]`, over the tail's threshold, positive and in ascending order.
@@ -54,7 +54,7 @@ def fit(excess: np.ndarray) -> tuple[float, float]:
     n, prior_weight = len(excess), 10
     points = 30 + math.floor(math.sqrt(n))
     quartile = excess[math.floor(n / 4 + 0.5) - 1]
-    # θ = -k/σ, on a grid that is denser where the prior has more.
+    # θ = -k/σ, on a grid that is denser where the prior has more mass.
     theta = 1 / excess[-1] + (1 - np.sqrt(points / (np.arange(points) + 0.5))) / (3 * quartile)
     shapes = np.log1p(-theta[:, None] * excess).mean(axis=1)
     log_likelihood = n * (np.log(-theta / shapes) - shapes - 1)

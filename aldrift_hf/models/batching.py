@@ -1,4 +1,4 @@
-"""How many completions fit on a device at once, found out and remembered."""
+"""How many completions fit on a device at once: guessed from free memory, and lowered where the guess was too high."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-MOST = 1024
-"""Rows beyond which a batch gains nothing."""
-SHARE = 0.4
-"""Of the memory that is free, the part that generation may take for cached keys and values, and for logits."""
+MAX_BATCH_SIZE = 1024
+"""Larger batches are no faster."""
+MEMORY_SHARE = 0.4
+"""Share of the free memory that generation may use for cached keys and values, and for logits."""
 
 
 @dataclass
 class Batches:
-    """The most rows to work on at once.
+    """The largest number of rows to work on at once.
 
     Attributes:
-        size: rows; halved for good whenever a device runs out of memory.
-        fixed: whether it was set by hand: then running out is an error.
+        size: number of rows; halved permanently whenever a device runs out of memory.
+        fixed: whether the user set it: then running out of memory is an error.
     """
 
     size: int
     fixed: bool
 
     def over(self, rows: range, work: Callable[[range], Result]) -> list[Result]:
-        """`work` on one stretch of the rows after the other.
+        """Call `work` on one range of rows after the other, and return the results.
 
-        Accelerate's `find_executable_batch_size`, but going on from where memory ran out, and collecting garbage (tens
-        of milliseconds) only then.
+        Like Accelerate's `find_executable_batch_size`, but it continues where memory ran out instead of starting over,
+        and collects garbage (tens of milliseconds) only then.
         """
         results: list[Result] = []
         while rows:
@@ -49,26 +49,26 @@ class Batches:
             except Exception as error:
                 if self.fixed or self.size == 1 or not should_reduce_batch_size(error):
                     raise
-                # The traceback holds the tensors of the failed pass.
+                # The traceback keeps the tensors of the failed pass alive.
                 error.__traceback__ = None
                 clear_device_cache(garbage_collection=True)
                 self.size //= 2
-                logger.warning(f"out of memory: going on with {self.size} completions at once")
+                logger.warning(f"out of memory: continuing with {self.size} completions at once")
         return results
 
 
 def fitting(model: PreTrainedModel, tokens: int) -> int:
-    """A guess at how many rows of so many tokens can be generated at once: a power of two, by what they need."""
+    """A guess at how many rows of `tokens` tokens can be generated at once, a power of two, from free memory."""
     config = model.config.get_text_config()
-    if not hasattr(config, "num_attention_heads"):  # no attention, no cache that grows
-        return MOST
+    if not hasattr(config, "num_attention_heads"):  # no attention, so no cache that grows
+        return MAX_BATCH_SIZE
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # The cache is kept in the precision of the computation; take the model's own, which is no smaller.
+    # The cache has the precision of the computation; the model's own is at least as large.
     row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
-    row += 12 * config.vocab_size  # a step's logits: generate's copy in fp32, and two more to draw by
-    rows = int(SHARE * _free_memory(model.device) / row)
-    return max(1, min(MOST, 1 << max(0, rows.bit_length() - 1)))
+    row += 12 * config.vocab_size  # a step's logits: generate's copy in fp32, and two more for drawing
+    rows = int(MEMORY_SHARE * _free_memory(model.device) / row)
+    return max(1, min(MAX_BATCH_SIZE, 1 << max(0, rows.bit_length() - 1)))
 
 
 def _free_memory(device: torch.device) -> int:

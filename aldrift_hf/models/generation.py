@@ -1,12 +1,12 @@
 """Step 1 of ALDRIFT, *propose*: plain ancestral sampling from a model.
 
-The correction in step 2 needs the probability with which a proposal was really drawn. `generate` changes that
-probability in silence through anything that a checkpoint's `generation_config` carries (`top_k=50` even when it
-carries nothing), so here it runs under a configuration in which nothing is left to change.
+The correction in step 2 needs the probability with which a proposal was really drawn. `generate` silently changes that
+probability by whatever a checkpoint's `generation_config` contains (by `top_k=50` even if it contains nothing), so here
+it runs under a configuration that changes nothing.
 
-Tokens are drawn by inverse transform of uniform numbers that belong to the row: a draw depends on the model, its prompt
-and its own numbers, and not on the batch, the process or the memory that it happened to be drawn in (up to the rounding
-of logits). And a token's probability is known when it is drawn.
+Tokens are drawn by inverse transform sampling from uniform numbers that belong to the row. A draw depends on the model,
+its prompt and its own numbers, and not on the batch, the process or the memory available (up to the rounding of
+logits). And a token's probability is known when it is drawn.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ from .head import LOGITS_BUDGET
 from .numerics import check_logits
 from .scoring import completion_length
 
-THIN = 8
-"""Rows of a batch below which it goes on with its finished rows."""
+MIN_ROWS_TO_SPLIT = 8
+"""A smaller batch keeps its finished rows until all of them have ended."""
 
 
 def neutral_generation_config(
     *, max_completion_length: int, eos_token_ids: Sequence[int], pad_token_id: int
 ) -> GenerationConfig:
-    """The model's own distribution: no temperature, no truncation, no penalty, no forced token.
+    """A configuration that leaves the model's distribution alone: no temperature, truncation, penalty or forced token.
 
-    `do_sample` is off because a token is chosen before `generate` comes to choose: see [`generate`].
+    `do_sample` is off because [`generate`] draws each token before `generate` of transformers chooses one.
     """
     return GenerationConfig(
         do_sample=False,
@@ -59,15 +59,15 @@ def neutral_generation_config(
 def generate(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Tensor
 ) -> Draws:
-    """One completion of every prompt, by ancestral sampling. No global random state is read or changed.
+    """One completion for every prompt, by ancestral sampling. No global random state is read or changed.
 
-    Whenever half of a batch's rows have ended, the batch goes on with the others alone.
+    Whenever half of the rows of a batch have ended, generation continues with the others only.
 
     Args:
         model: in eval mode, without gradients, under the autocast in which it will be scored.
         prompts: `n` lists of token ids, each of at least one token; padded on the left for generation.
         config: from [`neutral_generation_config`].
-        numbers: `[n, max_completion_length]` from [`uniforms`], one for each token.
+        numbers: `[n, max_completion_length]` from [`aldrift_hf.streams.uniforms`], one for each token.
     """
     width, pad_token_id = cast(int, config.max_new_tokens), cast(int, config.pad_token_id)
     eos_token_ids = torch.tensor(cast(list[int], config.eos_token_id), device=model.device)
@@ -86,7 +86,7 @@ def generate(
                 generation_config=rest,
                 logits_processor=LogitsProcessorList([draw]),
                 stopping_criteria=StoppingCriteriaList([draw.half_ended]),
-                synced_gpus=False,  # parameters are whole (sharding.py): no process waits for another's tokens
+                synced_gpus=False,  # parameters are whole (sharding.py), so no process waits for another's tokens
             )
         new = output.sequences[:, input_ids.shape[1] :]
         ids[left, done : done + new.shape[1]] = new.cpu()
@@ -96,14 +96,14 @@ def generate(
         left, input_ids = left[going.cpu()], output.sequences[going]
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[going]
         cache = _selected(output.past_key_values, going)
-    # Behind a finished row `generate` pads; a row cut at the limit has no end-of-text token and counts in full.
+    # After a finished row `generate` pads; a row that is cut at the limit has no end-of-text token and counts in full.
     length = completion_length(ids, cast(list[int], config.eos_token_id))
     ended = torch.arange(width) >= length[:, None]
     return Draws(Completions(ids.masked_fill(ended, pad_token_id), length), log_probs.masked_fill(ended, 0.0).sum(-1))
 
 
 class _InverseTransform(LogitsProcessor):
-    """Draws each row's next token, and leaves `generate` that token alone to choose.
+    """Draws each row's next token, and leaves `generate` only that token to choose.
 
     Args:
         numbers: `[n, steps]`, uniform in [0, 1).
@@ -125,15 +125,15 @@ class _InverseTransform(LogitsProcessor):
         return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
 
     def half_ended(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """A stopping criterion: whether the batch had better go on with fewer rows."""
+        """A stopping criterion: whether generation should continue with fewer rows."""
         n = len(self.ended)
-        return (2 * self.ended.sum() >= n).expand(n) if n >= THIN else self.ended
+        return (2 * self.ended.sum() >= n).expand(n) if n >= MIN_ROWS_TO_SPLIT else self.ended
 
 
 def _draw(scores: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
     """`[n]` tokens of distributions `softmax(scores)`, and their log-probabilities (fp64)."""
     weights = (scores - scores.amax(-1, keepdim=True)).exp()
-    # Summed in fp64: in fp32 the steps of rare tokens would vanish beside 1.
+    # Summed in fp64: in fp32 the probabilities of rare tokens would vanish beside 1.
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, numbers[:, None] * total, right=True).clamp_(max=scores.shape[-1] - 1)
@@ -147,9 +147,9 @@ def _with(config: GenerationConfig, **changes: Any) -> GenerationConfig:
 
 
 def _selected(cache: Any, rows: Tensor) -> Any:
-    """A cache of these rows alone; `None`, for which `generate` computes it anew, where it cannot be cut.
+    """The cache of these rows only; `None`, for which `generate` computes it again, if rows cannot be selected.
 
-    Models that mix attention with recurrence (Jamba, Qwen 3 Next, …) keep states in it that know no rows.
+    Models that mix attention with recurrence (Jamba, Qwen 3 Next, …) keep states in it that cannot be selected by row.
     """
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or any(type(layer) not in attention for layer in cache.layers):
@@ -159,11 +159,11 @@ def _selected(cache: Any, rows: Tensor) -> Any:
 
 
 def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: GenerationConfig) -> None:
-    """Draw two tokens and compare the logits with the scores that `generate` sampled from.
+    """Draw two tokens and compare the model's logits with the scores that `generate` sampled from.
 
     Raises:
-        RuntimeError: if anything stands between the two, for then the log-weights would be wrong.
-        FloatingPointError: if the logits are no numbers.
+        RuntimeError: if they differ, because then the log-weights would be wrong.
+        FloatingPointError: if the logits are NaN or infinite.
     """
     input_ids, attention_mask = _pad_left([prompt], cast(int, config.pad_token_id))
     device, tokens = model.device, min(2, cast(int, config.max_new_tokens))
@@ -179,15 +179,15 @@ def assert_neutral(model: PreTrainedModel, prompt: Sequence[int], config: Genera
         check_logits(logits)
         if not torch.equal(scores.float(), logits.float()):
             raise RuntimeError(
-                "generate() of this model changes the logits before it samples, so the probability of a proposal is "
-                "not the model's own and the Metropolis-Hastings correction would be wrong. Remove the logits "
-                "processor that its generation code adds."
+                "generate() of this model changes the logits before it samples, so a proposal does not have the "
+                "model's own probability and its weight would be wrong. Remove the logits processor that the model's "
+                "generation code adds."
             )
 
 
 @contextlib.contextmanager
 def neutralised(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """The model's own generation config set aside: `generate` fills every field that a config leaves open from it."""
+    """Within a `with` block `config` replaces the model's own, from which `generate` would fill every open field."""
     own = model.generation_config
     model.generation_config = config
     try:

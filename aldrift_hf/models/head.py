@@ -1,9 +1,9 @@
 """From hidden states to token log-probabilities, without ever holding the logits of a whole batch.
 
-The logits of 16,384 tokens over a vocabulary of 128,256 are 8 GiB in fp32. Nothing needs them all at once: a token's
-log-probability wants its own row alone. So while a model's forward pass stands at its output embedding, the hidden
-states are projected in chunks, and the model goes on with a single position. Inside the forward pass, because that is
-where sharded weights (FSDP, ZeRO-3) are whole.
+The logits of 16,384 tokens over a vocabulary of 128,256 take 8 GiB in fp32. They are never needed all at once: a
+token's log-probability needs its own row only. So when a model's forward pass reaches its output embedding, the hidden
+states are projected in chunks, and the model continues with a single position. This happens inside the forward pass
+because sharded weights (FSDP, ZeRO-3) are whole there.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from . import sharding
 logger = logging.getLogger(__name__)
 
 LOGITS_BUDGET = 2**25
-"""Most logits (tokens × vocabulary) that are computed at once: 128 MiB in fp32, of which there are up to three."""
+"""Most logits (tokens × vocabulary) that are computed at once: 128 MiB in fp32, in up to three copies."""
 
 Finish = Callable[[Tensor], Tensor]
 """What a model does to the output embedding's logits, element by element."""
@@ -38,10 +38,10 @@ def projected_logprobs(
 
     Args:
         model: a causal language model.
-        select: takes hidden states, as the output embedding is given them, `[n, positions, hidden]`, to those that
+        select: maps the hidden states that the output embedding receives, `[n, positions, hidden]`, to those that
             predict the targets, `[N, hidden]`.
         targets: `[N]`, token ids.
-        inputs: of the forward pass.
+        inputs: arguments of the forward pass.
 
     Returns:
         `[N]`, fp32.
@@ -56,11 +56,11 @@ def projected_logprobs(
     thread = threading.get_ident()
 
     def project(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if threading.get_ident() != thread:  # an objective that runs the model too
+        if threading.get_ident() != thread:  # an objective in another thread runs the model too
             return args
         states = select(args[0])
         size = max(1, LOGITS_BUDGET // sharding.vocabulary_size(model))
-        # `forward`, not a call: this hook must not meet itself.
+        # `forward`, not a call: a call would run this hook again.
         for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
             found.append(_logprobs(finish(head.forward(chunk)), wanted.to(chunk.device)))
         return (args[0][:1, -1:],)
@@ -74,13 +74,13 @@ def projected_logprobs(
 
 
 def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[N]`, from logits `[N, vocabulary]`; in fp32 whatever the model computes in."""
+    """`[N]`, from logits `[N, vocabulary]`; in fp32, whatever the model computes in."""
     logits = logits.float()
     return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
-    """Which of [`_finishes`] this model applies, seen on one token; `None` if it is none of them."""
+    """Which of [`_finishes`] this model applies, found by trying them on one token; `None` if none fits."""
     raw: list[Tensor] = []
     handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output))
     try:
@@ -91,14 +91,14 @@ def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
         if torch.allclose(finish(raw[0]).float(), logits.float(), rtol=1e-4, atol=1e-4):
             return finish
     logger.warning(
-        f"{type(model).__name__} changes its logits in a way that is not known here, so whole batches of logits are "
-        "computed when completions are scored. If memory runs out, lower generation_batch_size."
+        f"{type(model).__name__} changes its logits in an unknown way, so completions are scored from whole batches of "
+        "logits. If memory runs out, lower per_device_generation_batch_size."
     )
     return None
 
 
 def _finishes(config: PreTrainedConfig) -> Iterator[Finish]:
-    """What models are known to do, as far as the config has it; the most that it has, first."""
+    """What models are known to do to their logits, as far as this config asks for it."""
     for name in ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap"):  # Gemma, …, xLSTM
         yield from (_capped(cap) for cap in [getattr(config, name, None)] if cap)
     for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):  # Cohere, …, Falcon-H1

@@ -126,9 +126,7 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwar
         ) from error
 
 
-def config_of(
-    model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs, adapter: bool
-) -> PreTrainedConfig:
+def config_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs, adapter: bool) -> PreTrainedConfig:
     """A model's config, or that of an `adapter`'s base model, without loading weights.
 
     Raises:

@@ -1,13 +1,13 @@
-"""What the prior `L` is, for each kind of model that can be passed in: exactly that model, never a reload of it.
+"""What the prior `L` is for each kind of model that a user can pass in: exactly that model, never a reloaded one.
 
-| passed in | prior `L` | policy `q` |
+| model passed in | prior `L` | policy `q` |
 |---|---|---|
 | plain model and a `peft_config` | the model with its new adapter switched off | with the adapter |
 | [`peft.PeftModel`] | a frozen copy of its active adapter | that adapter, trained on |
 | plain model | a frozen copy of the model | the model, fine-tuned in full |
 
-Adapters are switched, never merged: merging into 4-bit weights, or merging and unmerging in bf16, moves the prior.
-And 4-bit weights stay as they are: see [`keep_four_bit_weights`].
+Adapters are switched on and off, never merged: merging into 4-bit weights, or merging and unmerging in bf16, changes
+the prior. And 4-bit weights stay as they are: see [`keep_four_bit_weights`].
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from . import sharding
 PRIOR_ADAPTER = "prior"
 """Name of the frozen adapter that holds the prior of a `PeftModel`."""
 
-# LoRA initialisations that subtract the adapter's start from the base weights: with the adapter off, the base is then
-# no longer the model that was passed in.
+# LoRA initialisations that subtract the adapter's initial value from the base weights: with the adapter off, the base
+# is then no longer the model that was passed in.
 _INITS_THAT_EDIT_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Prior(Protocol):
-    """Turns the policy into the prior for the time of a `with` block.
+    """Turns the policy into the prior within a `with` block.
 
     Attributes:
         is_start: whether the policy, before its first update, is the prior.
@@ -41,7 +41,7 @@ class Prior(Protocol):
     is_start: bool
 
     def active(self, policy: nn.Module) -> contextlib.AbstractContextManager[PreTrainedModel]:
-        """Yields the module whose forward pass computes `L`."""
+        """A context that yields the module whose forward pass computes `L`."""
         ...
 
 
@@ -49,7 +49,7 @@ class AdapterOff:
     """`L` is the policy's base model.
 
     Args:
-        config: the adapter's. Unless an `init_…` option of it is off, it changes nothing before its first update.
+        config: the adapter's. Unless one of its `init_…` options is off, it changes nothing before its first update.
     """
 
     def __init__(self, config: PeftConfig) -> None:
@@ -75,7 +75,7 @@ class FrozenAdapter:
         try:
             yield base_model(peft_model)
         finally:
-            # set_adapter also moves requires_grad along: the prior is frozen again, the policy trainable.
+            # set_adapter also moves requires_grad: the prior is frozen again, and the policy trainable.
             peft_model.set_adapter(trained)
 
 
@@ -87,8 +87,8 @@ class FrozenCopy:
     def __init__(self, model: PreTrainedModel) -> None:
         if sharding.is_sharded(model):
             raise ValueError(
-                "full fine-tuning keeps a frozen copy of the model beside it, and this model was spread over the "
-                "processes as it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
+                "full fine-tuning keeps a frozen copy of the model, and this model was sharded over the processes as "
+                "it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
             )
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
@@ -101,11 +101,11 @@ class FrozenCopy:
 def split(
     model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
 ) -> tuple[PreTrainedModel | PeftModel, Prior]:
-    """The policy to train and the prior to keep, from the model passed in.
+    """The policy to train and the prior to keep, from the model that the user passed in.
 
     Raises:
-        ValueError: for a `peft_config` under which switching the adapter off would not give the model back, or for a
-            `PeftModel` that cannot be split; the message names the remedy.
+        ValueError: for a `peft_config` whose adapter, switched off, would not give the model back, or for a `PeftModel`
+            that cannot be split; with the remedy.
     """
     keep_four_bit_weights(model)
     if isinstance(model, PeftModel):
@@ -124,25 +124,25 @@ def split(
 def keep_four_bit_weights(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights on a CPU with AVX512-BF16.
 
-    At the first forward pass in eval mode it packs them for a kernel of its own: their scales are rounded to bf16,
-    which moves the prior, and the kernel has no backward pass, so that in training no gradient comes through.
+    At the first forward pass in eval mode it repacks them for its own kernel: scales are rounded to bf16, which changes
+    the prior, and the kernel has no backward pass, so no gradient passes through it in training.
 
     Raises:
-        ValueError: if it has happened already.
+        ValueError: if it has already happened.
     """
     for module in model.modules():
         if getattr(module, "support_avx512bf16_for_cpu", False):
             cast(Any, module).support_avx512bf16_for_cpu = False
             if getattr(cast(Any, module).weight.quant_state, "packing_format_for_cpu", False):
                 raise ValueError(
-                    "the 4-bit model has been used on this CPU before it was passed in, and bitsandbytes has rounded "
-                    "its weights for a kernel that cannot be trained through. Load it anew, and call "
+                    "the 4-bit model was used on this CPU before it was passed in, and bitsandbytes has rounded its "
+                    "weights for a kernel without a backward pass. Load it again, and call "
                     "aldrift_hf.models.prior.keep_four_bit_weights(model) before you use it."
                 )
 
 
 def check_peft_config(config: PeftConfig) -> None:
-    """Refuse an adapter that cannot be switched off without a trace.
+    """Refuse an adapter that, switched off, would not give the model back.
 
     Raises:
         TypeError, ValueError: with the option to change.
@@ -152,11 +152,11 @@ def check_peft_config(config: PeftConfig) -> None:
     if config.is_prompt_learning:
         raise ValueError(
             f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "
-            "cover. Use LoRA or another adapter on the weights."
+            "account for. Use LoRA or another adapter on the weights."
         )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
-            f"peft_config with bias={config.bias!r} trains the base model's own biases, so the prior would drift with "
+            f"peft_config with bias={config.bias!r} trains the base model's own biases, so the prior would change with "
             "them. Use bias='none'."
         )
     init = getattr(config, "init_lora_weights", True)
@@ -168,7 +168,7 @@ def check_peft_config(config: PeftConfig) -> None:
 
 
 def base_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside, adapter layers in place: what generates and what is scored."""
+    """The transformers model inside a `PeftModel`, adapter layers in place: it generates and is scored."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
@@ -190,7 +190,7 @@ def _with_frozen_adapter(model: PeftModel) -> PeftModel:
     ):
         raise ValueError("the PeftModel's adapter is merged into its base; call model.unmerge_adapter() first.")
     frozen = copy.deepcopy(config)
-    # The values are copied over in the next line: what matters is that creating the adapter leaves the base alone.
+    # Its values are overwritten below: what matters is that creating the adapter does not change the base weights.
     if hasattr(frozen, "init_lora_weights"):
         cast(Any, frozen).init_lora_weights = True
     model.add_adapter(PRIOR_ADAPTER, frozen)

@@ -1,4 +1,4 @@
-"""Prompts as users write them (text or chat messages) and as the model reads them (token ids)."""
+"""Prompts as users write them (text or chat messages), encoded as the model reads them (token ids)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ..types import Prompts
 def encode_prompts(
     dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int, context_length: int | None
 ) -> Prompts:
-    """Tokenise every prompt once. Chat messages go through the tokenizer's chat template.
+    """Tokenise every prompt once; chat messages go through the tokenizer's chat template.
 
     Raises:
-        ValueError: for a prompt that is neither text nor messages, an empty prompt without a token to start from, or
-            one that leaves no room for a completion in the model's context.
+        ValueError: for a prompt that is neither text nor messages, for an empty prompt if there is no token to start
+            from, or for a prompt that leaves no room for a completion in the model's context.
     """
     rows = [dict(row) for row in dataset]
     token_ids = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(rows)]
@@ -35,7 +35,7 @@ def encode_prompts(
 
 
 def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of one prompt (text or messages), at least one; `index` is for the error message."""
+    """Token ids of one prompt (text or messages), at least one; `index` is for error messages."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt)["input_ids"])
     elif prompt and is_conversational({"prompt": prompt}):
@@ -53,7 +53,7 @@ def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -
         )
     if ids:
         return ids
-    # Nothing to condition on: generation still needs one token to start from.
+    # An empty prompt: generation still needs one token to start from.
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if start is None:
         raise ValueError(

@@ -1,10 +1,9 @@
 """Completions as padded token tensors, and their exact log-probabilities under a model.
 
-The event space is fixed once and for all: a completion is a run of tokens that ends with its first end-of-text token,
-or that is cut after `max_completion_length` tokens without one. A cut completion is an event of its own, whose
-probability is the product of its tokens' probabilities; with that rule the probabilities of all completions of a prompt
-sum to 1, under the prior and under the policy alike. Weights live on token sequences: nothing is ever tokenised again
-from decoded text.
+The event space is the same everywhere: a completion is a sequence of tokens that ends with its first end-of-text
+token, or that is cut after `max_completion_length` tokens without one. A cut completion is an outcome like any other, and its
+probability is the product of its tokens' probabilities. With this rule the probabilities of all completions of a prompt
+sum to 1, under the prior and under the policy. Weights belong to token sequences: decoded text is never tokenised again.
 """
 
 from __future__ import annotations
@@ -40,19 +39,18 @@ class Padded(NamedTuple):
 
 
 def completion_length(ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
-    """Tokens up to and including the first of `eos_token_ids`, or all of them. `[n, width]` to `[n]`.
+    """Number of tokens up to and including the first end-of-text token, or all tokens. `[n, width]` to `[n]`.
 
-    Never looks at a padding id: most tokenizers pad with their end-of-text token.
+    Padding ids are not considered: most tokenizers pad with their end-of-text token.
     """
     is_eos = torch.isin(ids, torch.tensor(list(eos_token_ids), device=ids.device))
-    first = torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, ids.shape[-1])
-    return first
+    return torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, ids.shape[-1])
 
 
 def join(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int) -> Padded:
-    """Prompt and completion of each row, one after the other, padded on the right to the longest row.
+    """Each row's prompt followed by its completion, padded on the right to the longest row.
 
-    Padding on the right needs no position ids in a causal model: what comes before a token is never moved by it.
+    Right padding needs no position ids in a causal model, because it never moves the tokens before it.
     """
     rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
     input_ids = pad_right(rows, pad_token_id)
@@ -71,20 +69,21 @@ def sequence_logprobs(
     batch_size: int,
     batch_tokens: int = 2**14,
 ) -> Tensor:
-    """`log p(completion | prompt)` of every row, in nats: the one scorer, of the prior and of the policy.
+    """`log p(completion | prompt)` of every row, in nats. The prior and the policy are scored by this function alone.
 
-    Log-softmax is taken in fp32 whatever the model computes in (in bf16 it costs 0.1 to 0.2 nats a sequence), and the
-    sum over tokens in fp64. Equal rows are scored once. Logits are computed for completions' tokens alone and
-    [`LOGITS_BUDGET`] at a time. Call it in eval mode, without gradients and under the autocast that the policy
-    generates and trains in.
+    Log-softmax is computed in fp32, whatever the model computes in (in bf16 it costs 0.1 to 0.2 nats per sequence), and
+    the sum over tokens in fp64. Equal rows are scored once. Logits are computed for completion tokens only, at most
+    [`aldrift_hf.models.head.LOGITS_BUDGET`] at a time. Call it in eval mode, without gradients, and under the autocast
+    in which the policy generates and trains.
 
     Args:
         model: a causal language model.
         prompts: `n` lists of token ids, each of at least one token.
         completions: `n` completions.
         pad_token_id: fills the rows; its value has no effect.
-        batch_size: most rows a forward pass.
-        batch_tokens: most tokens a forward pass (rows × width), unless one row has more: what bounds its activations.
+        batch_size: most rows per forward pass.
+        batch_tokens: most tokens per forward pass (rows × width), unless a single row has more: this bounds the memory
+            of activations.
 
     Returns:
         `[n]`, fp64, on the CPU.
@@ -95,7 +94,7 @@ def sequence_logprobs(
         for prompt, completion in zip(prompts, completions.tokens(), strict=True)
     ]
     scores = torch.empty(len(keys), dtype=torch.float64)
-    # Sorted by length, the longest first: little padding, and what does not fit in memory fails at once.
+    # The longest rows first: there is little padding, and if rows do not fit into memory, it shows at once.
     rows_left = sorted(keys.items(), key=lambda item: -_width(item[0]))
     while rows_left:
         size = max(1, min(batch_size, batch_tokens // _width(rows_left[0][0])))
@@ -105,10 +104,10 @@ def sequence_logprobs(
 
 
 def _score(batch: list[Row], model: PreTrainedModel, pad_token_id: int) -> Tensor:
-    """`[n]` log-probabilities of rows of similar length, in one forward pass."""
+    """`[n]` log-probabilities of rows of similar length, from one forward pass."""
     padded = join([prompt for prompt, _ in batch], [completion for _, completion in batch], pad_token_id)
     input_ids, attention_mask, completion_mask = (tensor.to(model.device) for tensor in padded)
-    # Position t-1 predicts token t; the shared stretch of prompt is left out.
+    # Position t-1 predicts token t; the part that is prompt in every row is left out.
     first = min(len(prompt) for prompt, _ in batch)
     keep = input_ids.shape[1] - first + 1
     predicted = completion_mask[:, first:]
@@ -154,10 +153,10 @@ def without_dropout(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def inference(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients, and every submodule's own mode restored afterwards, also after an exception.
+    """Eval mode without gradients; every submodule's own mode is restored afterwards, also after an exception.
 
-    `Trainer.training_step` leaves the model in train mode, in which dropout (LoRA's too, and Llama's attention dropout,
-    which is no `nn.Dropout`) would make a score a random number.
+    `Trainer.training_step` leaves the model in train mode, in which dropout (also LoRA's, and Llama's attention
+    dropout, which is not an `nn.Dropout`) would make scores random.
     """
     modes = [(module, module.training) for model in models for module in model.modules()]
     try:

@@ -1,8 +1,8 @@
 """Models whose parameters are spread over the processes: FSDP2 and DeepSpeed ZeRO-3.
 
-Proposing and scoring need whole parameters on every process, for processes run different numbers of forward passes, of
-different lengths, and a forward pass of a sharded model waits for all of them. So parameters are gathered once a phase
-([`gathered`]), inside which no process waits for another; training steps run sharded.
+Proposing and scoring need whole parameters on every process: processes run different numbers of forward passes, of
+different lengths, and a forward pass of a sharded model waits for all processes. So parameters are gathered once per
+phase ([`gathered`]), within which no process waits for another; training steps run sharded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def check(accelerator: Accelerator, model: Any) -> None:
-    """Refuse what is known not to work, before anything is computed.
+    """Refuse configurations that are known not to work, before anything is computed.
 
     Raises:
         ValueError: with the setting to change.
@@ -34,7 +34,7 @@ def check(accelerator: Accelerator, model: Any) -> None:
     state = accelerator.state
     plugin = getattr(state, "fsdp_plugin", None)
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and plugin is None:
-        logger.warning("FSDP was asked for, but Accelerate has it on accelerators alone: this run is plain DDP.")
+        logger.warning("FSDP was requested, but Accelerate supports it on accelerators only: this run uses plain DDP.")
     if plugin is not None and plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is not supported: set fsdp_version: 2 (accelerate_configs/fsdp2.yaml).")
     if plugin is not None and plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
@@ -42,8 +42,8 @@ def check(accelerator: Accelerator, model: Any) -> None:
     zero = getattr(state, "deepspeed_plugin", None)
     if (plugin is not None or (zero is not None and zero.zero_stage == 3)) and getattr(model, "is_quantized", False):
         raise ValueError(
-            "quantized weights are not shared out among processes here: each holds them all (in 4 bits an eighth of "
-            "fp32). Launch with accelerate_configs/multi_gpu.yaml."
+            "quantized weights are not sharded here: each process holds all of them (in 4 bits, an eighth of fp32). "
+            "Launch with accelerate_configs/multi_gpu.yaml."
         )
 
 
@@ -51,7 +51,7 @@ def check(accelerator: Accelerator, model: Any) -> None:
 def gathered(
     wrapped: nn.Module, accelerator: Accelerator, checkpointing: dict[str, Any] | None = None
 ) -> Iterator[None]:
-    """Whole parameters on every process for the time of a `with` block, which all processes enter and leave.
+    """Within a `with` block every process has whole parameters; all processes enter and leave it together.
 
     Args:
         wrapped: the model as the Trainer trains it.
@@ -66,7 +66,7 @@ def gathered(
             with unwrap_model_for_generation(wrapped, accelerator):
                 yield
         finally:
-            if checkpoints:  # TRL's context ends with other settings or, after an exception, with none
+            if checkpoints:  # TRL's context restores other settings or, after an exception, none
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         return
     if not shards:
@@ -76,8 +76,8 @@ def gathered(
     reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
     _touch(root)
     root.set_reshard_after_forward(False)
-    # Transformers makes `generate` a forward pass of its own, around those it runs: FSDP reshards at the end of it,
-    # whatever it was told, and the next call would wait for all processes.
+    # Transformers registers `generate` as a forward pass around the inner ones: FSDP reshards when it ends, whatever it
+    # was told, and the next call would wait for all processes.
     as_forward = {module: module.__dict__.pop("generate") for module in shards if "generate" in module.__dict__}
     try:
         for module in shards:
@@ -94,7 +94,7 @@ def gathered(
 
 @contextlib.contextmanager
 def writable(parameters: list[nn.Parameter]) -> Iterator[None]:
-    """Parameters that ZeRO-3 has partitioned, whole for the time of a `with` block; what rank 0 writes is kept."""
+    """Within a `with` block parameters that ZeRO-3 has partitioned are whole; what rank 0 writes is kept."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
         import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
@@ -105,18 +105,18 @@ def writable(parameters: list[nn.Parameter]) -> Iterator[None]:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 or ZeRO-3 has its hands on the parameters."""
+    """Whether FSDP2 or ZeRO-3 manages the parameters."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def vocabulary_size(model: Any) -> int:
-    """Rows of the output embeddings, also where ZeRO-3 has left nothing of them here."""
+    """Rows of the output embeddings, also where ZeRO-3 holds none of them on this process."""
     weight = model.get_output_embeddings().weight
     return int(getattr(weight, "ds_shape", weight.shape)[0])
 
 
 def whole(parameter: Tensor) -> Tensor:
-    """A parameter in full, on the CPU; all processes call it."""
+    """A whole parameter, on the CPU; all processes call it."""
     parameter = parameter.detach()
     if isinstance(parameter, DTensor):
         return parameter.full_tensor().cpu()
@@ -124,17 +124,17 @@ def whole(parameter: Tensor) -> Tensor:
 
 
 def put(parameter: nn.Parameter, value: Tensor) -> None:
-    """Write a whole value, the same on all processes, into a parameter, each process into its part."""
+    """Write a whole value, the same on all processes, into a parameter; each process writes its own part."""
     value = value.to(parameter.device)
     if isinstance(parameter, DTensor):
-        # Every process has the whole value: no need to send it around.
+        # Every process has the whole value: nothing needs to be sent.
         value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
     with torch.no_grad():
         parameter.copy_(value)
 
 
 def _touch(root: Any) -> None:
-    """A forward pass of the root that computes nothing: FSDP takes the first module to run for the root."""
+    """A forward pass of the root that computes nothing: FSDP takes the first module that runs for the root."""
     if not hasattr(root, "_aldrift_touch"):
         root._aldrift_touch = types.MethodType(lambda self: None, root)
         register_fsdp_forward_method(root, "_aldrift_touch")

@@ -10,6 +10,7 @@ from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES, Engine, EngineSettings
 from .config import ALDRIFTConfig
+from .validation import check_parts
 
 Part = TypeVar("Part")
 
@@ -36,20 +37,8 @@ def parts_of(args: ALDRIFTConfig, sampler: Sampler | None, ladder: Ladder | None
     """
     sampler = SAMPLERS[args.sampler].from_settings(args) if sampler is None else _checked("sampler", sampler, Sampler)
     ladder = LADDERS[args.ladder].from_settings(args) if ladder is None else _checked("ladder", ladder, Ladder)
-    if loss is None:
-        name = args.loss_type or ("generalized_kl" if sampler.draws_by_weight else "nll")
-        loss = LOSSES[name]()
-    loss = _checked("loss", loss, Loss)
-    if loss.needs_weighted_draws and not sampler.draws_by_weight:
-        raise ValueError(
-            f"{type(loss).__name__} needs samples that are resampled in proportion to known weights, and those of "
-            f"{type(sampler).__name__} are not. Use sampler='archive', or loss_type='nll'."
-        )
-    if ladder.uses_weights and not sampler.corrects:
-        raise ValueError(
-            f"{type(ladder).__name__} looks at weights, and {type(sampler).__name__} makes no use of them. Use "
-            "ladder='linear', or sampler='archive' or 'metropolis_hastings'."
-        )
+    loss = LOSSES[args.loss_for(sampler)]() if loss is None else _checked("loss", loss, Loss)
+    check_parts(args, sampler, ladder, loss)
     return Parts(sampler, ladder, loss)
 
 

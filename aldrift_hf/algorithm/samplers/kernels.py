@@ -1,7 +1,6 @@
-"""Step 2 of ALDRIFT, *correct*, and its neighbours: from proposals to samples.
+"""Step 2 of ALDRIFT, *correct*, and its alternatives, as pure functions on tensors: from proposals to samples.
 
-Pure functions on tensors: nothing here knows of models, text or devices. Leading dimensions (one per prompt) are
-batched; randomness comes from the generator passed in and from nothing else.
+Leading dimensions (one per prompt) are batched. All random numbers come from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ class Chains(NamedTuple):
 
     Attributes:
         last: `[..., m]`, for each chain the step (0 to M-1) whose proposal is its last state.
-        acceptance_rate: `[..., m]`, the share of the M-1 moves that were accepted; NaN where M = 1 (no move was made).
+        acceptance_rate: `[..., m]`, the share of the M-1 moves that were accepted; NaN if M = 1 (there are no moves).
     """
 
     last: Tensor
@@ -25,7 +24,7 @@ class Chains(NamedTuple):
 
 
 def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chains:
-    """Independence Metropolis-Hastings as a scan over proposals that were all drawn beforehand.
+    """Independence Metropolis-Hastings as a scan over proposals that were all drawn in advance.
 
     The proposal distribution `q` does not depend on the chain's state, so the whole chain is a function of the
     log-weights `ℓ(s) = log L(s) - τ·d(s) - log q(s)` of its M proposals. The first proposal is the first state; each
@@ -33,9 +32,9 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
     ALDRIFT, arXiv 2503.06917).
 
     Args:
-        log_weight: `[..., m, M]`, in nats, up to a constant shared by a chain. `-inf` marks a proposal that the target
-            excludes; a chain leaves such a state at the first proposal that is not excluded.
-        generator: drives the acceptance variates; must live on the device of `log_weight`.
+        log_weight: `[..., m, M]`, nats, up to a constant per chain. `-inf` marks a proposal that the target excludes; a
+            chain leaves such a state at the first proposal that is not excluded.
+        generator: source of the acceptance variates, on the device of `log_weight`.
 
     Returns:
         [`Chains`] with fields of shape `[..., m]`.
@@ -47,7 +46,7 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
         raise ValueError(f"log_weight must be [..., chains, steps >= 1], got {tuple(log_weight.shape)}")
     _refuse_unusable(log_weight)
     steps = log_weight.shape[-1]
-    # rand() may return exactly 0, whose log is -inf: with the strict comparison below it still rejects a proposal of
+    # rand() may return exactly 0, whose log is -inf: the strict comparison below then still rejects a proposal of
     # weight zero, as it must.
     log_u = torch.rand(log_weight.shape, generator=generator, dtype=log_weight.dtype, device=log_weight.device).log()
     state = torch.zeros(log_weight.shape[:-1], dtype=torch.long, device=log_weight.device)
@@ -55,7 +54,7 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
     accepted = torch.zeros_like(state)
     for step in range(1, steps):
         proposal_weight = log_weight[..., step]
-        # -inf - -inf is NaN, and every comparison with NaN is false: the chain stays, which is as good as moving.
+        # -inf - -inf is NaN, and every comparison with NaN is false: the chain stays, which is as correct as moving.
         accept = log_u[..., step] < proposal_weight - state_weight
         state = torch.where(accept, step, state)
         state_weight = torch.where(accept, proposal_weight, state_weight)
@@ -68,22 +67,22 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
 def isir(log_weight: Tensor, generator: torch.Generator) -> Chains:
     """One step of iterated sampling importance resampling (i-SIR; Tjelmeland, 2004; Andrieu, Lee and Vihola, 2018).
 
-    The state and N-1 proposals stand side by side, and the next state is one of the N in proportion to their weights: a
-    Markov kernel that leaves the target as it is, for every N. Where Metropolis-Hastings takes N-1 proposals one after
-    another, this takes them at once.
+    The next state is one of the N candidates (the state and N-1 proposals), drawn in proportion to their weights: a
+    Markov kernel that leaves the target invariant, for every N. Metropolis-Hastings takes N-1 proposals one after
+    another; this takes them at once.
 
     Args:
-        log_weight: `[..., N]`, in nats, up to a constant shared by a row: the state's, and those of the proposals.
-        generator: drives the choice; must live on the device of `log_weight`.
+        log_weight: `[..., N]`, nats, up to a constant per row: the state's, followed by those of the proposals.
+        generator: source of the choice, on the device of `log_weight`.
 
     Returns:
-        [`Chains`] with fields of shape `[...]`; the acceptance rate is 1 where the state was left, 0 where it stayed,
-        and NaN where N = 1.
+        [`Chains`] with fields of shape `[...]`; the acceptance rate is 1 where the chain moved, 0 where it stayed, and
+        NaN if N = 1.
 
     Raises:
-        ValueError: if a row holds NaN or `+inf`, or `-inf` alone.
+        ValueError: if a row holds NaN or `+inf`, or only `-inf`.
     """
-    chosen = systematic_resample(log_weight, 1, generator)[..., 0]  # one tooth: a plain draw
+    chosen = systematic_resample(log_weight, 1, generator)[..., 0]  # with one tooth, a plain draw
     alone = log_weight.shape[-1] == 1
     return Chains(chosen, torch.full_like(chosen, torch.nan, dtype=torch.float) if alone else (chosen > 0).float())
 
@@ -93,7 +92,7 @@ def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
 
     Args:
         objective: `[..., n]`, costs.
-        log_prior: `[..., n]`, `log L` in nats.
+        log_prior: `[..., n]`, `log L`, nats.
         m: how many to keep, at most `n`.
 
     Returns:
@@ -101,7 +100,7 @@ def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
     """
     if not 1 <= m <= objective.shape[-1]:
         raise ValueError(f"cannot keep the {m} best of {objective.shape[-1]} proposals")
-    # A lexicographic sort: by the second key first, then stably by the first one.
+    # A lexicographic sort: by the second key first, then stably by the first.
     by_prior = log_prior.argsort(dim=-1, descending=True, stable=True)
     by_cost = objective.gather(-1, by_prior).argsort(dim=-1, stable=True)
     return by_prior.gather(-1, by_cost)[..., :m]
@@ -110,19 +109,19 @@ def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
 def systematic_resample(log_weight: Tensor, m: int, generator: torch.Generator) -> Tensor:
     """`m` draws in proportion to the weights, by systematic resampling.
 
-    One uniform variate a row shifts a regular comb of `m` teeth over the cumulative weights, so each proposal is drawn
-    within one of `m` times its normalised weight, with exactly that mean.
+    One uniform variate per row shifts a regular comb of `m` teeth over the cumulative weights. So the number of draws
+    of each proposal differs by less than one from `m` times its normalised weight, which is exactly its mean.
 
     Args:
-        log_weight: `[..., n]` in nats, up to a constant.
+        log_weight: `[..., n]`, nats, up to a constant per row.
         m: number of draws.
-        generator: source of the one variate a row.
+        generator: source of the variate of each row.
 
     Returns:
         `[..., m]` indices into the last dimension, in ascending order.
 
     Raises:
-        ValueError: if a row holds NaN or `+inf`, or `-inf` alone.
+        ValueError: if a row holds NaN or `+inf`, or only `-inf`.
     """
     _refuse_unusable(log_weight)
     if bool((log_weight.amax(dim=-1) == -torch.inf).any()):
@@ -130,7 +129,7 @@ def systematic_resample(log_weight: Tensor, m: int, generator: torch.Generator) 
     cumulative = log_weight.double().softmax(dim=-1).cumsum(dim=-1)
     shift = torch.rand((*log_weight.shape[:-1], 1), generator=generator, dtype=torch.float64, device=log_weight.device)
     teeth = (torch.arange(m, dtype=torch.float64, device=log_weight.device) + shift) / m
-    # Rounding can leave the last cumulative weight a hair below 1, and then one row's last tooth above it.
+    # Rounding can leave the last cumulative weight slightly below 1, and then a row's last tooth above it.
     teeth = torch.minimum(teeth, cumulative[..., -1:].nextafter(cumulative.new_zeros(())))
     return torch.searchsorted(cumulative, teeth, right=True)
 

@@ -34,6 +34,10 @@ class Engine(ABC):
 
     `q` is the law that the tokens really came from. An engine reports its own log-probability of what it drew, whatever
     its rounding: then the weights `L·exp(-τ·d)/q` are exact.
+
+    The archive also needs the density of older rungs' models at new draws, and of the present model at old draws. It
+    takes these from the trainer's scorer, so with `sampler="archive"` an engine's law must be that of the model, up to
+    rounding. `sampler="metropolis_hastings"` uses the engine's own `log q` alone.
     """
 
     @classmethod
