@@ -83,6 +83,17 @@ def test_a_damaged_file_is_named(tmp_path):
             store.load()
 
 
+def test_a_file_that_another_process_cannot_read_is_an_error_here_too(tmp_path, monkeypatch):
+    """Or this process would wait for that one for ever."""
+
+    def gather(mine):
+        return [*mine, ([], "1.sqlite cannot be read")]
+
+    monkeypatch.setattr("aldrift_hf.objective.store.gather_object", gather)
+    with pytest.raises(OSError, match=r"1\.sqlite cannot be read"):
+        read(tmp_path)
+
+
 def test_a_file_without_a_table_holds_no_costs(tmp_path):
     """As after a kill just after the file was created."""
     (tmp_path / FOLDER).mkdir()

@@ -369,6 +369,14 @@ def test_completions_that_fail_cost_the_worst(how, overlap, caplog, tmp_path):
     assert next_run.functions[0].asked == [["bb"]]
 
 
+def test_a_failure_among_costs_of_an_earlier_start_costs_the_worst(tmp_path):
+    """The costs found show that the function can be evaluated."""
+    tolerant(failing([], "raise"), tmp_path)(ONE, [0] * 4, TEXTS)
+    later = tolerant(failing(["e"], "raise"), tmp_path)
+    assert later(ONE, [0, 0], ["a", "e"]).tolist() == [1.0, 5.0]
+    assert later.functions[0].asked == [["e"], ["e"]]
+
+
 def test_a_cost_that_never_worked_is_an_error_all_the_same():
     objective = Objective(failing(["a", "b"], "raise"), None, 5.0, on_error="worst")
     with pytest.raises(ObjectiveError, match="no answer"):

@@ -174,8 +174,11 @@ class Objective:
             if key not in self.store:
                 if not self._has_failed(hashed):
                     new[key] = index
-            elif hashed not in self._counts.asked:  # it may come from a run with another bound
-                self._cost.check_bound(self.store[key], rows[index], key[1])
+            elif hashed not in self._counts.asked:
+                self._cost.check_bound(
+                    self.store[key], rows[index], key[1]
+                )  # it may come from a run with another bound
+                self._counts.add(hashed, self._cost.total(self.store[key]))
         state = PartialState()
         mine = list(new.items())[state.process_index :: state.num_processes]
         for start in range(0, len(mine), self.batch_size):
@@ -202,17 +205,20 @@ class Objective:
         self._begun, error = _Begun(), begun.error
         self.store.share()
         failed: list[Key] = []
-        for keys, message in gather_object([(begun.failed, None if error is None else str(error))]):
+        failure = begun.failure
+        texts = [None if caught is None else str(caught) for caught in (failure, error)]
+        for keys, other_failure, message in gather_object([(begun.failed, *texts)]):
             failed += keys
+            failure = failure or other_failure
             if message is not None and error is None:
                 error = ObjectiveError(f"on another process: {message}")
         self._count(begun, failed)
         if error is not None:
             raise error
-        if failed:
+        if failed and PartialState().is_main_process:
             logger.warning(
                 f"{len(failed):,} completions could not be evaluated and cost {self.bound:g}, the worst "
-                f"(objective_on_error='worst'); the newest failure on this process: {begun.failure}"
+                f"(objective_on_error='worst'). One of the failures: {failure}"
             )
         costs = [self._cost.total(self._costs(key)) for key in _keys(prompts, rows, completions)]
         return torch.tensor(costs, dtype=torch.float64)

@@ -63,6 +63,9 @@ class CostStore(Mapping[Key, Costs]):
     def __getitem__(self, key: Key) -> Costs:
         return self._shared[key]
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._shared
+
     def __iter__(self) -> Iterator[Key]:
         return iter(self._shared)
 
