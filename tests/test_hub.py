@@ -14,16 +14,16 @@ import pytest
 import torch
 import transformers
 from conftest import CONFIGS, accelerate_launch, count_a, every_completion, log_probs, lora_config, perturb, tiny_gpt2
-from evaluation.recipe import one_of_several
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import filter_repo_objects
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from problems.training import one_of_several
 from test_card import check_code
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from aldrift_hf import ALDRIFTTrainer, cli
-from aldrift_hf.cli.parser import Arguments
+from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.trainer.checkpoints import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE
 
@@ -181,7 +181,7 @@ def test_a_token_is_neither_shown_nor_pickled(config):
     assert TOKEN.encode() not in pickle.dumps(args)
     assert pickle.loads(pickle.dumps(args)).tau_max == args.tau_max
 
-    parser = Arguments("aldrift train", "", "")
+    parser = RunParser("aldrift train", "", "")
     kwargs = json.dumps({"token": TOKEN, "revision": "v1"})
     parser.parse(["--objective", "a:b", "--hub_token", TOKEN, "--model_init_kwargs", kwargs])
     assert parser.given["model_init_kwargs"] == {"revision": "v1"}  # what goes into run.yaml
