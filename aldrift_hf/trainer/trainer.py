@@ -7,24 +7,20 @@ schedule, logging, checkpoints, distributed training and resume are the Trainer'
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from torch import Tensor, nn
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     set_seed,
@@ -35,9 +31,9 @@ from transformers.trainer_utils import TrainOutput
 from ..algorithm.ladders import Ladder
 from ..algorithm.losses import Loss
 from ..algorithm.samplers import Sampler
-from ..models import loading, numerics, prior, sharding
+from ..models import loading, prior, sharding
 from ..models.engines import Engine
-from ..models.scoring import label_logprobs, without_dropout
+from ..models.scoring import without_dropout
 from ..objective.protocol import CostFunction
 from ..reporting.defaults import default_callbacks
 from ..reporting.hub import HubPusher
@@ -48,10 +44,11 @@ from .config import ALDRIFTConfig
 from .data import check_dataset
 from .evaluation import decoded, draw_corrected, measure
 from .events import Events
+from .hooks import HookedTrainer, rung_loss
 from .inputs import check_inputs, check_writable
 from .interrupt import Interrupt
 from .loop import RungLoop
-from .optimizer import check_optimizer, schedule_kwargs
+from .optimizer import check_optimizer
 from .parts import Parts, parts_of
 from .rollout import Runtime
 from .run import Run
@@ -62,7 +59,7 @@ from .state import Phase
 logger = logging.getLogger(__name__)
 
 
-class ALDRIFTTrainer(Trainer):
+class ALDRIFTTrainer(HookedTrainer):
     """
     Turns a causal language model `L` into a sampler of `p_T(s) ∝ L(s)·exp(-T·d(s))`, without a gradient of `d`.
 
@@ -148,7 +145,7 @@ class ALDRIFTTrainer(Trainer):
             train_dataset=RungSamples(1, self.inputs.prompts.token_ids),
             eval_dataset=evaluation,
             processing_class=self.inputs.tokenizer,
-            compute_loss_func=functools.partial(_rung_loss, parts.loss, {}),
+            compute_loss_func=functools.partial(rung_loss, parts.loss, {}),
             callbacks=[self._loop, *default_callbacks(args), *(callbacks or [])],
             optimizers=optimizers,
         )
@@ -177,11 +174,6 @@ class ALDRIFTTrainer(Trainer):
         )
 
     # ---- What users read ---------------------------------------------------------------------------------------------
-
-    @property
-    def record(self) -> RunRecord:
-        """What is known of the run: settings, the figures of each rung, draws. See [`RunRecord`]."""
-        return self.run.record
 
     @property
     def sampler(self) -> Sampler:
@@ -237,75 +229,6 @@ class ALDRIFTTrainer(Trainer):
             self.events.tell("on_run_end")
         return output
 
-    def _was_terminated(self) -> bool:
-        """Whether SIGTERM stopped the run before its end (`enable_jit_checkpoint`)."""
-        stopped = self.args.enable_jit_checkpoint and self.control.should_training_stop
-        return stopped and self.run.stop_reason() is None and self.state.global_step < self.state.max_steps
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        columns = {
-            name: inputs.pop(name) for name in [*inputs] if name not in ("input_ids", "attention_mask", "labels")
-        }
-        self.compute_loss_func = functools.partial(_rung_loss, self.loss, columns)
-        return super().compute_loss(model, inputs, *args, **kwargs)
-
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LambdaLR:
-        with self._arguments(lr_scheduler_kwargs=schedule_kwargs(self.args, num_training_steps)):
-            return cast(torch.optim.lr_scheduler.LambdaLR, super().create_scheduler(num_training_steps, optimizer))
-
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
-    ) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        value = loss.item()
-        numerics.check_loss(value, self.args.learning_rate)
-        self.run.learned(value)
-        return loss
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[int]:
-        # The rung's samples come in an order of their own, which the checkpoint keeps.
-        return torch.utils.data.SequentialSampler(self.run.samples)
-
-    def _stop_if_asked(self) -> None:
-        """Between updates and rounds of proposals: ends the run, with a checkpoint, if Ctrl-C was pressed."""
-        if not self.interrupt.asked():
-            return
-        step = self.state.global_step
-        if step and not os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}")):
-            self._save_checkpoint(self.model, None)
-        raise KeyboardInterrupt(f"stopped after update {step}; go on with resume_from_checkpoint=True")
-
-    @contextlib.contextmanager
-    def _arguments(self, **changes: Any) -> Iterator[None]:
-        """Within a `with` block the Trainer sees changed settings, in a copy: the user's are never written to."""
-        asked = self.args
-        self.args = copy.copy(asked)
-        for name, value in changes.items():
-            setattr(self.args, name, value)
-        try:
-            yield
-        finally:
-            self.args = asked
-
-    # ---- Checkpoints -------------------------------------------------------------------------------------------------
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """As the Trainer's, with our files, and under a temporary name until all of them are written."""
-        with self.checkpointer.saving(self):
-            super()._save_checkpoint(model, trial)
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self.checkpointer.staging or str(super()._get_output_dir(trial))
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if whole and prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
-            # Up to Transformers 5.22 the Trainer leaves out the adapter at the top where another lies in a folder.
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
-
     def load_run(self, folder: str | os.PathLike[str]) -> None:
         """Take up what a run has trained, so that [`evaluate`] and [`sample`] work as after its own `train()`.
 
@@ -321,60 +244,6 @@ class ALDRIFTTrainer(Trainer):
         record = RunRecord.read(str(folder))
         loading.load_trained(cast(PreTrainedModel, self._unwrapped()), Path(folder))
         self.run.take_up(record)
-
-    # ---- Hub ---------------------------------------------------------------------------------------------------------
-
-    def init_hf_repo(self, *args: Any, **kwargs: Any) -> None:
-        """Create the repository, unless it exists. With `push_to_hub=True` that happens before anything is computed.
-
-        Raises:
-            OSError: if the Hub refuses or cannot be reached, with the remedy.
-        """
-        self.hub.create_repository(functools.partial(super().init_hf_repo, *args, **kwargs))
-        self.hub.repository = self.hub_model_id
-
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push what lies in `output_dir`, checkpoints excepted: see [`transformers.Trainer.push_to_hub`].
-
-        That is the adapter or the model, the tokenizer, the training arguments (without tokens), the run's record, its
-        figures and its model card. Keyword arguments of [`create_model_card`] are passed on to it.
-
-        Raises:
-            OSError: if the Hub does not take it, with the remedy. The model has been saved before.
-        """
-        if not self.args.push_to_hub:  # the repository may be refused, and that comes before the Trainer saves
-            self.save_model(_internal_call=True)
-        return self.hub.push(functools.partial(super().push_to_hub, *args, **kwargs))
-
-    def create_model_card(
-        self, *, finetuned_from: str | None = None, model_name: str | None = None, **details: Any
-    ) -> None:
-        """Write the model card of the run so far to `output_dir/README.md`; every push does.
-
-        Args:
-            finetuned_from: id of the base model. `None` takes the one that the model was loaded by.
-            model_name: the title. `None` takes the repository's name.
-            details: further arguments of [`transformers.Trainer.create_model_card`], such as `language` and `license`.
-        """
-        if self.is_world_process_zero():
-            details = {"datasets" if name == "dataset_tags" else name: value for name, value in details.items()}
-            self.hub.write_card(
-                self.record, str(self.args.output_dir), base_model=finetuned_from, name=model_name, **details
-            )
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:  # in place of the card that PEFT has written
-            self.hub.write_card(self.record, output_dir or str(self.args.output_dir))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        if self.checkpointer.staging is not None:  # not before it has its name: uploads go on in a thread
-            return
-        if self.is_world_process_zero():
-            self.create_model_card()
-            self.hub.copy_adapters(checkpoint_folder)
-        super()._push_from_checkpoint(checkpoint_folder)
-        self.hub.watch(getattr(getattr(self, "push_in_progress", None), "jobs", []))
 
     # ---- Evaluation and sampling -------------------------------------------------------------------------------------
 
@@ -459,27 +328,3 @@ class ALDRIFTTrainer(Trainer):
         metrics = draws.metrics(self.args.tau_max, self.objective.best)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
-
-    # ---- Models and callbacks ----------------------------------------------------------------------------------------
-
-    def _unwrapped(self) -> nn.Module:
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model))
-
-    @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Where models may be run outside of training steps: parameters whole, and under the autocast of those."""
-        if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._is_wrapped():
-            self.model.to(self.args.device)  # the Trainer leaves that to the wrapping, when training begins
-        checkpointing = cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
-        with sharding.gathered(self.model_wrapped, self.accelerator, checkpointing), self.accelerator.autocast():
-            yield
-
-    def _is_wrapped(self) -> bool:
-        return self.model_wrapped is not self.model or sharding.is_sharded(self.model)
-
-
-def _rung_loss(
-    loss: Loss, columns: dict[str, Tensor], outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int
-) -> Tensor:
-    """The loss of a micro-batch, as the Trainer calls it."""
-    return loss(label_logprobs(outputs.logits, labels), num_items_in_batch, **columns)
