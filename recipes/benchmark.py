@@ -2,12 +2,14 @@
 
     accelerate launch recipes/benchmark.py
 
-One process, the same priors, costs and budgets of proposals for everyone; every method's learning rate is tuned on the
-first seed over the same grid. The problems can be enumerated, so the distances between model and p_T are exact. TRL's
-RLOO and GRPO maximise E[-d] - KL/T, whose optimum is p_T too; they also get a multiple of the largest budget (--longer)
-that takes them as many seconds as the archive. Every run is kept in OUTPUT_DIR/runs.jsonl and not repeated.
+All methods run in one process, with the same priors, costs and numbers of proposals. The learning rate of each method
+is tuned on the first seed, over the same grid. The problems can be enumerated, so the distances from p_T to the models
+are exact. The optimum of TRL's RLOO and GRPO, which maximise E[-d] - KL/T, is p_T as well. They are also run with a
+multiple of the largest budget (--longer) that takes them as much time as the archive. Every run is kept in
+OUTPUT_DIR/runs.jsonl and not repeated.
 
-All of it takes long (see recipes/README.md); --problems, --methods, --budgets, --seeds and --learning_rates choose.
+The whole benchmark takes long (see recipes/README.md); run parts of it with --problems, --methods, --budgets, --seeds
+and --learning_rates.
 """
 
 import json
@@ -17,26 +19,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.baselines import expert_iteration, policy_gradient
-from evaluation.benchmark_report import report
+from evaluation.baselines import TRL, expert_iteration, policy_gradient
+from evaluation.benchmark import report
 from evaluation.exact_distance import ExactTarget
-from evaluation.recipe import RecipeConfig, RecipeModelConfig, make_prior, make_trainer
 from problems.line_scheduling import LineSchedulingProblem
+from problems.prior import RecipeModelConfig, make_prior
 from problems.round_trips import RoundTripProblem
 from problems.spanning_tree import load_problem
+from problems.training import RecipeConfig, make_trainer
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
+from aldrift_hf.algorithm.samplers import SAMPLERS
 from aldrift_hf.models.prior import base_model
 
-PROBLEMS = {  # the problem, T, and up to what share above the least cost a string counts as solved
+PROBLEMS = {  # the problem, T, and by what share the cost of a solution may exceed the lowest cost
     "florentine": (load_problem("florentine"), 6.0, 0.0),
     "line": (LineSchedulingProblem(stations=4, longest_visit=12, headway=3), 4.0, 0.0),
     "trips": (RoundTripProblem(), 4.0, 0.05),
 }
-SAMPLERS = ("top", "reweight", "metropolis_hastings", "archive")
-TRL = ("rloo", "grpo")
-METHODS = ("prior", *SAMPLERS, *TRL, "expert_iteration")
+METHODS = ("prior", *reversed(SAMPLERS), *TRL, "expert_iteration")
 KEY = ("problem", "method", "budget", "learning_rate", "seed")
 
 
@@ -44,25 +46,34 @@ KEY = ("problem", "method", "budget", "learning_rate", "seed")
 class BenchmarkArguments:
     """What is compared."""
 
-    problems: list[str] = field(default_factory=lambda: [*PROBLEMS], metadata={"help": ", ".join(PROBLEMS)})
-    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": ", ".join(METHODS)})
-    budgets: list[int] = field(default_factory=lambda: [1280, 5120], metadata={"help": "Proposals."})
-    longer: int = field(default=3, metadata={"help": "TRL's trainers also get so many times the largest budget."})
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "The first one tunes."})
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "The grid, the same for every method."}
+    problems: list[str] = field(
+        default_factory=lambda: [*PROBLEMS], metadata={"help": f"Problems: {', '.join(PROBLEMS)}."}
     )
-    updates: int = field(default=60, metadata={"help": "On each rung, and in each round of expert iteration."})
-    trl_batch_size: int = field(default=64, metadata={"help": "Proposals an update of TRL's trainers."})
-    draws: int = field(default=4096, metadata={"help": "Draws among which distinct solutions are counted."})
-    output_dir: str = field(default="out/benchmark", metadata={"help": "Where everything is written."})
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Methods: {', '.join(METHODS)}."})
+    budgets: list[int] = field(default_factory=lambda: [1280, 5120], metadata={"help": "Numbers of proposals per run."})
+    longer: int = field(
+        default=3, metadata={"help": "TRL's trainers are also run with the largest budget times this number."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; learning rates are tuned on the first one."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "Learning rates that are tried for every method."},
+    )
+    updates: int = field(
+        default=60, metadata={"help": "Optimizer updates per rung, and per round of expert iteration."}
+    )
+    trl_batch_size: int = field(default=64, metadata={"help": "Proposals per update of TRL's trainers."})
+    draws: int = field(default=4096, metadata={"help": "Number of draws among which distinct solutions are counted."})
+    output_dir: str = field(default="out/benchmark", metadata={"help": "Folder that all files are written to."})
 
 
 def main() -> None:
     options, model_config = TrlParser((BenchmarkArguments, RecipeModelConfig)).parse_args_and_config()
     for given, known in ((options.problems, PROBLEMS), (options.methods, METHODS)):
         if unknown := sorted(set(given) - set(known)):
-            sys.exit(f"unknown: {', '.join(unknown)}. There are {', '.join(known)}.")
+            sys.exit(f"unknown: {', '.join(unknown)}. Choose from {', '.join(known)}.")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options, model_config, folder / "runs.jsonl")
@@ -74,7 +85,7 @@ def main() -> None:
 
 
 def asked_of(options: BenchmarkArguments) -> list[tuple[str, int]]:
-    """Methods and budgets, in the table's order."""
+    """The methods and budgets to run, in the order of the table."""
     longest = options.longer * max(options.budgets)
     return [
         (method, budget)
@@ -84,7 +95,7 @@ def asked_of(options: BenchmarkArguments) -> list[tuple[str, int]]:
 
 
 class Bench:
-    """Runs, each made once and kept in a file."""
+    """The runs of the benchmark, each made once and kept in a file."""
 
     def __init__(self, options: BenchmarkArguments, model_config: RecipeModelConfig, path: Path) -> None:
         self.options, self.model_config, self.path = options, model_config, path
@@ -93,17 +104,17 @@ class Bench:
         self.targets: dict[str, ExactTarget] = {}
 
     def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:
-        """A run for each seed, at the learning rate that is best for KL(p_T‖q) on the first one."""
+        """One run per seed, at the learning rate with the smallest KL(p_T‖q) on the first seed."""
         first, rates = self.options.seeds[0], self.options.learning_rates
         if method == "prior":
             return [self.run(problem, method, budget, 0.0, first)]
-        # A longer run keeps the rate of the largest budget.
+        # A longer run has the learning rate of the largest budget.
         usual = min(budget, max(self.options.budgets))
         best = min((self.run(problem, method, usual, rate, first) for rate in rates), key=lambda run: run["kl"])
         return [self.run(problem, method, budget, best["learning_rate"], seed) for seed in self.options.seeds]
 
     def run(self, *key: Any) -> dict[str, Any]:
-        """One run, from the file if it was made before."""
+        """The measures of one run, from the file if it was made before."""
         if key not in self.runs:
             measures = self.measure(*key)
             self.runs[key] = dict(zip(KEY, key, strict=True)) | measures
@@ -113,7 +124,7 @@ class Bench:
         return self.runs[key]
 
     def measure(self, name: str, method: str, budget: int, rate: float, seed: int) -> dict[str, float]:
-        """Learn, and compare with the enumerated p_T; means over prompts."""
+        """Train, and compare the model with the enumerated p_T; means over prompts."""
         problem, tau_max, _ = PROBLEMS[name]
         proposals, calls, began = budget, 0, time.perf_counter()
         if method == "prior":
@@ -122,7 +133,7 @@ class Bench:
             trainer = make_trainer(problem, self.settings(name, method, budget, rate, seed), self.model_config)
             trainer.train()
             model, tokenizer, calls = trainer.model, trainer.processing_class, trainer.objective_calls
-            proposals = trainer.progress.proposals
+            proposals = trainer.record.rungs[-1]["proposals"]
         elif method in TRL:
             model, tokenizer, calls = policy_gradient(
                 method, problem, self.model_config, tau_max=tau_max, proposals=budget,
@@ -141,7 +152,7 @@ class Bench:
         return measures | {"proposals": proposals, "calls": calls, "seconds": seconds}
 
     def target(self, name: str, tokenizer: PreTrainedTokenizerBase) -> ExactTarget:
-        """A problem's p_T, enumerated once."""
+        """The p_T of a problem, enumerated once."""
         if name not in self.targets:
             problem, tau_max, slack = PROBLEMS[name]
             prior = base_model(make_prior(problem, self.model_config)[0])
@@ -149,7 +160,7 @@ class Bench:
         return self.targets[name]
 
     def settings(self, problem: str, sampler: str, budget: int, rate: float, seed: int) -> RecipeConfig:
-        """ALDRIFT's: rungs of equal size up to T, and the same updates on each whatever the sampler."""
+        """ALDRIFT's settings: equal steps up to T, with the same updates per rung for every sampler."""
         _, tau_max, _ = PROBLEMS[problem]
         prompts = len(PROBLEMS[problem][0].prompts)
         return RecipeConfig(
@@ -157,8 +168,8 @@ class Bench:
             sampler=sampler,
             tau_max=tau_max,
             tau_step=tau_max / rungs(budget),
-            num_train_epochs=rungs(budget),
-            num_chains=budget // (rungs(budget) * prompts * 4),
+            num_rungs=rungs(budget),
+            num_generations=budget // (rungs(budget) * prompts * 4) * 4,
             chain_length=4,
             updates_per_rung=self.options.updates,
             learning_rate=rate,
@@ -171,7 +182,7 @@ class Bench:
 
 
 def rungs(budget: int) -> int:
-    """Rungs of a run, or rounds of expert iteration: at least 5, and from 5,120 proposals on 10."""
+    """The number of rungs, or rounds of expert iteration: at least 5; 10 for 5,120 proposals or more."""
     return max(5, min(10, budget // 512))
 
 

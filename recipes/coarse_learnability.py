@@ -1,16 +1,16 @@
-"""Maximum likelihood covers: coarse learnability where everything is known, without a language model.
+"""Maximum likelihood covers: coarse learnability where everything can be computed, without a language model.
 
     accelerate launch recipes/coarse_learnability.py
 
-ALDRIFT asks one thing of its learner: a model L fitted to samples of p covers p, that is, sup_x p(x)/L(x) is at most
-polynomial. This recipe fits L to m samples and computes the supremum exactly:
+ALDRIFT assumes of its learner that a model L fitted to samples of p covers p: sup_x p(x)/L(x) is at most polynomial.
+This recipe fits L to m samples and computes the supremum exactly:
 
-(a) one Gaussian fitted to k unit-variance Gaussians, neighbours Δ apart: a family that does not hold p;
-(b) a tilted uniform fitted to a tilted uniform: a family that does;
-(c) Gaussian kernel density estimates of the mixture, with multiples of Silverman's bandwidth h_S.
+(a) one Gaussian is fitted to k unit-variance Gaussians, with neighbours Δ apart: the family does not contain p;
+(b) a tilted uniform distribution is fitted to a tilted uniform distribution: the family contains p;
+(c) the mixture is estimated by Gaussian kernel densities, with multiples of Silverman's bandwidth h_S.
 
-Where L's tails are lighter than p's, the supremum over all reals is infinite and printed as such. (c) then also looks
-at the central 1 - 1/m of p's mass, which m draws of p leave once on average.
+If the tails of L are lighter than those of p, the supremum over all reals is infinite, and is printed as inf. For (c),
+the supremum over the central 1 - 1/m of p is computed as well; of m draws of p, on average one lies outside.
 
 Options: --separations 2 8 32 --sample_sizes 16 256 --components 5 --repeats 20 --seed 1 --output_dir DIR, here or in
 YAML (--config FILE.yaml).
@@ -23,58 +23,60 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from evaluation import coarse_learnability as theory
-from evaluation.coarse_learnability_report import Sweep, compare, draw_figure, verdicts
+from evaluation import suprema
+from evaluation.coarse_learnability import Sweep, compare, draw_figure, verdicts
 from rich.console import Console
 from trl import TrlParser
 
-TILT = 2.0  # θ of (b): p is proportional to exp(θx) on [0, 1]
+TILT = 2.0  # θ in (b): p is proportional to exp(θx) on [0, 1]
 KDE_SEPARATION = 4.0  # Δ of the mixture in (c)
-BANDWIDTHS = (0.125, 0.5, 1.0, 4.0)  # h of (c), in multiples of Silverman's
+BANDWIDTHS = (0.125, 0.5, 1.0, 4.0)  # h in (c), in multiples of Silverman's
 
 
 @dataclass
 class CoarseLearnabilityArguments:
-    """What is fitted to what, and how often."""
+    """The distributions, and the number of fits."""
 
-    output_dir: str = field(default="out/coarse_learnability", metadata={"help": "Where the figure is written."})
-    components: int = field(default=3, metadata={"help": "k, Gaussians in the mixtures; at least 2."})
+    output_dir: str = field(
+        default="out/coarse_learnability", metadata={"help": "Folder that the table and the figure are written to."}
+    )
+    components: int = field(default=3, metadata={"help": "k, the number of Gaussians in the mixtures; at least 2."})
     separations: list[float] = field(
         default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0],
-        metadata={"help": "Δ of (a), in the components' standard deviations: two or more, rising."},
+        metadata={"help": "Δ in (a), in standard deviations of a component: two or more values, increasing."},
     )
     sample_sizes: list[int] = field(
         default_factory=lambda: [16, 64, 256, 1024, 4096, 16384],
-        metadata={"help": "m, samples a fit: two or more sizes, rising, from 2 on."},
+        metadata={"help": "m, the number of samples per fit: two or more values above 1, increasing."},
     )
-    repeats: int = field(default=20, metadata={"help": "Fits of each kind, every one to fresh samples."})
-    seed: int = field(default=42, metadata={"help": "Seed of all samples."})
+    repeats: int = field(default=20, metadata={"help": "Number of fits for each setting, each to new samples."})
+    seed: int = field(default=42, metadata={"help": "Random seed of the samples."})
 
     def __post_init__(self) -> None:
         for name, values, bound in (("separations", self.separations, 0), ("sample_sizes", self.sample_sizes, 1)):
             if len(values) < 2 or values[0] <= bound or (np.diff(values) <= 0).any():
-                raise ValueError(f"--{name}: give two or more, rising, above {bound}; not {values}")
+                raise ValueError(f"--{name}: give two or more increasing values above {bound}; got {values}")
         if self.components < 2 or self.repeats < 1:
             raise ValueError("--components must be at least 2 and --repeats at least 1")
 
 
 def measure(options: CoarseLearnabilityArguments) -> Sweep:
-    """All fits, each to fresh samples."""
+    """Make all fits, each to new samples."""
     rng = np.random.default_rng(options.seed)
-    tilted, mixture = theory.TiltedUniform(TILT), theory.even_mixture(options.components, KDE_SEPARATION)
+    tilted, mixture = suprema.TiltedUniform(TILT), suprema.even_mixture(options.components, KDE_SEPARATION)
 
     def gaussian(separation: float, m: int) -> float:
-        p = theory.even_mixture(options.components, separation)
-        return theory.log_supremum(p, theory.fit_gaussian(p.sample(m, rng)))
+        p = suprema.even_mixture(options.components, separation)
+        return suprema.log_supremum(p, suprema.fit_gaussian(p.sample(m, rng)))
 
     def realizable(_: float, m: int) -> float:
-        return theory.tilt_log_supremum(tilted, theory.fit_tilt(tilted.sample(m, rng)))
+        return suprema.tilt_log_supremum(tilted, suprema.fit_tilt(tilted.sample(m, rng)))
 
     def kde(factor: float, m: int) -> tuple[float, float]:
         samples = mixture.sample(m, rng)
-        fitted = theory.kernel_density(samples, factor * theory.silverman(samples))
-        central = theory.log_supremum(mixture, fitted, mixture.central_region(1 - 1 / m))
-        return theory.log_supremum(mixture, fitted), central
+        fitted = suprema.kernel_density(samples, factor * suprema.silverman(samples))
+        central = suprema.log_supremum(mixture, fitted, mixture.central_region(1 - 1 / m))
+        return suprema.log_supremum(mixture, fitted), central
 
     def sweep(fit: Callable, settings: list[float]) -> np.ndarray:
         return np.array(
@@ -101,7 +103,7 @@ def main() -> None:
         (options,) = TrlParser(CoarseLearnabilityArguments).parse_args_and_config()
     except ValueError as error:
         sys.exit(str(error))
-    if not PartialState(cpu=True).is_main_process:  # nothing here needs an accelerator
+    if not PartialState(cpu=True).is_main_process:  # no accelerator is needed
         return
     sweep, folder, console = measure(options), Path(options.output_dir), Console()
     folder.mkdir(parents=True, exist_ok=True)

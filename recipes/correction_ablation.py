@@ -1,30 +1,25 @@
-"""Is the Metropolis-Hastings step needed? Three corrections on the same ladder, measured exactly at every rung.
+"""Is the Metropolis-Hastings step needed? Three samplers on the same ladder, measured exactly after every rung.
 
     accelerate launch recipes/correction_ablation.py
 
-The same prior, proposals a rung and updates a rung; only the step from proposals to samples differs:
-metropolis_hastings (ALDRIFT), reweight (resampled by exp(-step d), trusting that the model is where the last rung
-wanted it), and top (the m best). Every string of the problem is enumerated, so that after each rung the distance of
-what was learnt, L_tau, from what was meant, p_tau, is known: KL and total variation, without sampling noise.
+Prior, number of proposals per rung and number of updates per rung are the same. Only the step from proposals to samples
+differs: metropolis_hastings (ALDRIFT), reweight (resampling by exp(-step d), as if the model were exactly the last
+rung's target), and top (the proposals of lowest cost). All strings of the problem are enumerated, so after each rung
+the distance of the model L_tau from the rung's target p_tau is known exactly: KL divergence and total variation.
 
-Every option of ALDRIFTConfig and of TRL's ModelConfig works, here and in YAML (--config FILE.yaml).
+All options of ALDRIFTConfig and of TRL's ModelConfig work, here and in YAML (--config FILE.yaml).
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from evaluation.enumeration import enumerable_graph, enumerate_strings
 from evaluation.exact_rungs import ExactRungs
 from evaluation.figures import figure, plot_lines
-from evaluation.recipe import (
-    RecipeConfig,
-    RecipeModelConfig,
-    enumerable_graph,
-    enumerate_strings,
-    make_trainer,
-    one_of_several,
-)
 from evaluation.tables import Comparison
+from problems.prior import RecipeModelConfig
+from problems.training import RecipeConfig, make_trainer, one_of_several
 from rich.console import Console
 from trl import TrlParser
 
@@ -36,23 +31,29 @@ class AblationArguments:
     """The problem."""
 
     graph: str = field(
-        default="florentine-core", metadata={"help": "As in recipes/spanning_tree.py; small enough to enumerate."}
+        default="florentine-core",
+        metadata={"help": "The graph, as in recipes/spanning_tree.py; its strings are enumerated."},
     )
-    enumerate_up_to: int = field(default=50_000, metadata={"help": "Strings that may be enumerated after every rung."})
+    enumerate_up_to: int = field(default=50_000, metadata={"help": "Largest number of strings that may be enumerated."})
 
 
 @dataclass
 class AblationConfig(RecipeConfig):
-    """ALDRIFT's settings, with this recipe's defaults; `sampler` is what the recipe varies."""
+    """ALDRIFT's settings, with this recipe's defaults. The recipe varies `sampler`."""
 
     output_dir: Optional[str] = field(
-        default="out/correction_ablation", metadata={"help": "Where everything is written, a folder for each sampler."}
+        default="out/correction_ablation",
+        metadata={"help": "Folder that all files are written to, with a subfolder per sampler."},
     )
-    tau_max: float = field(default=6.0, metadata={"help": "T."})
-    tau_step: Optional[float] = field(default=0.6, metadata={"help": "Step of the ladder."})
-    num_chains: int = field(default=256, metadata={"help": "m, samples a rung."})
-    chain_length: Optional[int] = field(default=6, metadata={"help": "M, proposals a sample. None: m squared."})
-    updates_per_rung: Optional[int] = field(default=20, metadata={"help": "Optimizer updates a rung."})
+    tau_max: float = field(default=6.0, metadata={"help": "T, in nats per component."})
+    tau_step: Optional[float] = field(default=0.6, metadata={"help": "Step of the linear ladder."})
+    num_generations: int = field(
+        default=1536, metadata={"help": "Number of proposals per rung, for num_generations / chain_length samples."}
+    )
+    chain_length: Optional[int] = field(
+        default=6, metadata={"help": "Number of proposals per sample. None: the paper's M = m squared."}
+    )
+    updates_per_rung: Optional[int] = field(default=20, metadata={"help": "Optimizer updates per rung."})
     learning_rate: float = field(default=5e-4, metadata={"help": "High, for a small model with a small adapter."})
 
 
@@ -69,23 +70,25 @@ def main() -> None:
         trainer.add_callback(exact)
         trainer.train(resume_from_checkpoint=run.resume_from_checkpoint)
         trainer.save_model()
-        runs[sampler] = trainer.progress.records
+        runs[sampler] = trainer.record.rungs
     if trainer.is_world_process_zero():
         report(runs, Path(config.output_dir))
 
 
 def report(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
-    """The table, the verdict and the figure."""
-    rungs = min(map(len, runs.values()))  # a budget of objective calls ends them at different ones
+    """Print and write the table, the main result in a sentence, and the figure."""
+    rungs = min(map(len, runs.values()))  # a limit on objective calls may end the runs at different rungs
     runs = {name: records[:rungs] for name, records in runs.items()}
     taus = [record["tau"] for record in runs[SAMPLERS[0]]]
-    table = Comparison("after the updates of each rung, over all strings", list(runs))
+    table = Comparison("after the updates of a rung, over all strings", list(runs))
     for key, label in (("exact_kl", "KL(p_τ || L_τ), nats"), ("exact_tv", "TV(p_τ, L_τ)")):
         for rung in range(0, len(taus), max(1, len(taus) // 5)):
             table.add(f"{label}, τ = {taus[rung]:g}", {name: records[rung][key] for name, records in runs.items()})
         table.add(f"{label}, τ = {taus[-1]:g} (last)", {name: records[-1][key] for name, records in runs.items()})
-    table.add("success: mass of the trees", {name: r[-1]["exact_success"] for name, r in runs.items()}, ".3f")
-    table.add("distinct share of the last samples", {name: r[-1]["distinct_samples"] for name, r in runs.items()})
+    table.add("success: probability of a tree", {name: r[-1]["exact_success"] for name, r in runs.items()}, ".3f")
+    table.add(
+        "share of distinct samples in the last rung", {name: r[-1]["distinct_samples"] for name, r in runs.items()}
+    )
     table.print()
     table.write_markdown(folder / "correction_ablation.md")
     Console().print(verdict(runs))
@@ -94,7 +97,7 @@ def report(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
         panels = {
             "kl": ("exact_kl", "KL(p_τ || L_τ) (nats)", "y"),
             "tv": ("exact_tv", "total variation of p_τ and L_τ", ""),
-            "cost": ("exact_cost", "mean cost of L_τ (components beyond one)", ""),
+            "cost": ("exact_cost", "mean cost of L_τ (components - 1)", ""),
         }
         for name, (key, label, log) in panels.items():
             lines = {sampler: (taus, [record[key] for record in records]) for sampler, records in runs.items()}
@@ -103,15 +106,15 @@ def report(runs: dict[str, list[dict[str, Any]]], folder: Path) -> None:
 
 
 def verdict(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """How the error without the correction grows along the ladder, against the error with it."""
+    """How much more the error grows along the ladder without the correction than with it."""
     excess = [
         without["exact_kl"] - corrected["exact_kl"]
         for without, corrected in zip(runs["reweight"], runs["metropolis_hastings"], strict=True)
     ]
     half = len(excess) // 2
     return (
-        "reweight's KL above metropolis_hastings's: "
-        f"{excess[0]:+.2f} nats after the first rung, {excess[half]:+.2f} half-way, {excess[-1]:+.2f} at the end"
+        "KL of reweight minus KL of metropolis_hastings: "
+        f"{excess[0]:+.2f} nats after the first rung, {excess[half]:+.2f} halfway, {excess[-1]:+.2f} at the end"
     )
 
 

@@ -1,8 +1,8 @@
-"""Your own objective: round trips through European capitals, the first city being the prompt.
+"""Your own objective: round trips through European capitals, where the prompt is the first city.
 
     python recipes/custom_objective.py
 
-The prior knows one rule, to name every city once. The cost is a plain function on text.
+The prior knows one rule, to name every city once. The cost is a plain function of text.
 """
 
 from math import asin, cos, hypot, radians, sin, sqrt
@@ -28,7 +28,7 @@ def kilometres(a, b):
 
 
 def cost(prompts, completions):
-    """Length of the round trip in thousands of kilometres; 20 for anything but one."""
+    """Length of the round trip in thousands of kilometres; 20 for malformed text."""
     trips = [[start, *rest.split(", ")] for start, rest in zip(prompts, completions)]
     legs = [zip(trip, trip[1:] + trip[:1]) if sorted(trip) == sorted(CITIES) else None for trip in trips]
     return [20.0 if trip is None else sum(kilometres(a, b) for a, b in trip) / 1000 for trip in legs]
@@ -43,9 +43,10 @@ if __name__ == "__main__":
     trainer = ALDRIFTTrainer(
         model=model,
         objective=cost,
-        args=ALDRIFTConfig("out/custom_objective", tau_max=2.0, objective_range=20.0, tau_step=0.25, num_chains=32,
-                           max_completion_length=8, updates_per_rung=20, per_device_train_batch_size=128,
-                           generation_batch_size=1024, learning_rate=1e-3, log_completions=True),
+        args=ALDRIFTConfig("out/custom_objective", tau_max=2.0, objective_range=20.0, tau_step=0.25,
+                           sampler="metropolis_hastings", num_generations=256, max_completion_length=8,
+                           updates_per_rung=20, per_device_train_batch_size=128, learning_rate=1e-3,
+                           per_device_generation_batch_size=1024, log_completions=True),
         train_dataset=Dataset.from_dict({"prompt": list(CITIES)}),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", fan_in_fan_out=True),

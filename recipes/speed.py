@@ -1,36 +1,41 @@
-"""What does ALDRIFT cost beyond the work that it cannot do without?
+"""How much does ALDRIFT cost beyond the work that cannot be avoided?
 
     accelerate launch recipes/speed.py
 
-In one run, for models of several sizes: a rung of the trainer beside the bare sum of its parts (`model.generate` for as
-many tokens, one forward pass of the prior, one of the policy, plain AdamW steps), turn by turn; and what is done to
-save time or memory beside doing without it. What counts are the ratios. On a GPU the sizes include one of 1.2 billion
-parameters, in bf16.
+In one run, for models of several sizes: a rung of the trainer is compared, turn by turn, with the bare sum of its parts
+(`model.generate` for the same number of tokens, one forward pass of the prior, one of the policy, plain AdamW updates);
+and each measure that saves time or memory is compared with doing without it. Only the ratios matter. On a GPU the sizes
+include one of 1.2 billion parameters, in bf16.
 
-Weights are random, and an output bias ends a completion after --mean_length tokens on average: what is computed is of
-no interest here, only how long it takes.
+Weights are random, and an output bias makes completions end after --mean_length tokens on average: the outputs are
+meaningless, but computing them takes as long as with trained weights.
 """
 
 import statistics
 import sys
 import time
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from evaluation.bare import SIZES, BareRung, make_model, peak_memory, timed
+from evaluation.bare_rung import BareRung
+from evaluation.measuring import peak_memory, timed
+from evaluation.random_models import END, SIZES, make_model
 from evaluation.tables import Comparison
 from peft import LoraConfig
 from transformers import PrinterCallback, TrainerCallback
 from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.models import generation as proposals
-from aldrift_hf.models import head as projection
+from aldrift_hf.models import generation, head
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.streams import uniforms
 from aldrift_hf.types import Completions
+
+CHAIN_LENGTH = 8
 
 
 @dataclass
@@ -41,18 +46,25 @@ class SpeedArguments:
         default_factory=lambda: ["tiny", "small", "wide", *(["1b"] if torch.cuda.is_available() else [])],
         metadata={"help": f"Models: {', '.join(SIZES)}."},
     )
-    rungs: int = field(default=5, metadata={"help": "Turns of rung and bare rung; the first is not counted."})
-    chains: int = field(default=64, metadata={"help": "m; a rung draws 8 proposals for each."})
-    updates: int = field(default=16, metadata={"help": "Updates a rung, of 32 rows."})
-    length: int = field(default=64, metadata={"help": "Most tokens of a completion."})
-    mean_length: int = field(default=16, metadata={"help": "Tokens after which a completion ends on average."})
-    output_dir: str = field(default="out/speed", metadata={"help": "Where the table is written."})
+    rungs: int = field(
+        default=5, metadata={"help": "Number of turns of a rung and a bare rung; the first turn is not counted."}
+    )
+    chains: int = field(default=64, metadata={"help": f"m. A rung has {CHAIN_LENGTH} proposals per chain."})
+    updates: int = field(default=16, metadata={"help": "Optimizer updates per rung, of 32 rows each."})
+    length: int = field(default=64, metadata={"help": "Largest number of tokens per completion."})
+    mean_length: int = field(default=16, metadata={"help": "Mean number of tokens per completion."})
+    output_dir: str = field(default="out/speed", metadata={"help": "Folder that the table is written to."})
 
     def __post_init__(self) -> None:
         if unknown := set(self.sizes) - set(SIZES):
-            raise ValueError(f"--sizes {' '.join(sorted(unknown))}: take of {', '.join(SIZES)}")
+            raise ValueError(f"--sizes {' '.join(sorted(unknown))}: choose from {', '.join(SIZES)}")
         if self.rungs < 2 or not 1 < self.mean_length <= self.length:
             raise ValueError("--rungs must be at least 2, and --mean_length between 2 and --length")
+
+    @property
+    def proposals(self) -> int:
+        """Proposals per rung."""
+        return CHAIN_LENGTH * self.chains
 
 
 class Turns(TrainerCallback):
@@ -83,24 +95,27 @@ def lora() -> LoraConfig:
 
 def make_trainer(name: str, options: SpeedArguments, objective=cost, **settings) -> ALDRIFTTrainer:
     size = SIZES[name]
+    settings = {"per_device_generation_batch_size": size.rows, **settings}
     args = ALDRIFTConfig(
-        output_dir=str(Path(options.output_dir) / name), num_chains=options.chains, chain_length=8, objective_range=7.0,
-        generation_batch_size=size.rows, per_device_train_batch_size=32, updates_per_rung=options.updates,
-        max_completion_length=options.length, num_train_epochs=options.rungs, bf16=size.dtype == torch.bfloat16,
-        save_strategy="no", report_to="none", disable_tqdm=True, **settings,
+        output_dir=str(Path(options.output_dir) / name), sampler="metropolis_hastings",
+        num_generations=options.proposals, chain_length=CHAIN_LENGTH, objective_range=7.0,
+        per_device_train_batch_size=32, updates_per_rung=options.updates, max_completion_length=options.length,
+        num_rungs=options.rungs, bf16=size.dtype == torch.bfloat16, save_strategy="no", report_to="none",
+        disable_tqdm=True, objective_cache_key=uuid.uuid4().hex, **settings,
     )  # fmt: skip
+    # The cache key is new, so that no costs of an earlier run are found in the folder.
     model, tokenizer = make_model(size, options.mean_length, args.device)
     trainer = ALDRIFTTrainer(model, objective, args, processing_class=tokenizer, peft_config=lora())
-    trainer.remove_callback(PrinterCallback)  # the rungs' figures mean nothing here
+    trainer.remove_callback(PrinterCallback)  # the metrics of the rungs are meaningless here
     return trainer
 
 
 def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
-    """A rung beside the bare sum of its parts: medians over the turns."""
-    trainer, proposals_a_rung = make_trainer(name, options), 8 * options.chains
+    """A rung and the bare sum of its parts: medians over the turns."""
+    trainer = make_trainer(name, options)
     model, _ = make_model(SIZES[name], options.mean_length, trainer.args.device)
     bare = BareRung(
-        model, lora(), proposals=proposals_a_rung, rows=min(SIZES[name].rows, proposals_a_rung),
+        model, lora(), proposals=options.proposals, rows=min(SIZES[name].rows, options.proposals),
         length=options.length, updates=options.updates, batch=32,
     )  # fmt: skip
     turns = Turns(bare)
@@ -116,23 +131,26 @@ def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
 
 
 def leaving(name: str, options: SpeedArguments) -> dict[str, float]:
-    """Generation with finished rows leaving the batch, beside generation with all rows to the end."""
+    """Generation in which finished rows leave the batch, and generation in which all rows stay to the end."""
     trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
-    numbers = proposals.uniforms((0,), range(rows), options.length)
-    prompts, ratios = [trainer.prompts.token_ids[0]] * rows, []
-    with trainer.proposer.running(), inference(model):
+    config = generation.neutral_generation_config(
+        max_completion_length=options.length, eos_token_ids=[END], pad_token_id=END
+    )
+    numbers = uniforms((0,), range(rows), options.length)
+    prompts, ratios = [trainer.inputs.prompts.token_ids[0]] * rows, []
+    with trainer.accelerator.autocast(), inference(model):
         for _ in range(options.rungs):
             taken: dict[str, float] = {}
-            for how, thin in (("leave", proposals.THIN), ("stay", 2**62)):
-                with patch.object(proposals, "THIN", thin), timed(trainer.args.device, taken, how):
-                    proposals.generate(model, prompts, trainer.proposer.generation_config, numbers)
+            for how, min_rows in (("leave", generation.MIN_ROWS_TO_SPLIT), ("stay", 2**62)):
+                with patch.object(generation, "MIN_ROWS_TO_SPLIT", min_rows), timed(trainer.args.device, taken, how):
+                    generation.generate(model, prompts, config, numbers)
             ratios.append(taken["leave"] / taken["stay"])
     return {"finished rows leave the batch / stay: time": statistics.median(ratios[1:])}
 
 
 def beside(name: str, options: SpeedArguments) -> dict[str, float]:
-    """Proposals in blocks of an eighth of them, with a cost that waits as long as it takes to draw them."""
+    """Proposals in eight blocks, with a cost that waits as long as drawing takes, during generation and after it."""
     taken: dict[str, float] = {}
     wait = 0.0
 
@@ -141,30 +159,32 @@ def beside(name: str, options: SpeedArguments) -> dict[str, float]:
         return cost(prompts, completions)
 
     for overlap in (True, False):
-        trainer = make_trainer(name, options, objective=slow, overlap_objective=overlap)
-        trainer.args.generation_batch_size = options.chains
+        trainer = make_trainer(
+            name, options, objective=slow, overlap_objective=overlap, per_device_generation_batch_size=options.chains
+        )
         if overlap:
-            _, seconds = trainer.proposer.propose(trainer.prompts, 8 * options.chains, (7,))
-            wait = (seconds["seconds_propose"] + seconds["seconds_score"]) / (8 * options.chains)
+            with timed(trainer.args.device, taken, "drawing"):
+                trainer.sample(options.proposals, chain_length=1)
+            wait = taken["drawing"] / options.proposals
         with timed(trainer.args.device, taken, str(overlap)):
-            trainer.proposer.propose(trainer.prompts, 8 * options.chains, (8,))
+            trainer.sample(options.proposals, chain_length=1)
     return {"costs beside generation / after it: time": taken["True"] / taken["False"]}
 
 
 def memory(name: str, options: SpeedArguments) -> dict[str, float]:
-    """Scoring with logits in chunks, beside all of a batch's at once."""
+    """Scoring with logits in chunks, and with the logits of a whole batch at once."""
     trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
     ids = torch.randint(2, SIZES[name].vocabulary, (rows, options.length))
     completions = Completions(ids, torch.full((rows,), options.length))
     taken: dict[str, float] = {}
     peaks: dict[str, float] = {}
-    with trainer.proposer.running(), inference(model):
-        for _ in range(2):  # the second is kept
-            for how, budget in (("chunks", projection.LOGITS_BUDGET), ("whole", 2**62)):
+    with trainer.accelerator.autocast(), inference(model):
+        for _ in range(2):  # the second measurement is kept
+            for how, budget in (("chunks", head.LOGITS_BUDGET), ("whole", 2**62)):
                 held = peak_memory(trainer.args.device, peaks, how)
-                with patch.object(projection, "LOGITS_BUDGET", budget), held, timed(trainer.args.device, taken, how):
-                    sequence_logprobs(model, [[0]] * rows, completions, pad_token_id=0, batch_size=rows)
+                with patch.object(head, "LOGITS_BUDGET", budget), held, timed(trainer.args.device, taken, how):
+                    sequence_logprobs(model, [[END]] * rows, completions, pad_token_id=END, batch_size=rows)
     return {
         "logits in chunks: peak memory, MiB": peaks["chunks"],
         "logits in chunks / whole: peak memory": peaks["chunks"] / peaks["whole"],
@@ -183,7 +203,7 @@ def main() -> None:
         else overhead(name, options) | leaving(name, options) | beside(name, options)
         for name in options.sizes
     }
-    table = Comparison(f"a rung of {8 * options.chains} proposals and {options.updates} updates", options.sizes)
+    table = Comparison(f"a rung of {options.proposals} proposals and {options.updates} updates", options.sizes)
     for row in dict.fromkeys(row for values in figures.values() for row in values):
         table.add(row, {name: values[row] for name, values in figures.items() if row in values})
     table.print()
