@@ -1,9 +1,10 @@
 """Completions as padded token tensors, and their exact log-probabilities under a model.
 
 The event space is the same everywhere: a completion is a sequence of tokens that ends with its first end-of-text
-token, or that is cut after `max_completion_length` tokens without one. A cut completion is an outcome like any other, and its
-probability is the product of its tokens' probabilities. With this rule the probabilities of all completions of a prompt
-sum to 1, under the prior and under the policy. Weights belong to token sequences: decoded text is never tokenised again.
+token, or that is cut after `max_completion_length` tokens without one. A cut completion is an outcome like any other,
+and its probability is the product of its tokens' probabilities. With this rule the probabilities of all completions of
+a prompt sum to 1, under the prior and under the policy. Weights belong to token sequences: decoded text is never
+tokenised again.
 """
 
 from __future__ import annotations

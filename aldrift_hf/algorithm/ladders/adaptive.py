@@ -6,7 +6,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ...types import Proposals
 from ..diagnostics import effective_sample_size
@@ -71,7 +70,7 @@ class AdaptiveLadder(Ladder):
         self._num_rungs = num_rungs
 
     @classmethod
-    def from_settings(cls, settings: LadderSettings) -> Self:
+    def from_settings(cls, settings: LadderSettings) -> AdaptiveLadder:
         return cls(settings.tau_max, settings.ess_threshold, settings.num_generations, settings.num_rungs)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:

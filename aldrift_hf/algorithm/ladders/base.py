@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
-from typing_extensions import Self
 
 from ...types import Proposals
 
@@ -54,7 +53,7 @@ class Ladder(ABC):
     takes_step: ClassVar[bool] = False
 
     @classmethod
-    def from_settings(cls, settings: LadderSettings) -> Self:
+    def from_settings(cls, settings: LadderSettings) -> Ladder:
         """A ladder for a run with these settings."""
         return cls()
 

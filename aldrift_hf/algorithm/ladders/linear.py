@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
-from typing_extensions import Self
-
 from ...types import Proposals
 from .base import Ladder, LadderSettings, LadderState
 
@@ -54,7 +52,7 @@ class LinearLadder(Ladder):
         self.tau_max, self.step = tau_max, step
 
     @classmethod
-    def from_settings(cls, settings: LadderSettings) -> Self:
+    def from_settings(cls, settings: LadderSettings) -> LinearLadder:
         return cls(settings.tau_max, settings.tau_step)
 
     def taus(self, state: LadderState) -> list[float]:

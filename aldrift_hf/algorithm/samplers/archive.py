@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ...types import Proposals
 from .. import diagnostics
@@ -32,7 +31,7 @@ class ArchiveSampler(Sampler):
         self.pareto_smoothing = pareto_smoothing
 
     @classmethod
-    def from_settings(cls, settings: SamplerSettings) -> Self:
+    def from_settings(cls, settings: SamplerSettings) -> ArchiveSampler:
         return cls(settings.archive_window, settings.pareto_smoothing)
 
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:

@@ -10,7 +10,6 @@ from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ...types import Proposals
 from .. import diagnostics
@@ -70,7 +69,7 @@ class Sampler(ABC):
     uses_chains: ClassVar[bool] = False
 
     @classmethod
-    def from_settings(cls, settings: SamplerSettings) -> Self:
+    def from_settings(cls, settings: SamplerSettings) -> Sampler:
         """A sampler for a run with these settings."""
         return cls()
 

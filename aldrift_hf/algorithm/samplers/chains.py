@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from ...types import Proposals
 from .base import Sampler, SamplerSettings, Selection
@@ -40,7 +39,7 @@ class MetropolisHastings(Sampler):
         self.num_chains = num_chains
 
     @classmethod
-    def from_settings(cls, settings: SamplerSettings) -> Self:
+    def from_settings(cls, settings: SamplerSettings) -> MetropolisHastings:
         return cls(settings.num_chains)
 
     def select(

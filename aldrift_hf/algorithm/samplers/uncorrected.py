@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from typing_extensions import Self
 
 from ...types import Proposals
 from .base import Sampler, SamplerSettings, Selection
@@ -25,7 +24,7 @@ class _Uncorrected(Sampler):
         self.num_samples = num_samples
 
     @classmethod
-    def from_settings(cls, settings: SamplerSettings) -> Self:
+    def from_settings(cls, settings: SamplerSettings) -> _Uncorrected:
         return cls(settings.num_chains)
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
-from typing_extensions import Self
 
 from ...types import Draws
 
@@ -41,7 +40,7 @@ class Engine(ABC):
     """
 
     @classmethod
-    def from_settings(cls, settings: EngineSettings) -> Self:
+    def from_settings(cls, settings: EngineSettings) -> Engine:
         """An engine for a run."""
         return cls()
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from typing_extensions import Self
 
 from ...streams import uniforms
 from ...types import Draws
@@ -42,7 +41,7 @@ class TransformersEngine(Engine):
         self._checked = False
 
     @classmethod
-    def from_settings(cls, settings: EngineSettings) -> Self:
+    def from_settings(cls, settings: EngineSettings) -> TransformersEngine:
         return cls(settings)
 
     def sync(self, policy: nn.Module) -> None:
