@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -58,29 +57,29 @@ def test_nothing_is_better_than_the_worst(make, sampler, ladder, objective_range
     step = 0.75 if ladder == "linear" else None
     trainer = make(constant(3.0), sampler=sampler, ladder=ladder, objective_range=objective_range, tau_step=step)
     trainer.train()
-    words = "No draw costs less than D = 3: the objective takes them all for malformed"
+    words = "No draw costs less than D = 3: the objective gives its largest value to every completion"
     assert caplog.text.count(words) == 2  # of the first rung to give rise to it, and of the final model
     assert "let it give partial credit" in caplog.text
     check_finite(trainer)
     assert trainer.run.state.ladder.tau == 1.5
-    assert sum(words in warning for warning in health.warnings(RunRecord.read(trainer.args.output_dir))) == 1
+    assert sum(words in warning for warning in health.run_warnings(RunRecord.read(trainer.args.output_dir))) == 1
 
 
 def test_all_costs_are_equal(make, caplog):
     trainer = make(constant(1.0))
     trainer.train()
-    words = "For 100% of the prompts all of the prior's draws cost the same"
+    words = "For 100% of the prompts, all of the prior's draws have the same cost"
     assert caplog.text.count(words) == 1
-    assert any(words in warning for warning in health.warnings(trainer.record))
+    assert any(words in warning for warning in health.run_warnings(trainer.record))
     check_finite(trainer)
     assert abs(trainer.record.metrics["missing_mass"]) < 0.1  # the target is the prior, and known to be
 
 
 def test_a_converged_model_is_not_blamed_for_equal_costs():
-    figures = {"rung": 7, "flat": 1.0, "objective_best": 2.0, "ess": 0.9}
-    settings = defaultdict(lambda: 100, objective_range=5.0)
-    assert health.cautions("The model", settings, figures) == {}
-    assert [*health.cautions("The prior", settings, figures | {"rung": 0})] == ["flat"]
+    metrics = {"rung": 7, "constant_cost": 1.0, "objective_best": 2.0, "ess": 0.9}
+    record = RunRecord({"num_generations": 10_000}, objective_range=5.0)
+    assert health.health_warnings("The model", record, metrics) == {}
+    assert [*health.health_warnings("The prior", record, metrics | {"rung": 0})] == ["constant_cost"]
 
 
 def test_a_cost_above_its_range(make):
@@ -125,8 +124,8 @@ def test_one_draw_carries_all_weight_and_chains_accept_nothing(make, caplog):
     (rung,) = trainer.record.rungs
     assert rung["acceptance_rate"] == 0
     assert rung["ess"] == pytest.approx(1 / 4)
-    assert "a rung's proposals are worth 1.0 independent draws a prompt. Take smaller steps" in caplog.text
-    assert "Chains accept 0.0% of their proposals: most never move. Take smaller steps" in caplog.text
+    assert "a rung's proposals are worth 1.0 independent draws per prompt. Take smaller steps" in caplog.text
+    assert "The chains accept 0.0% of their proposals: most never move. Take smaller steps" in caplog.text
     check_finite(trainer)
 
 
@@ -160,12 +159,13 @@ def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     trainer = make(adapter=False, sampler=sampler, chain_length=16, learning_rate=1e-3)
     mask(trainer.rollout.prior.model, [3])
     trainer.train()
-    check_finite(trainer, infinite=["kl"])  # of a model that writes what its target never does: it is
+    # The model writes what its target never does: these are infinite.
+    check_finite(trainer, infinite=["kl", "kl_to_prior", "kl_to_target"])
     (rung, *_) = trainer.record.rungs
     assert (
         f"{rung['excluded']:.1%} of the draws have probability 0 under the prior. The model writes what" in caplog.text
     )
-    assert any("have probability 0 under the prior" in warning for warning in health.warnings(trainer.record))
+    assert any("have probability 0 under the prior" in warning for warning in health.run_warnings(trainer.record))
     if sampler != "reweight":
         learnt = trainer.rollout.decode(trainer.run.samples.samples.completions)
         assert not any("b" in text for text in learnt)
