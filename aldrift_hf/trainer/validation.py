@@ -31,6 +31,9 @@ class Rule(NamedTuple):
     wanted: str
     holds: Callable[[Any], bool]
 
+    def __repr__(self) -> str:  # in the documentation's signatures
+        return repr(self.wanted)
+
 
 def _is_mapping(value: Any) -> bool:
     if isinstance(value, str):
