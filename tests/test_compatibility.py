@@ -1,7 +1,7 @@
-"""What an upgrade may break: versions at both ends of what is allowed, and all that no public interface promises.
+"""What an upgrade may break: the oldest and newest allowed versions, and everything that is not a public interface.
 
 A release that moves a name or renames a method fails here, by name. Some of it would fail nowhere else: a method that
-overrides nothing any more is merely never called.
+no longer overrides anything is simply never called.
 """
 
 import ast
@@ -19,8 +19,10 @@ from packaging.version import Version
 from transformers import Trainer, TrainerCallback
 
 import aldrift_hf
-from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, RunCallback
 from aldrift_hf.models import _trl
+from aldrift_hf.reporting.defaults import default_callbacks
+from aldrift_hf.trainer.loop import RungLoop
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +53,7 @@ def pins(path: str) -> dict[str, Version]:
 
 
 def test_the_oldest_versions_are_the_lower_bounds():
-    """No bound that CI's second environment does not try, and none there that is not one; torch's is tried by hand."""
+    """CI's second environment has exactly the lower bounds, but for torch's, which is tried by hand."""
     bounds = floors("recipes", "quantization", "test")
     oldest = pins(".ci/oldest.txt")
     assert oldest.pop("torch") > bounds.pop("torch")
@@ -104,27 +106,22 @@ def test_imports_are_found():
 
 def test_one_file_goes_beyond_trls_top_level():
     beyond = [path for path in FILES if any(module != "trl" for module, _ in imports(path.read_text(), "trl"))]
-    assert [str(path.relative_to(ROOT)) for path in beyond] == ["aldrift_hf/_trl.py"]
+    assert [str(path.relative_to(ROOT)) for path in beyond] == ["aldrift_hf/models/_trl.py"]
 
 
-def test_that_file_is_met():
-    """By the installed TRL, with the arguments that it is called with: no test here has ZeRO-3, which it is for."""
+def test_that_file_fits_the_installed_trl():
+    """The installed TRL takes the arguments that it is called with; it is for ZeRO-3, which no test here runs."""
     assert _trl.__all__ == ["unwrap_model_for_generation"]
     inspect.signature(_trl.unwrap_model_for_generation).bind("model", "accelerator")
 
 
-# Of Transformers, what lies deeper than its top level. Not that it must not be used: that it is known.
+# What is used of Transformers below its top level. It may be used, but it must be known.
 TRANSFORMERS = {
     "cache_utils": {"DynamicLayer", "DynamicSlidingWindowLayer"},
-    "integrations": {"get_available_reporting_integrations", "get_reporting_integration_callbacks"},
     "trainer": {"DEFAULT_PROGRESS_CALLBACK", "TRAINER_STATE_NAME"},
     "trainer_utils": {
-        *("HubStrategy", "IntervalStrategy", "SaveStrategy", "SchedulerType", "TrainOutput"),
-        *("get_last_checkpoint", "rotate_checkpoints", "sort_checkpoints"),
+        *("SchedulerType", "TrainOutput", "get_last_checkpoint", "rotate_checkpoints", "sort_checkpoints"),
     },
-    "training_args": {"OptimizerNames"},
-    "utils": {"is_liger_kernel_available"},
-    "utils.logging": {"get_log_levels_dict"},
     "utils.peft_utils": {"find_adapter_config_file"},
 }
 
@@ -166,12 +163,26 @@ def test_overrides_take_what_the_trainer_hands_them(name):
     assert list(inspect.signature(getattr(ALDRIFTTrainer, name)).parameters) == list(theirs)
 
 
+def subclasses(cls: type) -> set[type]:
+    return {each for sub in cls.__subclasses__() for each in (sub, *subclasses(sub))}
+
+
 def test_callbacks_wait_for_events_that_come():
+    """The Trainer's, and those that this trainer tells a `RunCallback`."""
     for module in pkgutil.walk_packages(aldrift_hf.__path__, "aldrift_hf."):
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
-    callbacks = [cls for cls in TrainerCallback.__subclasses__() if cls.__module__.startswith("aldrift_hf.")]
-    assert len(callbacks) == 3
-    events = {name for cls in callbacks for name in vars(cls) if name.startswith("on_")}
+    callbacks = {cls for cls in subclasses(TrainerCallback) if cls.__module__.startswith("aldrift_hf.")}
+    assert {
+        RunCallback,
+        RungLoop,
+        *map(type, default_callbacks(ALDRIFTConfig(report_to="none", log_completions=True))),
+    } <= callbacks
+    events = {name for cls in callbacks - {RunCallback} for name in vars(cls) if name.startswith("on_")}
+    own = {name for name in vars(RunCallback) if name.startswith("on_")}
     assert events
-    assert events <= set(vars(TrainerCallback))
+    assert own
+    assert events <= set(vars(TrainerCallback)) | own
+    assert not own & set(vars(TrainerCallback)), "the Trainer would call it, with other arguments"
+    trainer = "".join(path.read_text() for path in (ROOT / "aldrift_hf" / "trainer").glob("*.py"))
+    assert all(f'"{name}"' in trainer for name in own), "an event that is never told"

@@ -1,4 +1,4 @@
-"""Priors made on the spot: their tokenizer, fitting, cache and adapters; and exact references by enumeration."""
+"""Priors made on the spot: tokenizer, fit, cache and adapters; and exact references by enumeration."""
 
 import math
 
@@ -13,7 +13,7 @@ from problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
 from problems.warm_up import warm_up
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2LMHeadModel
 
-from aldrift_hf import toy as priors
+from aldrift_hf import toy
 from aldrift_hf.models.prompts import encode_prompt
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.toy import END, UNKNOWN, SmallPriorConfig, completion_ids, small_prior, word_tokenizer
@@ -109,7 +109,7 @@ def test_small_prior_is_made_once(tmp_path, monkeypatch):
     assert model.config.eos_token_id == tokenizer.eos_token_id
     made = contents(tmp_path)
     assert len(made) == 1
-    monkeypatch.setattr(priors, "fit", no_fit)
+    monkeypatch.setattr(toy, "fit", no_fit)
     again, _ = make(tmp_path)
     assert contents(tmp_path) == made
     assert same_weights(model, again)
@@ -130,21 +130,21 @@ def test_small_prior_is_the_same_anywhere(tmp_path):
 
 def test_a_change_makes_another_prior(tmp_path, monkeypatch):
     make(tmp_path)
-    monkeypatch.setattr(priors, "fit", no_fit)
+    monkeypatch.setattr(toy, "fit", no_fit)
     changes = [{name: 2 * value} for name, value in SMALL.items()] + [{"seed": 1}, {"learning_rate": 1e-3}]
     changes.append({"draw": lambda count, rng: [TEXTS[0]] * count})
     changes.append({"words": [*PROBLEM.names, "e-f"]})
     for change in changes:
         with pytest.raises(RuntimeError, match="fitted"):
             make(tmp_path, **change)
-    assert len(contents(tmp_path)) == 1, "what failed left nothing behind"
+    assert len(contents(tmp_path)) == 1, "a failed fit leaves nothing behind"
     monkeypatch.undo()
     make(tmp_path, seed=1)
     assert len(contents(tmp_path)) == 2
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(priors, "fit", no_fit)
+    monkeypatch.setattr(toy, "fit", no_fit)
     with pytest.raises(RuntimeError, match="fitted"):
         make(tmp_path)
     assert contents(tmp_path) == []
@@ -243,14 +243,14 @@ def test_warm_up_is_cached(base_folder, tmp_path, monkeypatch):
     made = contents(cache)
     assert len(made) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(priors, "fit", no_fit)
+        patch.setattr("problems.warm_up.fit", no_fit)
         _, second = warmed_up(base_folder, cache)
         assert contents(cache) == made
         assert same_weights(first, second)
         for change in ({"steps": 21}, {"batch_size": 8}, {"learning_rate": 1e-2}, {"seed": 1}):
             with pytest.raises(RuntimeError, match="fitted"):
                 warmed_up(base_folder, cache, **change)
-        assert contents(cache) == made, "what failed left nothing behind"
+        assert contents(cache) == made, "a failed fit leaves nothing behind"
     assert any(parameter.requires_grad for parameter in second.parameters())
     _, other = warmed_up(base_folder, cache, seed=1)
     assert len(contents(cache)) == 2
@@ -258,10 +258,10 @@ def test_warm_up_is_cached(base_folder, tmp_path, monkeypatch):
 
 
 def test_warm_up_of_other_weights_under_the_same_name(base_folder, tmp_path, monkeypatch):
-    """A folder that was written anew, or another revision of the same id: its adapter is not the old one's."""
+    """A folder that was overwritten, or another revision of the same id, does not get the old adapter."""
     warmed_up(base_folder, tmp_path / "cache")
     save_base(base_folder, AutoTokenizer.from_pretrained(base_folder), seed=1)
-    monkeypatch.setattr(priors, "fit", no_fit)
+    monkeypatch.setattr("problems.warm_up.fit", no_fit)
     with pytest.raises(RuntimeError, match="fitted"):
         warmed_up(base_folder, tmp_path / "cache")
 
