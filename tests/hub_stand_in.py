@@ -1,6 +1,6 @@
-"""A stand-in for the Hub on loopback: the part of its HTTP API that pushing and loading models takes.
+"""A stand-in for the Hub on loopback: the part of its HTTP API that pushing and loading models needs.
 
-Repositories are kept in memory. Every request is written down, and faults can be planned.
+Repositories are kept in memory. Every request is recorded, and faults can be planned.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LFS_ENDINGS = (".safetensors", ".bin", ".pt", ".pth", ".png")
 
 @dataclass
 class Request:
-    """What a client sent; its headers without the token that they are for."""
+    """A request as the client sent it, without the `Authorization` header."""
 
     method: str
     path: str
@@ -31,7 +31,7 @@ class Request:
 
 @dataclass
 class Repository:
-    """One branch: the files of each commit, the newest last, and what the commits are called."""
+    """One branch: the files and the message of each commit, the newest last."""
 
     commits: list[dict[str, bytes]] = field(default_factory=lambda: [{}])
     messages: list[str] = field(default_factory=lambda: ["initial commit"])
@@ -52,11 +52,11 @@ class Repository:
 class HubStandIn(ThreadingHTTPServer):
     """
     Attributes:
-        repositories: by id.
-        requests: all that came, in order.
-        faults: `(method, part of a path)` of requests to be answered with 503, and how many more times.
+        repositories: repositories by id.
+        requests: all requests, in order.
+        faults: number of times that requests are still to be answered with 503, by `(method, part of the path)`.
         lfs: whether large files go through LFS; otherwise all are sent within the commit.
-        expired: whether the token is refused from now on.
+        expired: whether the token is refused.
     """
 
     daemon_threads = True
@@ -84,7 +84,7 @@ class HubStandIn(ThreadingHTTPServer):
         self.server_close()
 
     def asked(self, method: str, part: str) -> list[Request]:
-        """The requests of a method whose path holds `part`."""
+        """The requests of a method whose path contains `part`."""
         return [request for request in self.requests if request.method == method and part in request.path]
 
     def is_to_fail(self, method: str, path: str) -> bool:
@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": code}, 404, {"X-Error-Code": code})
 
     def files_of(self, repo: str, revision: str) -> dict[str, bytes] | None:
-        """The files at a revision; `None` once the answer that there is no such thing is sent."""
+        """The files at a revision; `None` if there are none, after answering so."""
         if repo not in self.server.repositories:
             self.not_found("RepoNotFound")
             return None
@@ -159,7 +159,7 @@ class Handler(BaseHTTPRequestHandler):
             self.not_found("RevisionNotFound")
         return files
 
-    # ---- What is answered to what ---------------------------------------------------------------------------------
+    # ---- Answers --------------------------------------------------------------------------------------------------
 
     def who_am_i(self) -> None:
         self.answer({"type": "user", "name": USER, "orgs": []})
@@ -268,7 +268,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def blob_id(data: bytes, large: bool) -> str:
-    """What git calls a file's contents, or LFS."""
+    """The id that git, or LFS for a large file, gives to these contents."""
     return hashlib.sha256(data).hexdigest() if large else hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
