@@ -1,8 +1,8 @@
-"""Every Markdown page keeps its word: Python runs, commands are parsed by what they start, links lead somewhere."""
+"""Every Markdown page holds what it says: Python runs, commands are parsed by what they start, links have a target."""
 
 from __future__ import annotations
 
-import contextlib
+import ast
 import importlib.metadata
 import itertools
 import os
@@ -26,8 +26,9 @@ from transformers import logging
 from trl import TrlParser
 
 import aldrift_hf
-from aldrift_hf import cli, selftest
-from aldrift_hf.objective.testing import check_objective
+from aldrift_hf import check_objective, cli, selftest
+from aldrift_hf.cli.parser import RunParser
+from aldrift_hf.cli.runs import OPTIONS_FILE
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "recipes", "tests")
@@ -50,7 +51,7 @@ def inline(page: str, *kinds: str) -> list[Token]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_block_is_of_a_kind_that_is_verified(page):
-    """Python, Bash and YAML are, below; `text` is what a command printed, or a drawing."""
+    """Python, Bash and YAML are, below; `text` is what a command printed, or code that is tested elsewhere."""
     kinds = [token.info for token in tokens(page) if token.type in ("fence", "code_block")]
     assert set(kinds) <= {"python", "bash", "yaml", "text"}
 
@@ -60,21 +61,21 @@ def test_every_block_is_of_a_kind_that_is_verified(page):
 
 @pytest.fixture(scope="session")
 def priors(tmp_path_factory) -> Path:
-    """Made once for all pages, also where they are tested in two processes."""
+    """The folder of the priors, which are trained once for all pages and by one of the test processes."""
     folder = tmp_path_factory.getbasetemp()
     return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "priors"
 
 
 @pytest.fixture
 def verbose() -> Iterator[None]:
-    """Transformers as a reader has it: under the other tests' level no run prints its rungs."""
+    """Transformers' log level as a reader has it: at the level of the other tests, no run prints its rungs."""
     level = logging.get_verbosity()
     logging.set_verbosity_warning()
     yield
     logging.set_verbosity(level)
 
 
-# Its block is a pattern out of a recipe, and is run with the recipe's names by test_external_objective.py.
+# Its block is a pattern from a recipe, and test_external_objective.py runs it with the recipe's names.
 RUN_ELSEWHERE = ("recipes/README.md",)
 
 
@@ -82,28 +83,29 @@ RUN_ELSEWHERE = ("recipes/README.md",)
 @pytest.mark.usefixtures("verbose")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in RUN_ELSEWHERE])
 def test_python_runs(page, priors, tmp_path, monkeypatch, capsys):
-    """From top to bottom; what a block prints has the words of the `text` below it, and what the page claims holds."""
+    """From top to bottom. A block prints the words of the `text` below it, and what the page claims is true."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALDRIFT_CACHE", str(priors))
-    names: dict[str, Any] = {"__name__": "page"}
+    names: dict[str, Any] = {"__name__": "page", "printed": []}
     for block, below in itertools.pairwise([*tokens(page), None]):
         if block.type == "fence" and block.info == "python":
             capsys.readouterr()
-            # In the page's own lines, for tracebacks.
+            # With the page's line numbers, for tracebacks.
             exec(compile("\n" * (block.map[0] + 1) + block.content, page, "exec"), names)
+            names["printed"].append(capsys.readouterr().out)
             if below is not None and below.type == "fence" and below.info == "text":
-                assert wording(capsys.readouterr().out) == wording(below.content)
+                assert wording(names["printed"][-1]) == wording(below.content)
     CLAIMS[page](names)
 
 
 def wording(text: str) -> list[str]:
-    """Without the numbers, which are another machine's."""
+    """The words of a text; numbers, which differ between machines, become `#`."""
     return re.sub(r"(?<![\w])[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?|\bnan\b|(?<!\S)-(?!\S)", "#", text).split()
 
 
 def readme(names):
-    first, last = names["trainer"].progress.records[0], names["trainer"].progress.records[-1]
-    # Of six throws of a die, 462 in 46,656 never fall: 1 %.
+    first, last = names["trainer"].record.rungs[0], names["trainer"].record.rungs[-1]
+    # Of 46,656 outcomes of six throws, 462 have no fall: 1 %.
     assert 0.002 < first["success"] < 0.03
     assert last["success"] > 10 * first["success"]
     assert names["samples"].num_rows == 8
@@ -114,25 +116,25 @@ def readme(names):
 def choosing(names):
     seen, tilt, falls = names["seen"], names["tilt"], names["falls"]
     assert tilt(seen, -2.0 * seen)[0] == pytest.approx(tilt(falls, -2.0 * falls)[0], abs=0.15)
-    assert tilt(seen, -6.0 * seen)[2] < 40, "the prior's draws are worth next to nothing at T = 6"
-    # Those of the model trained for T = 3 are worth more, and right; p_T's share is 0.953.
+    assert tilt(seen, -6.0 * seen)[2] < 40, "the prior's draws are worth hardly any draws at T = 6"
+    # Those of the model trained for T = 3 are worth more, and their estimate is right; p_T's share is 0.953.
     drawn = names["drawn"]
     log_weight = (drawn["log_prior"] - 6.0 * drawn["objective"] - drawn["log_model"]).to_numpy()
     _, success, draws = tilt(drawn["objective"].to_numpy(), log_weight)
     assert draws > 100
     assert success == pytest.approx(tilt(falls, -6.0 * falls)[1], abs=0.03)
-    # T in one step is too fast.
+    # All of T in one step is too large a step.
     assert names["end"]["final_ess"] < 0.1
     assert (names["chains"] == 0).mean() < 0.6
 
 
 def diagnostics(names):
     page = (ROOT / "recipes/reading_the_diagnostics.md").read_text()
-    for record in (names["well"].progress.records[-1], names["trainer"].progress.records[-1]):
+    for record in (names["well"].record.rungs[-1], names["trainer"].record.rungs[-1]):
         for key in record:
-            assert f"`{key}`" in page, f"rungs.jsonl has {key}, of which the page says nothing"
+            assert f"`{key}`" in page, f"rungs.jsonl has {key}, which the page does not explain"
     for key in names["trainer"].evaluate():
-        assert f"`{key.removeprefix('eval_')}`" in page, f"evaluate() has {key}, of which the page says nothing"
+        assert f"`{key.removeprefix('eval_')}`" in page, f"evaluate() has {key}, which the page does not explain"
     archive, few, many = names["known"]
     assert names["metrics"]["final_missing_mass"] < 0.3
     assert names["end"]["final_missing_mass"] < 0.3
@@ -144,17 +146,28 @@ def samplers(names):
     plain = {name: trainer.sample(500, chain_length=1).to_pandas() for name, trainer in names["trainers"].items()}
     winners = {name: draws["completion"][draws["objective"] == 0] for name, draws in plain.items()}
     assert winners["top"].nunique() < 0.8 * winners["archive"].nunique()
-    # p_T's share is 0.953: long chains have it where the model itself has not.
+    # p_T's share is 0.953: long chains reach it although the model itself does not.
     assert len(winners["metropolis_hastings"]) / 500 < 0.85
     assert list(names["samples"]["objective"]).count(0) / 500 == pytest.approx(0.953, abs=0.05)
 
 
 def sizes(names):
-    # Llama's 8 billion, and the sizes that recipes/README.md says PEFT counted.
+    # Llama's 8 billion parameters, and the sizes that PEFT counted according to recipes/README.md.
     assert (names["parameters"], names["adapter"], names["cache"]) == (8_030_261_248, 41_943_040, 131_072)
-    first, second = (names[run].progress.records[1] for run in ("first", "second"))
+    first, second = (names[run].record.rungs[1] for run in ("first", "second"))
     assert first["log_z"] == second["log_z"]
     assert Path("out/dry_run/adapter_model.safetensors").is_file()
+
+
+def own_parts(names):
+    # Mean cost and log Z under p_T for T = 2, from all 46,656 outcomes; each part is trained for a few seconds.
+    results = re.findall(r"mean cost ([\d.]+), log Z ([-\d.]+)", "".join(names["printed"]))
+    assert len(results) == 5
+    for mean_cost, log_z in results:
+        assert float(mean_cost) == pytest.approx(1.02, abs=0.35)
+        assert float(log_z) == pytest.approx(-3.07, abs=0.25)
+    assert names["trainer"].sampler.draws() is not None, "the archive is the default"
+    assert not [each for each in names["trainer"].callback_handler.callbacks if isinstance(each, names["ReportWriter"])]
 
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
@@ -163,15 +176,16 @@ CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "recipes/from_gpt2_to_8b.md": sizes,
     "recipes/reading_the_diagnostics.md": diagnostics,
     "recipes/which_sampler.md": samplers,
+    "recipes/your_own_parts.md": own_parts,
 }
-"""What a page says of its own runs, as loosely as other machines need."""
+"""What a page says about its own runs, with the tolerance that other machines need."""
 
 
 # ---- Commands and YAML -----------------------------------------------------------------------------------------------
 
 
-class Parsed(Exception):  # noqa: N818, it is no error
-    """A command line was understood; what would come next is left out."""
+class Parsed(Exception):  # noqa: N818, it is not an error
+    """A command line was parsed; what would come next is left out."""
 
 
 def stop(*args, **kwargs):
@@ -184,8 +198,16 @@ class ParseOnly(TrlParser):
         stop()
 
 
+parse = RunParser.parse
+
+
+def parse_only(*args, **kwargs):
+    parse(*args, **kwargs)
+    stop()
+
+
 def commands(page: str) -> list[list[str]]:
-    """Of its Bash blocks, word by word, and those of recipes in the running text and in tables."""
+    """The commands in its Bash blocks, as lists of words, and those of recipes in the running text and in tables."""
     lines = [line for block in blocks(page, "bash") for line in block.content.replace("\\\n", " ").splitlines()]
     for code in inline(page, "code_inline"):
         if found := re.fullmatch(r"(?:accelerate launch )?(recipes/[a-z_]+\.py\b.*)", code.content):
@@ -197,7 +219,7 @@ def commands(page: str) -> list[list[str]]:
 
 @pytest.fixture
 def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
-    """Refuses a command line that would not do what it says; nothing is trained, installed or downloaded."""
+    """Fails for a command line that would not do what it says; nothing is trained, installed or downloaded."""
 
     def script(path: str, arguments: list[str]) -> None:
         assert Path(path).is_file(), path
@@ -221,6 +243,8 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
     def python(words: list[str]) -> None:
         if "-m" in words:
             assert util.find_spec(words[words.index("-m") + 1]) is not None
+        elif "-c" in words:
+            ast.parse(words[words.index("-c") + 1])
         else:
             script(words[0], words[1:])
 
@@ -234,16 +258,19 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
         assert words in ([], ["-m", "not slow"])
 
     def aldrift(words: list[str]) -> None:
-        if words[0] in ("sample", "evaluate"):
+        command = words[0]
+        if command in ("sample", "evaluate"):
             folder = Path(words[1])
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / cli.OPTIONS_FILE).write_text("{objective: [my_costs:cost], model_name_or_path: gpt2}")
-        monkeypatch.setattr(cli, "make_trainer", stop)
-        monkeypatch.setattr(cli.RunRecord, "read", stop)
-        monkeypatch.setattr(selftest, "_examine", stop)
-        monkeypatch.setattr(selftest, "whole_subject", stop)
-        with contextlib.suppress(Parsed):
+            (folder / OPTIONS_FILE).write_text("{objective: [my_costs:cost], model_name_or_path: gpt2}")
+        if command == "env":
             cli.main(words)
+        elif command == "report":
+            with pytest.raises(SystemExit, match="is not the output directory of a run"):
+                cli.main(words)
+        else:
+            with pytest.raises(Parsed):
+                cli.main(words)
 
     programs = {
         "accelerate": accelerate,
@@ -256,22 +283,24 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
 
     def run(words: list[str]) -> None:
         program = Path(words[0]).name
-        assert program in programs, f"nothing here knows how to check {shlex.join(words)}"
+        assert program in programs, f"there is no check for {shlex.join(words)}"
         programs[program](words[1:])
 
+    monkeypatch.setattr(RunParser, "parse", parse_only)
+    monkeypatch.setattr(selftest, "run", stop)
     return run
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or blocks(page, "yaml")])
 def test_commands_parse(page, check, tmp_path, monkeypatch):
-    """By the parser of the recipe that they launch, with the page's YAML files, which their first lines name."""
+    """By the parser of the program that they start, with the page's YAML files, whose first lines name them."""
     for name in (".ci", "accelerate_configs", "constraints.txt", "recipes", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
     monkeypatch.chdir(tmp_path)
     files = {re.match(r"# (\S+\.yaml)\n", block.content)[1]: block.content for block in blocks(page, "yaml")}
     for name, content in files.items():
         Path(name).write_text(content)
-    assert files.keys() <= set(itertools.chain(*commands(page))), "a file that no command reads"
+    assert files.keys() <= set(itertools.chain(*commands(page))), "no command reads this file"
     for command in commands(page):
         check(command)
 
@@ -280,8 +309,8 @@ def test_commands_parse(page, check, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page):
-    """Relative ones: to a file, and to a heading of it by GitHub's name for it."""
+def test_links_have_a_target(page):
+    """Relative links lead to a file, and to one of its headings by GitHub's name for it."""
     for link in inline(page, "link_open", "image"):
         target = str(link.attrs.get("href", link.attrs.get("src")))
         path, _, anchor = target.partition("#")
@@ -302,7 +331,7 @@ def anchors(page: str) -> list[str]:
 
 @pytest.mark.slow
 def test_the_api_reference(tmp_path):
-    """By the README's command: a page for every module, with the trainer's table of arguments, and no warning."""
+    """The README's command makes a page for every module, lists the trainer's arguments, and prints no warning."""
     (command,) = [block.content for block in blocks("README.md", "bash") if "pdoc" in block.content]
     command = command.replace(".venv/bin/python", sys.executable).replace("out/api", str(tmp_path))
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -315,4 +344,4 @@ def test_the_api_reference(tmp_path):
     trainer = page[page.index('id="ALDRIFTTrainer"') :]
     for argument in ("model", "objective", "args", "train_dataset", "processing_class", "eval_dataset", "peft_config"):
         assert re.search(rf"<li><strong>{argument} \(.*?\):</strong>", trainer), argument
-    assert 'href="aldrift_hf/diagnostics.html' in page, "the start page leads to the modules"
+    assert 'href="aldrift_hf/algorithm/diagnostics.html' in page, "the start page links to the modules"
