@@ -1,4 +1,4 @@
-"""What comes from elsewhere is data: no pickle, no code and no path in it is followed."""
+"""Nothing downloaded is executed: no pickle and no code in it is run, and no path in it is followed."""
 
 import contextlib
 import io
@@ -15,12 +15,14 @@ from conftest import EOS, WORDS, count_a, lora_config, tiny_gpt2
 from test_cli import COSTS
 
 from aldrift_hf import ALDRIFTTrainer, cli
+from aldrift_hf.cli import runs
+from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.toy import word_tokenizer
 from aldrift_hf.trainer import checkpoints
 
 
 class Planted:
-    """Unpickled, it makes a file."""
+    """Creates a folder when it is unpickled."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -42,7 +44,7 @@ def as_torch_saves(trace):
 
 @pytest.fixture
 def trace(tmp_path):
-    """What no test here may leave behind, though reading what is planted does."""
+    """A folder that the planted pickles and code create when they run, and that no test here may leave behind."""
     trace = tmp_path / "trace"
     for write in (plain, as_torch_saves):
         with contextlib.suppress(RuntimeError):  # of the plain one it says that it was not written by torch: too late
@@ -68,7 +70,7 @@ def make(config, tokenizer):
 
 
 def sealed(folder):
-    """The manifest of a checkpoint written again, as who tampers with its files would."""
+    """Write a checkpoint's manifest again, as somebody who tampers with its files would."""
     (folder / checkpoints.MANIFEST_FILE).unlink()
     output_dir = folder.parent
     staging = output_dir / checkpoints.STAGING
@@ -145,7 +147,7 @@ class Own(GPT2LMHeadModel):
 
 @pytest.fixture
 def with_code(tmp_path, trace, monkeypatch):
-    """A folder with a model that brings its code along, and one with a cost."""
+    """A model that comes with its own code, and a module with a cost."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "own"
     tiny_gpt2().save_pretrained(folder)
@@ -169,7 +171,7 @@ def test_a_models_own_code_runs_only_when_it_is_asked_for(make, with_code, trace
 
 
 def test_no_run_asks_for_code(make, with_code, trace, monkeypatch, capsys):
-    """Neither one on disk nor one from the Hub, by any of its files."""
+    """Neither a local run nor one from the Hub can make foreign code run, by any of its files."""
     trainer = make(model=None)
     trainer.train()
     trainer.save_model()
@@ -182,21 +184,19 @@ def test_no_run_asks_for_code(make, with_code, trace, monkeypatch, capsys):
         cli.main(["evaluate", str(out)])
     assert "trust_remote_code" in capsys.readouterr().err
 
-    seen = []
-    monkeypatch.setattr(cli, "snapshot_download", lambda name: str(out))
-    monkeypatch.setattr(cli, "make_trainer", lambda *parts: seen.append(parts) or (_ for _ in ()).throw(SystemExit(0)))
+    monkeypatch.setattr(runs, "snapshot_download", lambda name: str(out))
     local = {"deepspeed": "ds.json", "report_to": "wandb", "attn_implementation": "somebody/kernels", "max_steps": 7}
     (out / "run.yaml").write_text(yaml.safe_dump(options | local))
-    with pytest.raises(SystemExit):
-        cli.main(["evaluate", "somebody/model", "--objective", "costs:not_a"])
-    ((task, config, model, _),) = seen
+    argv = ["somebody/model", "--objective", "costs:not_a"]
+    folder, (task, config, model) = runs.parse(RunParser("aldrift evaluate", "", ""), argv, str(out / "scratch"))
+    assert folder == out
     assert (config.model_init_kwargs, config.deepspeed, config.report_to, config.max_steps) == (None, None, [], -1)
     assert (model.attn_implementation, model.trust_remote_code) == (None, False)
     assert (config.tau_max, task.objective) == (1.5, ["costs:not_a"])
 
 
 def test_text_of_prompts_and_completions_becomes_no_path(make, tmp_path, tokenizer):
-    """Whatever is drawn or asked, the files of a run have the names that they always have."""
+    """Whatever the prompts and completions are, a run writes files of the same names."""
     ordinary = make(num_rungs=1)
     ordinary.train()
     names = {str(path.relative_to(ordinary.args.output_dir)) for path in Path(ordinary.args.output_dir).rglob("*")}
