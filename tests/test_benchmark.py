@@ -1,4 +1,4 @@
-"""The benchmark: its exact distances, what it compares with, and that no run is made twice."""
+"""The benchmark: its exact distances, its baselines, and that no run is made twice."""
 
 import json
 import math
@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 from conftest import log_probs, tiny_gpt2
-from evaluation.baselines import Counted, expert_iteration, policy_gradient
+from evaluation.baselines import CountedObjective, expert_iteration, policy_gradient
 from evaluation.exact_distance import ExactTarget
-from evaluation.recipe import RecipeModelConfig, make_prior
+from problems.prior import RecipeModelConfig, make_prior
 from problems.round_trips import RoundTripProblem
 from problems.text_problem import TextProblem
 
@@ -19,7 +19,7 @@ QUICK = RecipeModelConfig(prior_steps=60)
 
 
 class TwoWords(TextProblem):
-    """Two of three words; the cost counts those that are not the prompt."""
+    """Strings of two words out of three; the cost counts the words that differ from the prompt."""
 
     words, separator, worst_cost, prompts = ["a", "b", "c"], " ", 3.0, ["a", "b"]
 
@@ -40,7 +40,7 @@ class TwoWords(TextProblem):
 
 
 def test_exact_distances_by_hand(tokenizer):
-    """Over the nine strings and all other text, for each prompt; then the mean."""
+    """Distances over the nine strings and all other text for each prompt, and their means."""
     prior, model = tiny_gpt2(0), tiny_gpt2(1)
     target = ExactTarget.of(TwoWords(), prior, tokenizer, tau_max=2.0, slack=0.0)
     rows = [[2 + x, 2 + y, 0] for x in range(3) for y in range(3)]
@@ -56,7 +56,7 @@ def test_exact_distances_by_hand(tokenizer):
     measures = target.measures(model, draws=2_000_000, seed=0)
     for name, value in zip(("tv", "kl", "reverse_kl", "success"), np.mean(expected, axis=0)):
         assert measures[name] == pytest.approx(value, abs=1e-5)
-    assert measures["distinct"] == 2, "one solution a prompt"
+    assert measures["distinct"] == 2, "one solution per prompt"
     assert target.measures(prior, 10, 0)["kl"] > 0.1
 
 
@@ -68,22 +68,22 @@ def test_distance_of_draws(tokenizer):
 
 
 def test_costs_are_counted_once():
-    paid = []
+    evaluated = []
 
     class Recorded(TwoWords):
         def cost(self, prompts, completions):
-            paid.extend(zip(prompts, completions))
+            evaluated.extend(zip(prompts, completions))
             return super().cost(prompts, completions)
 
-    counted = Counted(Recorded())
+    counted = CountedObjective(Recorded())
     assert counted(["a", "b", "a"], ["a b", "a b", "a b"]) == [1, 1, 1]
     assert counted(["a", "b"], ["a b", "b b"]) == [1, 0]
-    assert paid == [("a", "a b"), ("b", "a b"), ("b", "b b")], "after another prompt it is another completion"
+    assert evaluated == [("a", "a b"), ("b", "a b"), ("b", "b b")], "a completion counts once per prompt"
     assert len(counted.known) == 3
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo", "expert_iteration"])
-def test_the_others_lower_the_cost_within_their_budget(method, tmp_path, monkeypatch):
+def test_baselines_lower_the_cost_within_their_budget(method, tmp_path, monkeypatch):
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path))
     problem = RoundTripProblem()
     if method == "expert_iteration":
@@ -109,7 +109,7 @@ def test_the_recipe_keeps_its_runs(run_recipe, capsys):
     }  # fmt: skip
     folder = run_recipe("benchmark", **flags)
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
-    # archive: two rates and a second seed; rloo: the same, and twice the budget at the better rate.
+    # archive: two learning rates, and the second seed; rloo: the same, and twice the budget for both seeds.
     assert len(runs) == 1 + 3 + 3 + 2
     assert all(math.isfinite(run["kl"]) and 0 <= run["tv"] <= 1 for run in runs)
     assert {run["budget"] for run in runs if run["method"] == "rloo"} == {140, 280}
@@ -125,5 +125,5 @@ def test_the_recipe_keeps_its_runs(run_recipe, capsys):
 
 @pytest.mark.parametrize(("flag", "value"), [("problems", "karate"), ("methods", "ppo")])
 def test_unknown_names_are_refused(flag, value, run_recipe):
-    with pytest.raises(SystemExit, match=f"unknown: {value}. There are"):
+    with pytest.raises(SystemExit, match=f"unknown: {value}. Choose from"):
         run_recipe("benchmark", **{flag: value})

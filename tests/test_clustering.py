@@ -1,4 +1,4 @@
-"""Clustering: partitions as text, the sum of squares, and the hints that the prior is made of."""
+"""Clustering: partitions as text, the sum of squares, and the hints that the prior learns."""
 
 import itertools
 
@@ -64,7 +64,7 @@ def test_best_known_is_the_best_of_all():
 
 
 def test_known_figure_of_iris():
-    """78.85: the within-cluster sum of squares of iris with three clusters, as every textbook has it."""
+    """The within-cluster sum of squares of iris with three clusters is known to be 78.85."""
     problem = ClusteringProblem.load("iris", 150)
     assert problem.best_known == pytest.approx(78.85, abs=0.005)
     assert sorted(map(tuple, problem.points)) == sorted(map(tuple, load_iris().data))
@@ -83,7 +83,7 @@ def test_the_names_of_clusters_do_not_matter(labels, names):
 @given(st.text() | st.lists(st.sampled_from(["a", "b", "c", "d", "A", "", "aa"]), max_size=8).map(" ".join))
 @settings(max_examples=200)
 def test_arbitrary_text(text):
-    """No text raises, and what is no partition gets the worst cost."""
+    """No text raises an error, and every text that is not a partition has the worst cost."""
     assert SMALL.cost_of(text) == SMALL.worst_cost or text.strip() in set(SMALL.all_texts())
 
 
@@ -104,7 +104,7 @@ def test_damaged_texts_cost_the_worst():
 
 
 def test_draws_follow_the_hints():
-    """A chain: the same cluster as the point before with probability `same`, else any other one alike."""
+    """A chain: the cluster of the previous point with probability `same`, otherwise any other one with equal probability."""
     texts = list(SMALL.all_texts())
     k = SMALL.clusters
     probability = np.zeros(len(texts))
@@ -154,7 +154,7 @@ def test_wine_is_standardised():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "penguins"}, "no data set 'penguins': take iris or wine"),
+        ({"name": "penguins"}, "there is no data set 'penguins': use iris or wine"),
         ({"clusters": 1}, "clusters must be from 2 to 26 and fewer than the points, got 1 for 24"),
         ({"clusters": 27}, "from 2 to 26"),
         ({"clusters": 24}, "fewer than the points"),

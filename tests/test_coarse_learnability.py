@@ -1,4 +1,4 @@
-"""Coverage of maximum-likelihood fits against closed forms, SciPy's densities and its optimizers; and the recipe."""
+"""Coverage of maximum-likelihood fits, compared with closed forms and SciPy; and the recipe."""
 
 import math
 import sys
@@ -8,7 +8,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from evaluation import coarse_learnability as theory
+from evaluation import suprema as theory
 from hypothesis import given, settings
 from scipy import integrate, optimize, special, stats
 
@@ -25,12 +25,12 @@ def mixture(centres, width=1.0):
 
 
 def log_density(m, x):
-    """By SciPy alone."""
+    """The log-density by SciPy alone."""
     return special.logsumexp(stats.norm.logpdf(x, m.centres[:, None], m.width), axis=0) - math.log(len(m.centres))
 
 
 def blind_log_supremum(p, q, reach):
-    """From every local maximum of a wide grid by Nelder and Mead's simplex, with SciPy's densities."""
+    """The supremum by Nelder-Mead searches from every local maximum of a wide grid, with SciPy's densities."""
 
     def negative(x):
         return -(log_density(p, x) - log_density(q, x))
@@ -81,7 +81,7 @@ def test_the_highest_of_nearly_equal_peaks_is_found():
 
 
 def test_supremum_of_a_very_wide_mixture():
-    """At every centre a peak as narrow as a component, thousands of widths from the next."""
+    """There is a peak as narrow as a component at every centre, thousands of widths from the next."""
     p = mixture([-9_000, -1_234.5, 4_321.7, 8_000])
     q = mixture([-9_000, 8_000], 5_000)
     peaks = [blind_log_supremum(mixture(p.centres - c), mixture(q.centres - c, q.width), reach=20) for c in p.centres]
@@ -89,7 +89,7 @@ def test_supremum_of_a_very_wide_mixture():
 
 
 def test_the_widest_gap_between_narrow_kernels_is_found():
-    """The middle of the first gap is a point of an even grid; that of the last, a little wider, is not."""
+    """The middle of the first gap is a point of an even grid. That of the last gap, slightly wider, is not."""
     q = mixture([0, 0.5, 0.50125, 1.00175], 0.01)
     first, last = (np.linspace(middle - 0.002, middle + 0.002, 10_001) for middle in (0.25, 0.7515))
     lower, higher = ((log_density(NORMAL, x) - log_density(q, x)).max() for x in (first, last))
@@ -99,7 +99,7 @@ def test_the_widest_gap_between_narrow_kernels_is_found():
 
 @pytest.mark.parametrize("factor", [0.01, 0.125, 0.5, 1, 4])
 def test_supremum_of_a_kernel_density_meets_a_blind_search(factor):
-    """On a region: with narrow kernels the peaks lie in the gaps between samples."""
+    """Over a region: with narrow kernels the peaks are in the gaps between samples."""
     samples = THREE.sample(60, np.random.default_rng(0))
     q, region = theory.kernel_density(samples, factor * theory.silverman(samples)), THREE.central_region(59 / 60)
     coarse = np.linspace(*region, 20_000)
@@ -116,13 +116,13 @@ def test_supremum_does_not_depend_on_units(centres, model_centres, wider, scale,
     p, q = mixture(centres), mixture(model_centres, wider)
     moved_p, moved_q = (mixture(shift + scale * m.centres, scale * m.width) for m in (p, q))
     everywhere = theory.log_supremum(p, q)
-    assert everywhere >= 0, "two densities cannot differ in one direction only"
+    assert everywhere >= 0, "the ratio of two densities is at least 1 somewhere"
     assert theory.log_supremum(moved_p, moved_q) == pytest.approx(everywhere, abs=1e-6)
     assert theory.log_supremum(p, q, p.central_region(0.9)) <= everywhere + 1e-9
 
 
 def test_a_barely_wider_model_is_covered_far_outside():
-    """The supremum lies hundreds of thousands of widths away; both closed form and result are large."""
+    """The supremum is hundreds of thousands of widths away; the closed form and the result are both large."""
     width = math.sqrt(1 + 1e-5)
     assert theory.log_supremum(NORMAL, mixture([2.0], width)) == pytest.approx(2e5, rel=1e-4)
 
@@ -226,7 +226,7 @@ def test_tilt_solves_the_moment_equation_and_is_most_likely(values):
 
 @pytest.mark.parametrize("mean", [1e-9, 0.005, 0.995, 1 - 1e-9])
 def test_tilt_of_an_extreme_mean(mean):
-    """Where `A'(θ) = 1 - 1/θ` to rounding, or its mirror image."""
+    """Here `A'(θ) = 1 - 1/θ`, or its mirror image, up to rounding."""
     assert theory.fit_tilt(np.array([mean])).mean == pytest.approx(mean, rel=1e-9)
 
 
@@ -262,7 +262,7 @@ def test_kernel_density_is_scipys(values):
 
 
 def test_coverage_by_bandwidth():
-    """Over all reals a width above the components' decides; on the bulk the narrowest kernels fail by far."""
+    """Over all reals the kernels must be wider than the components; over the bulk, very narrow kernels fail by far."""
     samples = THREE.sample(2_000, np.random.default_rng(0))
     region = THREE.central_region(1 - 1 / 2_000)
     everywhere, central = (
@@ -284,7 +284,7 @@ def test_coverage_by_bandwidth():
         (lambda: mixture([0], math.inf), "width must be positive"),
         (lambda: theory.fit_gaussian(np.ones(3)), "width must be positive"),
         (lambda: theory.TiltedUniform(math.inf), "tilt must be finite"),
-        (lambda: theory.fit_tilt(np.zeros(3)), r"inside \(0, 1\), not 0.0"),
+        (lambda: theory.fit_tilt(np.zeros(3)), r"inside \(0, 1\), got 0.0"),
     ],
 )
 def test_bad_input_is_named(make, message):
@@ -294,7 +294,7 @@ def test_bad_input_is_named(make, message):
 
 @pytest.fixture
 def recipe(tmp_path, monkeypatch):
-    """Runs the recipe in this process; returns its output directory. `recipe.module` is its module."""
+    """Runs the recipe in this process and returns its output directory. `recipe.module` is its module."""
     spec = util.spec_from_file_location("coarse_learnability_recipe", RECIPE)
     module = util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)
@@ -344,9 +344,9 @@ def test_other_processes_are_silent(recipe, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--sample_sizes", "1", "8"], "--sample_sizes: give two or more, rising, above 1"),
+        (["--sample_sizes", "1", "8"], "--sample_sizes: give two or more increasing values above 1"),
         (["--separations", "4"], "--separations: give two or more"),
-        (["--separations", "4", "2"], "--separations: give two or more, rising"),
+        (["--separations", "4", "2"], "--separations: give two or more increasing"),
         (["--components", "1"], "--components must be at least 2"),
         (["--repeats", "0"], "--repeats at least 1"),
     ],
@@ -360,5 +360,9 @@ def test_recipe_help_explains(recipe, capsys):
     with pytest.raises(SystemExit):
         recipe("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("k, Gaussians in the mixtures", "Where the figure is written", "m, samples a fit"):
+    for words in (
+        "k, the number of Gaussians in the mixtures",
+        "the figure are written to",
+        "m, the number of samples per fit",
+    ):
         assert words in text

@@ -1,4 +1,4 @@
-"""recipes/external_objective.py: what is the text's fault is priced, what is the service's is tried again."""
+"""recipes/external_objective.py: a failure of the text has a cost, a failure of the service is retried."""
 
 import asyncio
 import itertools
@@ -18,7 +18,6 @@ import tenacity
 from aldrift_hf.objective.calling import ObjectiveError
 from aldrift_hf.objective.objective import Objective
 from aldrift_hf.objective.testing import check_objective
-from aldrift_hf.toy import SmallPriorConfig
 from aldrift_hf.types import Prompts
 
 EXAMPLE = "x=2\nwhile(x<40):\n\tx*=3\n\tx-=1\nprint(x)"  # 2, 5, 14, 41
@@ -32,14 +31,14 @@ def recipe(recipe_module):
 
 @pytest.fixture(autouse=True)
 def _no_child_is_left():
-    """Nor a zombie of one, whatever a test does."""
+    """No test leaves a child process behind, not even a zombie."""
     before = set(psutil.Process().children(recursive=True))
     yield
     assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def programs(recipe, processes=2, timeout=20.0, outages=0.0):
-    """With a time-out that a busy machine does not reach."""
+    """The objective with a timeout that is long enough for a busy machine."""
     return recipe.Programs(processes, timeout, outages)
 
 
@@ -48,7 +47,7 @@ def costs(objective, *texts):
 
 
 def simulated(recipe, text):
-    """What a program costs, by arithmetic. One that has not ended after 1,000 steps never does."""
+    """The cost of a program, by arithmetic. A program that has not ended after 1,000 steps never ends."""
     start, loop, *body, _ = text.split("\n")
     x, limit = int(start[2:]), int(loop[8:-2])
     for _ in range(1000):
@@ -67,7 +66,7 @@ def test_costs_are_those_of_the_programs(recipe):
 
 
 def test_the_target_that_the_readme_tells(recipe):
-    """Of the rule that the prior learns, by brute force over its 4,050 programs."""
+    """The target for the rule that the prior learns, by brute force over its 4,050 programs."""
     bodies = [*itertools.product(recipe.STEPS), *itertools.product(recipe.STEPS, repeat=2)]
     every = [
         ("\n".join([start, loop, *body, recipe.END]), len(recipe.STEPS) ** -len(body))
@@ -115,26 +114,26 @@ def test_what_fails_costs_the_worst(recipe, text, monkeypatch):
     monkeypatch.setenv("ACCESS_TOKEN", "42")
     objective = programs(recipe)
     assert costs(objective, text) == [recipe.D]
-    assert objective.counts == {"processes": 1}, "the text's fault was taken for the service's"
+    assert objective.counts == {"processes": 1}, "a failure of the text was taken for one of the service"
 
 
 def test_what_hangs_is_killed_with_all_that_it_started(recipe, tmp_path):
-    """In the trainer's thread; the others of the batch are priced."""
+    """In the trainer's thread; the other programs of the batch are evaluated."""
     pids = tmp_path / "pids"
     note = f"open({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')"
     hangs = f"import os\nos.fork()\n{note}\nimport time; time.sleep(600)"
     left = f"import os\nif os.fork(): print(42)\nelse:\n  os.close(1)\n  {note}\n  import time; time.sleep(600)"
     start = time.monotonic()
     objective = programs(recipe, timeout=1.5)
-    prices = Objective(objective, None, recipe.D)(NOTHING, [0] * 4, [hangs, EXAMPLE, "print(42)", left])
-    assert prices.tolist() == [recipe.D, 1.0, 0.0, 0.0]
+    found = Objective(objective, None, recipe.D)(NOTHING, [0] * 4, [hangs, EXAMPLE, "print(42)", left])
+    assert found.tolist() == [recipe.D, 1.0, 0.0, 0.0]
     assert objective.counts["timed out"] == 1
     assert time.monotonic() - start < 60
     started = [int(pid) for pid in pids.read_text().split()]
     assert len(started) in (2, 3)  # the third may be killed before it has written
     for pid in started:
         while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
-            assert time.monotonic() - start < 20, "a grandchild goes on"
+            assert time.monotonic() - start < 20, "a grandchild is still running"
             time.sleep(0.05)
 
 
@@ -155,8 +154,8 @@ def test_a_service_that_fails_one_time_in_three_is_asked_again(recipe, monkeypat
     assert objective.counts == {"processes": 14, "tried again": 4}
 
 
-def test_a_service_that_never_answers_stops_training_and_prices_nothing(recipe, monkeypatch):
-    """After waits that double; and what was running beside is stopped."""
+def test_a_service_that_never_answers_stops_training_and_nothing_is_evaluated(recipe, monkeypatch):
+    """After waiting times that double. Other running programs are stopped."""
     waits = []
 
     async def sleep(seconds):
@@ -167,7 +166,7 @@ def test_a_service_that_never_answers_stops_training_and_prices_nothing(recipe, 
     down = "import os, sys, time\nprogram = sys.stdin.read()\nif program: time.sleep(600)\nsys.exit(os.EX_TEMPFAIL)"
     monkeypatch.setattr(recipe, "EVALUATOR", down)
     objective = Objective(programs(recipe, processes=3, timeout=300), None, recipe.D)
-    with pytest.raises(ObjectiveError, match=r"TryLaterError: the evaluator ended with 75, again and again"):
+    with pytest.raises(ObjectiveError, match=r"TryLaterError: the evaluator exited with 75 on every attempt"):
         objective(NOTHING, [0] * 3, ["", "sleeps", "sleeps too"])
     assert waits == pytest.approx([0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4])
     assert objective.calls == 0
@@ -205,12 +204,12 @@ def test_settings_that_cannot_work_are_refused(recipe, settings):
 
 
 def test_the_recipe(recipe, tmp_path, monkeypatch, capsys):
-    """Reduced."""
+    """The recipe at a small size."""
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(recipe, "SmallPriorConfig", lambda steps: SmallPriorConfig(layers=1, steps=60))
-    sample = recipe.ALDRIFTTrainer.sample
-    monkeypatch.setattr(recipe.ALDRIFTTrainer, "sample", lambda self, n, **settings: sample(self, n // 8, **settings))
-    settings = {"tau_step": 1, "num_chains": 32, "updates_per_rung": 5, "timeout": 0.5, "processes": 8}
+    settings = {
+        "prior_steps": 60, "draws": 64, "tau_step": 1, "num_generations": 128, "updates_per_rung": 5, "timeout": 0.5,
+        "processes": 8,
+    }  # fmt: skip
     line = [text for name, value in settings.items() for text in (f"--{name}", str(value))]
     monkeypatch.setattr(sys, "argv", ["x", *line, "--disable_tqdm", "True", "--output_dir", str(tmp_path / "out")])
     recipe.main()

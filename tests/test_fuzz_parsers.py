@@ -1,4 +1,4 @@
-"""Whatever a model may write, a problem of the recipes prices it: 100,000 texts, most of them nearly right."""
+"""The problems of the recipes can evaluate any text: 100,000 texts, most of them almost well-formed."""
 
 import asyncio
 import itertools
@@ -17,10 +17,10 @@ from problems.spanning_tree import SpanningTreeProblem, load_problem
 from problems.tree_modes import largest_degree
 
 TEXTS = 50
-"""Texts in one of Hypothesis' examples, of which it makes about a thousand a second."""
+"""Texts per example of Hypothesis, which makes about a thousand examples per second."""
 
-# Digits of other scripts (int() reads the first two, isdigit() all of them but the last), signs, blanks, what is in no
-# Unicode text, and what text files trip over.
+# Digits of other scripts (int() reads the first two, isdigit() accepts all but the last), signs, blanks, surrogates,
+# which are not valid Unicode text, and characters that cause trouble in text files.
 ODD = [
     *("٣", "３", "²", "Ⅷ", "+1", "-1", "01", "1_0", "1e1", "1.0", "0", "9" * 5000, "\0", "\ud800", "\udfff", "\ufeff"),
     *(
@@ -60,7 +60,7 @@ def encoded(text):
 
 
 def texts_near(problem):
-    """Lists of texts: any, and those of the problem with a word left out, doubled, moved or replaced by an odd one."""
+    """Lists of texts: any text, and strings of the problem with words left out, repeated, moved or replaced."""
     pieces = st.sampled_from([*problem.words, problem.separator, *ODD])
     joined = st.lists(st.sampled_from([*problem.words, *problem.words, *ODD]), max_size=8).map(problem.separator.join)
     size = len(next(problem.all_texts()).split(problem.separator))
@@ -86,9 +86,9 @@ def test_every_text_has_a_cost_and_only_strings_of_the_problem_a_meaning(name):
         costs = problem.cost([""] * len(texts), texts) if name != "trips" else list(map(problem.cost_of, texts))
         for text, cost in zip(texts, costs, strict=True):
             assert type(cost) is float
-            assert 0 <= cost <= worst * (1 + 1e-9) < math.inf, "what the trainer lets pass under objective_range=D"
-            assert problem.cost_of(text) == cost, "whatever else is in the batch"
-            # Blanks around a string are no part of it (of a trip they are: it goes on where the prompt ends).
+            assert 0 <= cost <= worst * (1 + 1e-9) < math.inf, "the trainer accepts it under objective_range=D"
+            assert problem.cost_of(text) == cost, "it does not depend on the rest of the batch"
+            # Blanks around a string are ignored, except for trips, which continue where the prompt ends.
             string = text if name == "trips" else text.strip()
             assert string in every or cost == worst
             if name != "trips":
@@ -100,12 +100,12 @@ def test_every_text_has_a_cost_and_only_strings_of_the_problem_a_meaning(name):
 
     check()
     assert seen >= 20_000
-    assert seen / 100 < read < seen / 2, "both kinds are met"
+    assert seen / 100 < read < seen / 2, "there are strings and malformed texts"
 
 
 @fuzz(examples=50)
 @given(st.data())
-def test_figures_of_a_batch_are_those_of_its_well_formed_texts(data):
+def test_shares_of_a_batch_are_those_of_its_well_formed_texts(data):
     for problem, figures in (
         (TREES, TREES.marginals),
         (PROBLEMS["line"], PROBLEMS["line"].visit_shares),
@@ -147,7 +147,7 @@ def test_whatever_a_program_is_it_has_a_cost(recipe_module):
 
 
 def loaded(name):
-    """The graph's problem, or why there is none."""
+    """The problem of a graph, or the error message."""
     try:
         return load_problem(name), ""
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Line scheduling: the clock, the exact product target, and the text form."""
+"""Line scheduling: the clock, the exact target, and the text form."""
 
 import itertools
 
@@ -27,7 +27,7 @@ def lines(draw):
 
 
 def wait_by_looking_at_the_clock(problem, visits):
-    """Minute by minute, from the definition alone."""
+    """The waiting time by the definition alone, minute by minute."""
     departures = {problem.phase + problem.headway * n for n in range(-100, 1000)}
     clock, waited = 0, 0
     for visit in visits:
@@ -61,7 +61,7 @@ def test_worst_cost_is_reached(problem):
 
 
 def test_defaults():
-    """Ten stations, a departure every five minutes: the longest wait is four minutes, ten times."""
+    """Ten stations and a departure every five minutes: the longest waiting time is ten times four minutes."""
     problem = LineSchedulingProblem()
     assert problem.worst_cost == 40
     assert problem.cost_of(", ".join(["10"] * 10)) == 0
@@ -120,7 +120,7 @@ def test_text_and_back(problem, data):
     st.text() | st.lists(st.sampled_from(["1", "6", "7", "0", "-1", "٣", "1.0", "", "x"]), max_size=5).map(", ".join)
 )
 def test_arbitrary_text(text):
-    """No text raises, and what is no schedule gets the worst cost."""
+    """No text raises an error, and every text that is not a schedule has the worst cost."""
     assert SMALL.cost_of(text) == SMALL.worst_cost or text.strip() in set(SMALL.all_texts())
 
 

@@ -1,4 +1,4 @@
-"""The paper's experiments as recipes, small: tables and figures come out, runs resume, and what is told holds."""
+"""The recipes at a small size: they write tables and figures, runs resume, and printed statements are true."""
 
 import ast
 import json
@@ -17,11 +17,11 @@ RECIPES = Path(__file__).parents[1] / "recipes"
 QUIET = ("--use_cpu", "--disable_tqdm", "True")
 TINY = {
     "prior_steps": 60,
-    "num_chains": 32,
+    "num_generations": 96,
     "chain_length": 3,
     "updates_per_rung": 4,
     "per_device_train_batch_size": 16,
-    "generation_batch_size": 128,
+    "per_device_generation_batch_size": 128,
 }
 LINE = {**TINY, "stations": 3, "longest_visit": 6, "headway": 3, "tau_max": 1, "tau_step": 0.5, "draws": 200}
 TREES = {**TINY, "graph": "random:6,0.5", "tau_step": 3}
@@ -29,13 +29,13 @@ CLUSTERS = {**TINY, "points": 9, "tau_max": 0.2, "tau_step": 0.1, "draws": 100}
 
 
 def records(folder):
-    """The rungs' records without what differs between two equal runs."""
+    """The records of the rungs, without the times, which differ between equal runs."""
     rungs = [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
     return [{key: value for key, value in rung.items() if not key.startswith("seconds")} for rung in rungs]
 
 
 def check_report(folder, name, out, *rows):
-    """A table on the terminal and in Markdown, and a figure."""
+    """There is a table on the terminal and in Markdown, and a figure."""
     markdown = (folder / f"{name}.md").read_text()
     for row in rows:
         assert row in markdown, row
@@ -55,7 +55,7 @@ def test_line_scheduling(run_recipe, capsys):
 
 
 def test_line_scheduling_with_topift(run_recipe, capsys):
-    """The paper's setting, by default: the 4 best of 12 proposals a round."""
+    """By default the paper's setting: the 4 best of 12 proposals per round."""
     settings = {key: value for key, value in LINE.items() if key not in TINY} | {"prior_steps": 60}
     folder = run_recipe("line_scheduling", *QUIET, "--sampler", "top", **settings)
     out = capsys.readouterr().out
@@ -81,11 +81,11 @@ def test_correction_ablation(run_recipe, capsys):
     folder = run_recipe("correction_ablation", *QUIET, **TREES)
     out = " ".join(capsys.readouterr().out.split())
     check_report(folder, "correction_ablation", out, "| metropolis_hastings | reweight | top |", "τ = 6 (last)")
-    assert "reweight's KL above metropolis_hastings's:" in out
+    assert "KL of reweight minus KL of metropolis_hastings:" in out
     runs = {sampler: records(folder / sampler) for sampler in ("metropolis_hastings", "reweight", "top")}
     first = [run[0] for run in runs.values()]
-    assert len({entry["objective_mean"] for entry in first}) == 1, "the same first proposals for each"
-    assert len({entry["exact_kl"] for entry in first}) == 3, "and other samples made of them"
+    assert len({entry["objective_mean"] for entry in first}) == 1, "all have the same first proposals"
+    assert len({entry["exact_kl"] for entry in first}) == 3, "and choose different samples among them"
     assert all(entry["exact_kl"] >= 0 for run in runs.values() for entry in run)
 
 
@@ -100,7 +100,7 @@ def test_exact_distances_without_learning(run_recipe):
 
 
 def test_correction_ablation_resumed(run_recipe):
-    """Runs that were finished are not made again: even the seconds in their records are the first run's."""
+    """Finished runs are not repeated: even the times in their records are those of the first run."""
     folder = run_recipe("correction_ablation", *QUIET, **TREES)
     alone = {path: path.read_text() for path in folder.glob("*/rungs.jsonl")}
     assert len(alone) == 3
@@ -109,17 +109,17 @@ def test_correction_ablation_resumed(run_recipe):
 
 
 def test_correction_ablation_resumed_from_a_rungs_last_update(run_recipe):
-    """Such a checkpoint was written before the rung was measured."""
+    """Such a checkpoint was written before the exact distances of the rung were measured."""
     steps = ("--save_strategy", "steps", "--save_steps", "4")
     folder = run_recipe("correction_ablation", *QUIET, *steps, **TREES)
     alone = {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")}
-    shutil.rmtree(folder / "top" / "checkpoint-8")  # and this run was interrupted after its first rung
+    shutil.rmtree(folder / "top" / "checkpoint-8")  # as if this run had been interrupted after its first rung
     run_recipe("correction_ablation", *QUIET, *steps, "--resume_from_checkpoint", "True", **TREES)
     assert {path.parent.name: records(path.parent) for path in folder.glob("*/rungs.jsonl")} == alone
 
 
 def test_correction_ablation_within_a_budget(run_recipe, capsys):
-    """The samplers spend it after different numbers of rungs; what they have in common is compared."""
+    """The samplers reach the limit after different numbers of rungs; the rungs that all have are compared."""
     run_recipe("correction_ablation", *QUIET, "--max_objective_calls", "20", **{**TREES, "tau_step": 1})
     assert "KL(p_τ || L_τ), nats, τ = 1" in capsys.readouterr().out
 
@@ -137,7 +137,7 @@ def test_line_scheduling_without_a_preference(run_recipe, capsys):
 
 def test_ladder_stress(run_recipe, capsys):
     settings = {**TREES, "steps": "1 4", "proposals": 400, "updates": 12}
-    del settings["tau_step"], settings["num_chains"], settings["updates_per_rung"]
+    del settings["tau_step"], settings["num_generations"], settings["updates_per_rung"]
     folder = run_recipe("ladder_stress", *QUIET, **settings)
     out = " ".join(capsys.readouterr().out.split())
     check_report(folder, "ladder_stress", out, "| 1/D | 4/D |", "KL(p_T", "k-hat")
@@ -153,7 +153,7 @@ def test_coverage(run_recipe, capsys):
     folder = run_recipe("coverage", *QUIET, **settings, per_device_train_batch_size=16)
     out = " ".join(capsys.readouterr().out.split())
     check_report(folder, "coverage", out, "| 5 | 10 | 20 | 40 | 80 |", "m = 4", "m = 64")
-    assert out.count("sup p/L is least") == 2
+    assert out.count("sup p/L is smallest") == 2
     table = (folder / "coverage.md").read_text()
     saved = {path: path.stat().st_mtime_ns for path in folder.glob("*/checkpoint-80/adapter_model.safetensors")}
     assert len(saved) == 2
@@ -163,7 +163,7 @@ def test_coverage(run_recipe, capsys):
 
 
 def test_custom_objective(tmp_path, monkeypatch):
-    """As it stands, in a process of its own."""
+    """The recipe as it is, in its own process."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
     source = (RECIPES / "custom_objective.py").read_text()
@@ -189,15 +189,15 @@ def test_custom_objective(tmp_path, monkeypatch):
     ("name", "settings", "message"),
     [
         ("line_scheduling", {"stations": 0}, "the line: stations must be at least 1"),
-        ("clustering", {"data": "penguins"}, "the problem: no data set 'penguins'"),
-        ("correction_ablation", {"graph": "petersen"}, "--graph: no graph"),
+        ("clustering", {"data": "penguins"}, "the problem: there is no data set 'penguins'"),
+        ("correction_ablation", {"graph": "petersen"}, "--graph: there is no graph"),
         ("correction_ablation", {"graph": "karate"}, "take a smaller graph"),
-        ("ladder_stress", {"steps": "0"}, "--steps: whole numbers of at least 1"),
-        ("coverage", {"graph": "petersen"}, "--graph: no graph"),
+        ("ladder_stress", {"steps": "0"}, "--steps must be whole numbers of at least 1"),
+        ("coverage", {"graph": "petersen"}, "--graph: there is no graph"),
         ("coverage", {"graph": "karate"}, "take a smaller graph"),
         ("coverage", {"samples": "0"}, "--samples must be at least 1"),
-        ("ladder_stress", {"ladder": "adaptive"}, "--ladder: the steps are what this recipe varies"),
-        ("line_scheduling", {"num_chains": "0"}, "num_chains must be a whole number of at least 1"),
+        ("ladder_stress", {"ladder": "adaptive"}, "--ladder must be linear: this recipe varies its steps"),
+        ("line_scheduling", {"num_generations": "0"}, "num_generations must be between 1 and"),
     ],
 )
 def test_bad_problems_are_one_clear_line(run_recipe, name, settings, message):
@@ -210,13 +210,20 @@ def test_help_explains_every_option(run_recipe, capsys, name):
     with pytest.raises(SystemExit):
         run_recipe(name, "--help")
     text = capsys.readouterr().out
-    own = {  # the others take all of ALDRIFT's and TRL's
+    own = {  # the other recipes have all options of ALDRIFT and TRL
         "coarse_learnability": (),  # theory without a model
         "speed": ("--sizes", "--rungs", "--mean_length"),
-        "external_objective": ("--processes", "--timeout", "--outages", "--tau_max", "--num_chains", "--learning_rate"),
+        "external_objective": (
+            "--processes",
+            "--timeout",
+            "--outages",
+            "--tau_max",
+            "--num_generations",
+            "--learning_rate",
+        ),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
-    all_of_them = ("--tau_max", "--num_chains", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps")
+    all_of_them = ("--tau_max", "--num_generations", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps")
     for option in own.get(name, all_of_them):
         assert option in text, option
 

@@ -1,4 +1,4 @@
-"""Round trips: distances, completions of a prompt, and what counts as a trip."""
+"""Round trips: distances, completions of a prompt, and which texts are trips."""
 
 import itertools
 
@@ -19,12 +19,9 @@ def test_a_trip_is_as_long_from_everywhere_and_both_ways_round():
 
 
 def test_known_distances():
-    """There and back between two cities that the problem is reduced to: London and Paris are 344 km apart."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("problems.round_trips.CAPITALS", {k: CAPITALS[k] for k in ("London", "Paris")})
-        assert RoundTripProblem().cost_of("London, Paris") == pytest.approx(
-            2 * 0.344, abs=0.02
-        )  # to a tenth of a degree
+    """London and Paris are 344 km apart; positions are given to a tenth of a degree."""
+    two = RoundTripProblem({name: CAPITALS[name] for name in ("London", "Paris")})
+    assert two.cost_of("London, Paris") == pytest.approx(2 * 0.344, abs=0.02)
 
 
 def test_every_prompt_has_every_order_of_the_others():

@@ -1,4 +1,4 @@
-"""Spanning trees: every string's cost, Kirchhoff's theorem, and the graphs that can be asked for by name."""
+"""Spanning trees: the cost of every string, Kirchhoff's theorem, and the graphs that have names."""
 
 import itertools
 import math
@@ -9,7 +9,7 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
-from evaluation.spanning_tree_report import uncounted_trees
+from evaluation.spanning_tree import uncounted_trees
 from hypothesis import given, settings
 from problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
 
@@ -42,7 +42,7 @@ def connected_graphs(draw):
 
 
 def components(nodes, edges):
-    """By union-find, to compare with."""
+    """The number of components by union-find, as a reference."""
     parent = list(range(nodes))
 
     def root(node):
@@ -94,7 +94,7 @@ def test_every_string_of_small_graphs(problem):
 
 
 def test_worst_cost_bounds_two_cliques_and_a_path():
-    """All `n-1` edges can lie inside the cliques; the bound by degrees counts edges that leave a clique as inside."""
+    """All `n-1` edges can lie inside the cliques; the bound by degrees also counts edges that leave a clique."""
     graph = nx.disjoint_union(nx.complete_graph(4), nx.complete_graph(4))
     nx.add_path(graph, [0, 8, 9, 10, 11, 12, 4])
     problem = SpanningTreeProblem.from_graph(graph)
@@ -118,7 +118,7 @@ EDGE_NAMES = st.sampled_from(load_problem("florentine").names)
 @given(st.text() | st.lists(EDGE_NAMES | st.text(max_size=3), max_size=20).map(SEPARATOR.join))
 @settings(max_examples=200, deadline=None)
 def test_arbitrary_text(text):
-    """No text raises, and what is no string of the problem gets the worst cost."""
+    """No text raises an error, and every text that is not a string of the problem has the worst cost."""
     problem, texts, _ = florentine()
     cost = problem.cost_of(text)
     assert cost == problem.worst_cost or text.strip() in texts
@@ -161,7 +161,7 @@ def test_random_texts_are_uniform():
     texts = list(DIAMOND.all_texts())
     draws = DIAMOND.random_texts(20_000, np.random.default_rng(0))
     counts = torch.tensor([draws.count(text) for text in texts])
-    assert counts.sum() == len(draws), "only well-formed strings"
+    assert counts.sum() == len(draws), "only strings of the problem"
     assert chi_square_p(counts, torch.ones(len(texts))) > 1e-4
     assert DIAMOND.random_texts(5, np.random.default_rng(0)) == DIAMOND.random_texts(5, np.random.default_rng(0))
 
@@ -176,7 +176,7 @@ def test_random_texts_of_a_large_graph_are_well_formed():
 
 
 def test_marginals_with_weights():
-    """Malformed text counts for nothing, whatever its weight."""
+    """Malformed text is ignored, whatever its weight."""
     texts = ["a-b, a-c, a-d", "b-c, a-b", "a-b, b-c, c-d"]
     assert DIAMOND.names == ["a-b", "a-c", "a-d", "b-c", "c-d"]
     assert DIAMOND.marginals(texts) == pytest.approx([1, 0.5, 0.5, 0.5, 0.5])
@@ -291,13 +291,13 @@ def test_a_node_named_by_a_superscript():
 
 
 def test_trees_that_a_model_does_not_draw_are_missing():
-    """Of a model that draws half of the trees, and other strings too, by the probabilities of its draws alone."""
+    """For a model that draws half of the trees and other strings, from the probabilities of its draws alone."""
     problem = load_problem("florentine-core")
     trees = [text for text in problem.all_texts() if problem.cost_of(text) == 0]
     others = [text for text in problem.all_texts() if problem.cost_of(text) > 0][:100]
     half = trees[: len(trees) // 2]
     for reached, missing in ((trees, 0.0), (half, np.log(2))):
-        texts = reached * 2 + others * 4  # each exactly as often as its probability says
+        texts = reached * 2 + others * 4  # each in exact proportion to its probability
         share = {text: count / len(texts) for rows, count in ((reached, 2), (others, 4)) for text in rows}
         log_model = [np.log(share[text]) for text in texts]
         assert uncounted_trees(problem, texts, log_model) == pytest.approx(missing, abs=1e-9)

@@ -1,4 +1,4 @@
-"""The main job end to end, on small graphs and with every kind of model."""
+"""The main job from end to end, on small graphs and with every kind of model."""
 
 import json
 import re
@@ -19,18 +19,18 @@ RECIPE = ROOT / "recipes" / "spanning_tree.py"
 SMALL = {
     "graph": "random:6,0.5",
     "prior_steps": 60,
-    "num_chains": 32,
+    "num_generations": 128,
     "tau_step": 2,
     "updates_per_rung": 4,
     "per_device_train_batch_size": 16,
     "draws": 300,
-    "generation_batch_size": 128,
+    "per_device_generation_batch_size": 128,
 }
 
 
 @pytest.fixture
 def recipe(run_recipe):
-    """Runs the main job, small."""
+    """Runs the main job at a small size."""
 
     def run(*flags, **settings):
         return run_recipe("spanning_tree", "--use_cpu", "--disable_tqdm", "True", *flags, **{**SMALL, **settings})
@@ -46,7 +46,7 @@ def check_output(out, *, trees=True):
     assert re.search(r"prior.*model.*corrected", out)
     for row in ("success", "distinct trees, of", "mean cost", "edge marginals of trees", "missing mass:"):
         assert row in out, row
-    assert "Kirchhoff counts" in " ".join(out.split())
+    assert "Kirchhoff's theorem counts" in " ".join(out.split())
     assert not trees or "a tree: " in out
 
 
@@ -63,7 +63,7 @@ def test_small_prior_with_lora(recipe, capsys):
 
 
 def test_resumed_from_the_command_line(recipe, capsys):
-    """As after an interruption: from the last checkpoint, with the same records."""
+    """As after an interruption: the run continues from the last checkpoint, with the same records."""
 
     def records(folder):
         return [{key: value for key, value in r.items() if not key.startswith("seconds")} for r in rungs(folder)]
@@ -90,12 +90,12 @@ def test_a_graph_from_a_file(recipe, capsys, tmp_path):
     out = capsys.readouterr().out
     check_output(out)
     assert "distinct trees, of 11" in out
-    assert "KL(p_T" not in out, "nothing was to be enumerated"
+    assert "KL(p_T" not in out, "nothing may be enumerated"
 
 
 @pytest.fixture
 def model_folder(tmp_path):
-    """A GPT-2 and a Llama with a tokenizer that knows the small graph's words, saved as a Hub model would be."""
+    """Saves a GPT-2 or a Llama, with a tokenizer that knows the words of the small graph, as on the Hub."""
 
     def save(family):
         words = load_problem(SMALL["graph"]).names
@@ -126,7 +126,7 @@ def model_folder(tmp_path):
 
 def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
     folder = recipe(model_name_or_path=model_folder("gpt2"), lora_r=4)
-    check_output(capsys.readouterr().out, trees=False)  # of a random model, warmed up for a moment
+    check_output(capsys.readouterr().out, trees=False)  # the model is random, with a very short warm-up
     assert (folder / "prior" / "adapter_model.safetensors").is_file()
     assert rungs(folder)[0]["missing_mass"] == pytest.approx(0, abs=1e-4), "the first rung's policy is the prior"
 
@@ -134,12 +134,14 @@ def test_a_model_by_path_is_warmed_up_and_frozen(recipe, model_folder, capsys):
 def test_a_model_in_four_bits(recipe, model_folder, capsys):
     pytest.importorskip("bitsandbytes")
     folder = recipe("--load_in_4bit", "True", model_name_or_path=model_folder("llama"), lora_r=4, learning_rate=5e-4)
-    check_output(capsys.readouterr().out, trees=False)  # of a random model, warmed up for a moment
+    check_output(capsys.readouterr().out, trees=False)  # the model is random, with a very short warm-up
     assert (folder / "prior" / "adapter_model.safetensors").is_file()
 
 
 def test_an_unknown_graph_is_one_clear_line(recipe):
-    with pytest.raises(SystemExit, match=r"--graph: no graph .petersen.: take florentine, florentine-core, davis"):
+    with pytest.raises(
+        SystemExit, match=r"--graph: there is no graph .petersen.: use florentine, florentine-core, davis"
+    ):
         recipe(graph="petersen")
 
 
@@ -147,7 +149,11 @@ def test_help_explains(recipe, capsys):
     with pytest.raises(SystemExit):
         recipe("--help")
     text = " ".join(capsys.readouterr().out.split())
-    for words in ("florentine, florentine-core, davis, tutte, karate", "T: with 6, p_T is 98 % trees", "LoRA R value"):
+    for words in (
+        "florentine, florentine-core, davis, tutte, karate",
+        "98 % of p_T are spanning trees",
+        "LoRA R value",
+    ):
         assert words in text
 
 
@@ -158,5 +164,5 @@ def test_launched_by_accelerate(config, tmp_path, monkeypatch):
     done = accelerate_launch(CONFIGS / f"{config}.yaml", str(RECIPE), *line, "--output_dir", str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     check_output(done.stdout)
-    assert done.stdout.count("missing mass: ") == 1, "one process reports"
+    assert done.stdout.count("missing mass: ") == 1, "only one process reports"
     assert len(rungs(tmp_path / "out")) == 3

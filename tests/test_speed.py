@@ -1,8 +1,11 @@
-"""The benchmark of speed runs, and its parts are what they are called."""
+"""The speed recipe runs, and its parts do what their names say."""
 
 import pytest
 import torch
-from evaluation.bare import SIZES, BareRung, make_model, peak_memory
+from evaluation.bare_rung import BareRung
+from evaluation.measuring import peak_memory
+from evaluation.random_models import SIZES, make_model
+from peft import LoraConfig
 
 
 @pytest.mark.slow
@@ -21,21 +24,19 @@ def test_the_recipe_compares_side_by_side(run_recipe, capsys):
 
 
 def test_bad_options_are_one_clear_line(run_recipe):
-    with pytest.raises(SystemExit, match="--sizes huge: take of tiny, small, wide, 1b"):
+    with pytest.raises(SystemExit, match="--sizes huge: choose from tiny, small, wide, 1b"):
         run_recipe("speed", sizes="huge")
     with pytest.raises(SystemExit, match="--mean_length between 2 and --length"):
         run_recipe("speed", length=8, mean_length=9)
 
 
 def test_a_completion_ends_where_it_is_meant_to():
-    """Geometric lengths: after --mean_length tokens on average."""
-    from peft import LoraConfig
-
+    """Lengths are geometric, with a mean of --mean_length tokens."""
     model, tokenizer = make_model(SIZES["tiny"], 8, torch.device("cpu"))
     assert tokenizer.eos_token_id == 0
     lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules="all-linear")
     bare = BareRung(model, lora, proposals=400, rows=200, length=64, updates=1, batch=8)
-    ids = torch.cat([bare._generate(), bare._generate()])[:, 1:]
+    ids = torch.cat([bare.generate(), bare.generate()])[:, 1:]
     length = (ids == 0).int().argmax(1) + 1
     assert length.double().mean().item() == pytest.approx(8, abs=4 * 8 / 20)
     assert set(bare.seconds()) == {"generate", "forward, prior", "forward, policy", "updates"}

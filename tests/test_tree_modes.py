@@ -1,9 +1,9 @@
-"""The two-mode distribution over trees, and what the recipes say of their measurements."""
+"""The distribution over trees with two modes, and the sentences in which recipes state their results."""
 
 import networkx as nx
 import numpy as np
 import pytest
-from evaluation.line_scheduling_report import first_waitless_rung, preference_in_words
+from evaluation.line_scheduling import first_waitless_rung, preference_in_words
 from problems.line_scheduling import LineSchedulingProblem
 from problems.spanning_tree import SpanningTreeProblem, load_problem
 from problems.tree_modes import largest_degree, two_modes
@@ -40,10 +40,10 @@ def test_coverage_verdict(recipe_module):
     verdict = recipe_module("coverage").verdict
     entries = [{"step": step, "coverage": value} for step, value in ((10, 4.0), (20, 2.0), (80, 2.0 + 3 * np.log(4)))]
     assert verdict(64, entries, 32) == (
-        "m = 64: sup p/L is least, exp(2.0), after 20 updates (10 passes); then it grows to exp(6.2), on average like "
-        "updates^3.0"
+        "m = 64: sup p/L is smallest, exp(2.0), after 20 updates (10 passes); then it grows to exp(6.2), on average "
+        "like updates^3.0"
     )
-    assert verdict(64, entries[:2], 32).endswith("the last measured: over-fitting has not begun")
+    assert verdict(64, entries[:2], 32).endswith("the last measurement: overfitting has not begun")
 
 
 def test_ladder_verdict(recipe_module):
@@ -51,8 +51,8 @@ def test_ladder_verdict(recipe_module):
     runs = {step: {"exact_kl": kl} for step, kl in ((1, 1.5), (2, 0.9), (4, 0.3), (8, 0.4), (16, 2.0))}
     told = verdict(runs, {step: f"{step}/D" for step in runs}, 1.0)
     assert told.startswith("closest to p_T: steps of 4/D.")
-    assert "of the larger steps 16/D" in told
-    assert told.endswith("fewer samples a rung, 1/D")
+    assert "larger ones: 16/D" in told
+    assert told.endswith("fewer samples per rung: 1/D")
     assert verdict({4: {"exact_kl": 0.1}}, {4: "4/D"}, 1.0).count("none") == 2
 
 
@@ -60,7 +60,7 @@ def test_ablation_verdict(recipe_module):
     chains = [{"exact_kl": kl} for kl in (0.1, 0.2, 0.3)]
     without = [{"exact_kl": kl} for kl in (0.1, 0.5, 1.3)]
     told = recipe_module("correction_ablation").verdict({"metropolis_hastings": chains, "reweight": without})
-    assert told.endswith("+0.00 nats after the first rung, +0.30 half-way, +1.00 at the end")
+    assert told.endswith("+0.00 nats after the first rung, +0.30 halfway, +1.00 at the end")
 
 
 def test_line_scheduling_in_words():
@@ -71,5 +71,5 @@ def test_line_scheduling_in_words():
     draws = {"prior": ["1, 3"], "model": ["2, 4", "4, 4"]}
     exact = problem.preference_gap(problem.marginals(1.0))
     assert preference_in_words(problem, draws, 1.0).endswith(
-        f"2.0 minutes in the prior, {exact:.1f} in exact p_T, 1.0 in the model"
+        f"2.0 minutes in the prior, {exact:.1f} in the exact p_T, 1.0 in the model"
     )
