@@ -64,19 +64,9 @@ def model_card(
     adapter_name = settings["adapter_name"]
     adapter = adapter_name is not None
     base_model = base_model or hub_id(settings["base_model"])
-    own_tags = ["aldrift", "peft", settings["tuning"].split()[0].lower()] if adapter else ["aldrift"]
-    header = ModelCardData(
-        base_model=base_model,
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
-        tags=[*own_tags, *([tags] if isinstance(tags, str) else tags or [])],
-        **metadata,
-    )
-    if base_model:
-        header["base_model_relation"] = "adapter" if adapter else "finetune"
     prompt = record.draws[0]["prompt"] if record.draws else "text"
     card = ModelCard.from_template(
-        header,
+        _header(settings, base_model, [tags] if isinstance(tags, str) else tags or [], metadata),
         template_path=str(_TEMPLATE),
         name=name or repo.split("/")[-1],
         repo=repo,
@@ -112,6 +102,23 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return None if name is None or os.path.exists(name) else name
+
+
+def _header(
+    settings: dict[str, Any], base_model: str | None, tags: list[str], metadata: dict[str, Any]
+) -> ModelCardData:
+    adapter = settings["adapter_name"] is not None
+    own_tags = ["aldrift", "peft", settings["tuning"].split()[0].lower()] if adapter else ["aldrift"]
+    header = ModelCardData(
+        base_model=base_model,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-generation",
+        tags=[*own_tags, *tags],
+        **metadata,
+    )
+    if base_model:
+        header["base_model_relation"] = "adapter" if adapter else "finetune"
+    return header
 
 
 def _what(settings: dict[str, Any], base_model: str | None) -> str:
