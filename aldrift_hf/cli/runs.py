@@ -22,11 +22,12 @@ from .task import make_trainer
 OPTIONS_FILE = "run.yaml"
 """The file in a run's output directory with its options, for `--config` and for later commands."""
 
+_OWN_SETTINGS = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
 HUB_OPTIONS = {
-    *(field.name for field in fields(ALDRIFTConfig)),
+    *(_OWN_SETTINGS - {"model_init_kwargs", "objective_cache_key"}),
     *("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
-    *("use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split"),
-} - {field.name for field in fields(TrainingArguments)} - {"model_init_kwargs"} | {"bf16", "fp16", "seed"}
+    *("use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split", "bf16", "fp16", "seed"),
+}
 """Options that are taken from a run on the Hub: those that describe it, and name no code or file of this machine."""
 
 

@@ -30,7 +30,7 @@ class Options:
         folder: the folder for whatever is written.
     """
 
-    _argument_group_name = "options"
+    _argument_group_name = "model and device"
     model_name_or_path: str | None = field(
         default=None,
         metadata={

@@ -191,7 +191,7 @@ def policy_scores(
 
 def rollout_of(trainer: ALDRIFTTrainer) -> Rollout:
     """What draws, scores and decodes for a trainer."""
-    return trainer.run.rollout.rollout
+    return trainer.run.rollout
 
 
 def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: Any) -> ALDRIFTTrainer:
