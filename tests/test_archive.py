@@ -1,6 +1,8 @@
 """The archive: its weights are exact, nothing known is computed again, and the models of the past are the past's."""
 
+import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,7 +195,10 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
                 assert log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
     completions = every_completion()
     cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
-    exact = [(log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item() for ids in trainer.inputs.prompts.token_ids]
+    exact = [
+        (log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item()
+        for ids in trainer.inputs.prompts.token_ids
+    ]
     log_weight = archive.mixture().log_weight(1.5)
     error = (1 / diagnostics.effective_sample_size(log_weight) - 1).sqrt() / log_weight.shape[1] ** 0.5
     assert ((torch.tensor(trainer.record.log_z) - torch.tensor(exact)).abs() <= 5 * error).all()
@@ -201,6 +206,23 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
     assert record["archive_draws"] == 3 * 128 * 4
     assert 0 < record["archive_ess"] <= 1
     assert record["log_z"] == pytest.approx(sum(trainer.record.log_z) / 2)
+
+
+def test_models_that_are_too_large_for_memory_are_mapped_from_disk(config, tokenizer, monkeypatch, tmp_path):
+    """The run is the same bit for bit; the files are unlinked, and their pages are in the operating system's hands."""
+    runs = []
+    for share in (1.0, 0.0):
+        monkeypatch.setattr(snapshots, "MEMORY_SHARE", share)
+        settings = config(sampler="archive", output_dir=str(tmp_path / str(share)))
+        trainer = ALDRIFTTrainer(tiny_gpt2(), count_a, settings, processing_class=tokenizer)
+        trainer.train()
+        runs.append(trainer)
+    for name, tensor in runs[0].model.state_dict().items():
+        assert torch.equal(runs[1].model.state_dict()[name], tensor)
+    maps = Path("/proc/self/maps").read_text()
+    assert len({line.split()[5] for line in maps.splitlines() if str(tmp_path / "0.0" / "_snapshots") in line}) == 2
+    assert str(tmp_path / "1.0" / "_snapshots") not in maps
+    assert not os.listdir(tmp_path / "0.0" / "_snapshots")
 
 
 def test_samples_from_the_archive(config, tokenizer):
@@ -252,10 +274,10 @@ def test_a_second_training_starts_a_new_archive(config, tokenizer):
 
 
 def test_smoothing_is_for_the_archive(config):
-    with pytest.raises(ValueError, match="pareto_smoothing is for the archive's weights"):
+    with pytest.raises(ValueError, match=r"pareto_smoothing smooths the weights .* does not draw by weight"):
         config(pareto_smoothing=True)
 
 
 def test_a_window_that_is_too_small_is_refused(config):
-    with pytest.raises(ValueError, match="archive_window must be at least 2"):
+    with pytest.raises(ValueError, match="archive_window must be between 2 and"):
         config(sampler="archive", archive_window=1)

@@ -61,7 +61,7 @@ def test_between_rounds_of_proposals_too(make, tmp_path):
     alone = make(output_dir=str(tmp_path / "alone"), **settings)
     alone.train()
     trainer = make(**settings)
-    rollout, rounds = trainer.run.rollout.rollout, []
+    rollout, rounds = trainer.run.rollout, []
     stop_if_asked = rollout.runtime.stop_if_asked
 
     def in_the_second_rung():

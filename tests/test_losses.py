@@ -221,7 +221,7 @@ def test_accumulated_batches_learn_as_one(config, tokenizer):
 def test_it_needs_the_archive(config):
     with pytest.raises(ValueError, match="needs samples drawn in proportion to known weights"):
         config(loss_type="generalized_kl")
-    with pytest.raises(ValueError, match="loss_type must be nll or generalized_kl"):
+    with pytest.raises(ValueError, match="loss_type must be one of nll, generalized_kl"):
         config(loss_type="kl")
     assert config().loss_for(MetropolisHastings) == "nll"
     assert config(sampler="archive").loss_for(ArchiveSampler) == "generalized_kl"

@@ -1,5 +1,6 @@
 """The trainer as its users meet it: what it refuses, what it logs, what it leaves behind."""
 
+import copy
 import json
 import os
 
@@ -9,9 +10,9 @@ from conftest import EOS, count_a, every_completion, log_probs, lora_config, tin
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
-from aldrift_hf.models.prior import base_model
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, RunCallback
 from aldrift_hf.models.engines import transformers as engine
+from aldrift_hf.models.prior import base_model
 from aldrift_hf.trainer import rollout
 
 RECORD = {
@@ -95,6 +96,67 @@ def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
     known.train()
     for ours, theirs in zip(trainer.model.parameters(), known.model.parameters()):
         assert torch.equal(ours, theirs)
+
+
+def test_training_leaves_the_settings_as_they_are(make, config):
+    """One `args` for two trainers: the second climbs its own ladder, with its own schedule."""
+    settings = {"num_generations": 16, "tau_step": None, "lr_scheduler_type": "warmup_stable_decay"}
+    args = config(**settings)
+    before = copy.deepcopy(vars(args))
+    short = ALDRIFTTrainer(tiny_gpt2(), count_a, args, processing_class=make().processing_class)
+    short.train()
+    assert {name: value for name, value in vars(args).items() if name in before} == before
+    args.tau_max = 0.5
+    again = ALDRIFTTrainer(tiny_gpt2(), count_a, args, processing_class=short.processing_class)
+    again.train()
+    assert [rung["tau"] for rung in short.record.rungs] == pytest.approx([1 / 3, 2 / 3, 1, 4 / 3, 1.5])
+    assert [rung["tau"] for rung in again.record.rungs] == pytest.approx([1 / 3, 0.5])
+    assert again.state.max_steps == 8
+    rates = [log["learning_rate"] for log in again.state.log_history if "learning_rate" in log]
+    assert not rates or rates[-1] < args.learning_rate
+
+
+def test_a_rungs_phase_is_told_outright(make):
+    """Drawn while its updates go on, learned after; the record holds complete rungs alone."""
+    seen = []
+
+    class Watch(RunCallback):
+        def on_rung_drawn(self, args, state, control, *, record, metrics, **kwargs):
+            seen.append((trainer.run.state.phase.value, len(record.rungs), "loss" in metrics))
+
+        def on_rung_learned(self, args, state, control, *, record, **kwargs):
+            seen.append((trainer.run.state.phase.value, len(record.rungs), "loss" in record.rungs[-1]))
+
+    trainer = make(callbacks=[Watch()], settings={"num_rungs": 2})
+    trainer.train()
+    assert seen == [("drawn", 0, False), ("learned", 1, True), ("drawn", 1, False), ("learned", 2, True)]
+
+
+def test_what_users_of_trl_plot_is_logged(make, tokenizer):
+    """Under TRL's names, over the rung's draws: tokens, lengths, the share that was cut, entropy and KL."""
+    trainer = make(train_dataset=["", "a b"], settings={"num_rungs": 2})
+    drawn = []
+
+    class Watch(RunCallback):
+        def on_rung_drawn(self, args, state, control, *, proposals, **kwargs):
+            drawn.append(proposals)
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    tokens = 0
+    for log, proposals in zip([log for log in trainer.state.log_history if "rung" in log], drawn):
+        completions = proposals.completions.tokens()
+        tokens += sum(map(len, completions)) + 64 * (1 + 3)  # prompts of one and of three tokens
+        cut = sum(row[-1] != EOS for row in completions) / 128
+        length = sum(map(len, completions)) / 128
+        assert log["num_tokens"] == tokens
+        assert log["completions/mean_length"] == pytest.approx(length)
+        assert 0 < log["completions/clipped_ratio"] == pytest.approx(cut) < 1
+        assert log["entropy"] == pytest.approx(-proposals.log_model.mean().item() / length)
+        assert log["kl_to_prior"] == pytest.approx((proposals.log_model - proposals.log_prior).mean().item())
+        log_weight = proposals.log_weight(log["tau"])
+        assert log["kl_to_target"] == pytest.approx(log["log_z"] - log_weight.mean().item())
+        assert log["loss"] > 0
 
 
 def test_more_rungs_than_the_ladder_stay_at_t(make):

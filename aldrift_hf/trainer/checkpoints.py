@@ -193,12 +193,12 @@ class Checkpointer:
                 "of processes."
             )
         run.state = state
-        run.rollout.is_prior = run.rollout.is_prior and state.rung < 1 and not state.updates
+        run.on_prompts.is_prior = run.on_prompts.is_prior and state.rung < 1 and not state.updates
         run.samples.fill(samples)
         run.objective.load_state_dict(load_file(path / OBJECTIVE_FILE))
         run.sampler.load_state_dict(self._read_sampler(path))
         if run.args.per_device_generation_batch_size is None and size is not None:
-            run.rollout.rollout.batches = Batches(size, fixed=False)
+            run.rollout.batches = Batches(size, fixed=False)
 
     def _read_sampler(self, path: Path) -> dict[str, Tensor]:
         files = sorted(path.glob(SAMPLER_FILES.format("*")))

@@ -29,7 +29,7 @@ def measure(run: Run, prompts: Prompts, step: int) -> tuple[dict[str, float], Pr
         step: the update after which the model is measured: the address of the random stream.
     """
     tau, ladder = run.args.tau_max, run.state.ladder
-    proposals = run.rollout.rollout.propose(prompts, run.args.num_generations, (streams.EVALUATE, step))
+    proposals = run.rollout.propose(prompts, run.args.num_generations, (streams.EVALUATE, step))
     log_weight = proposals.log_weight(tau)
     log_z = diagnostics.log_z(log_weight)
     measured = proposal_metrics(proposals, tau, run.objective.best)
@@ -128,7 +128,7 @@ def draw_corrected(
         return CorrectedDraws(pool, run.sampler.select(pool, tau, tau, num_samples, generator), prompts)
     if correction not in KERNELS:
         raise ValueError(f"correction must be one of {', '.join(KERNELS)} or archive, got {correction!r}")
-    proposals = run.rollout.rollout.propose(prompts, num_samples * steps, address)
+    proposals = run.rollout.propose(prompts, num_samples * steps, address)
     selection = run_chains(proposals.log_weight(tau), num_samples, generator, KERNELS[correction])
     return CorrectedDraws(proposals, selection, prompts)
 
@@ -137,5 +137,5 @@ def decoded(run: Run, draws: CorrectedDraws) -> list[str]:
     """Texts of the samples."""
     texts = draws.proposals.texts
     if texts is None:  # a pool of several rungs
-        return run.rollout.rollout.decode(draws.proposals.completions.select(draws.chosen))
+        return run.rollout.decode(draws.proposals.completions.select(draws.chosen))
     return [texts[row] for row in draws.chosen.tolist()]

@@ -21,7 +21,7 @@ class RungLoop(TrainerCallback):
 
     def attach(self, run: Run) -> None:
         """Say which run; the `Trainer` takes its callbacks before there is one."""
-        self.run, self.updates_per_rung, self.runtime = run, run.updates_per_rung, run.rollout.rollout.runtime
+        self.run, self.updates_per_rung, self.runtime = run, run.updates_per_rung, run.rollout.runtime
         self.step_began = 0.0
         self.updates = contextlib.ExitStack()
         """Holds the progress of the rung's updates."""
@@ -62,6 +62,8 @@ class RungLoop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self.updates.close()
+        if args.enable_jit_checkpoint and control.should_training_stop and not self.run.has_learned:
+            return control  # SIGTERM: the rung goes on when the run is resumed
         self.run.end_rung()
         reason = self.run.stop_reason()
         if reason is not None:

@@ -22,7 +22,7 @@ from ..objective.objective import Objective
 from ..reporting.record import RunRecord
 from ..types import Prompts, Proposals
 from .config import ALDRIFTConfig
-from .rollout import TrainingRollout
+from .rollout import Rollout, TrainingRollout
 from .samples import RungSamples
 from .state import Phase, RunState
 
@@ -39,7 +39,8 @@ class Run:
     Attributes:
         args: the run's settings.
         prompts: what is drawn for.
-        rollout: the policy on these prompts.
+        rollout: draws from the policy for any prompts.
+        on_prompts: the policy on the run's own prompts.
         objective: the cost.
         sampler, ladder, loss: the algorithm's parts.
         eos_token_ids: tokens that end a completion.
@@ -53,7 +54,8 @@ class Run:
 
     args: ALDRIFTConfig
     prompts: Prompts
-    rollout: TrainingRollout
+    rollout: Rollout
+    on_prompts: TrainingRollout
     objective: Objective
     sampler: Sampler
     ladder: Ladder
@@ -79,7 +81,7 @@ class Run:
         state = self.state
         rung = run_rung(
             state.ladder,
-            self.rollout,
+            self.on_prompts,
             self.sampler,
             self.ladder,
             self.loss,
@@ -102,7 +104,7 @@ class Run:
             "objective_calls": self.objective.calls,
             **({"objective_failures": self.objective.failures} if self.objective.failures else {}),
             **self._components(rung.proposals),
-            **self.rollout.rollout.seconds,
+            **self.rollout.seconds,
         }
         state.rungs.append(metrics)
         self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
@@ -123,7 +125,7 @@ class Run:
 
     def take_up(self, record: RunRecord) -> None:
         """The model is that of another run: its ladder's log Z holds here, too, for the same prompts and objective."""
-        self.rollout.is_prior = False
+        self.on_prompts.is_prior = False
         same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
         if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
             log_z = torch.tensor(record.log_z, dtype=torch.float64)
@@ -137,7 +139,7 @@ class Run:
         """Count an optimizer update."""
         self.state.updates += 1
         self.state.learn_seconds += seconds
-        self.rollout.is_prior = False
+        self.on_prompts.is_prior = False
 
     def update_record(self) -> None:
         """Bring the record up to date with the state."""
@@ -145,6 +147,11 @@ class Run:
         self.record.rungs = list(rungs if self.state.phase is Phase.LEARNED else rungs[:-1])
         self.record.log_z = self.state.ladder.log_z.tolist()
         self.record.objective_range = self.state.ladder.objective_range
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether all updates of the rung that the ladder has reached are done."""
+        return self.state.updates == self.updates_per_rung
 
     def stop_reason(self) -> str | None:
         """Why the run ends with the rung that it has reached; `None` to go on."""
@@ -157,7 +164,7 @@ class Run:
 
     def rungs_to_climb(self, resumed: bool) -> int:
         """Epochs for the `Trainer`."""
-        if resumed and self.stop_reason() is not None and self.state.updates == self.updates_per_rung:
+        if resumed and self.stop_reason() is not None and self.has_learned:
             return self.state.rung + 1  # the run ended with the checkpoint's rung: nothing is left to do
         rungs = self.args.num_rungs or self.ladder.num_rungs(self.state.ladder)
         if rungs is None and self.args.lr_scheduler_type != "constant":
@@ -175,7 +182,7 @@ class Run:
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals, which are draws from the prior."""
-        largest = self.rollout.draw_ahead().objective.max().item()
+        largest = self.on_prompts.draw_ahead().objective.max().item()
         if largest == 0:
             raise ValueError(
                 "every draw from the prior has cost 0, so there is nothing to optimise, and no range to take the "
@@ -198,5 +205,5 @@ class Run:
 
     def to_json(self) -> dict[str, Any]:
         """The part of the state that is kept as JSON in a checkpoint."""
-        batches = self.rollout.rollout.batches
+        batches = self.rollout.batches
         return {**self.state.to_json(), "generation_batch_size": batches and batches.size}

@@ -84,7 +84,8 @@ def make_run(
     return Run(
         args=args,
         prompts=prompts,
-        rollout=TrainingRollout(rollout, prompts, args.num_generations, snapshots, prior.is_start),
+        rollout=rollout,
+        on_prompts=TrainingRollout(rollout, prompts, args.num_generations, snapshots, prior.is_start),
         objective=objective,
         **vars(parts),
         eos_token_ids=eos_token_ids,

@@ -50,7 +50,7 @@ from .interrupt import Interrupt
 from .loop import RungLoop
 from .optimizer import check_optimizer
 from .parts import Parts, parts_of
-from .rollout import Runtime
+from .rollout import Rollout, Runtime
 from .run import Run
 from .samples import RungSamples, SampleCollator
 from .setup import make_objective, make_run
@@ -146,7 +146,7 @@ class ALDRIFTTrainer(HookedTrainer):
             eval_dataset=evaluation,
             processing_class=self.inputs.tokenizer,
             compute_loss_func=functools.partial(rung_loss, parts.loss, {}),
-            callbacks=[self._loop, *default_callbacks(args), *(callbacks or [])],
+            callbacks=[self._loop, *_with_defaults(callbacks or [], args)],
             optimizers=optimizers,
         )
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -174,6 +174,11 @@ class ALDRIFTTrainer(HookedTrainer):
         )
 
     # ---- What users read ---------------------------------------------------------------------------------------------
+
+    @property
+    def rollout(self) -> Rollout:
+        """Draws from the policy for any prompts, scored and evaluated."""
+        return self.run.rollout
 
     @property
     def sampler(self) -> Sampler:
@@ -214,7 +219,7 @@ class ALDRIFTTrainer(HookedTrainer):
                 self.checkpointer.read(folder)
             with self._arguments(num_train_epochs=run.rungs_to_climb(resumed=folder is not None)):
                 output = super().train(resume_from_checkpoint=folder, **kwargs)
-            if run.state.phase is Phase.DRAWN and run.state.updates == run.updates_per_rung:
+            if run.state.phase is Phase.DRAWN and run.has_learned:
                 run.end_rung()  # resumed from the very last update: the loop had nothing left to do
             if self._was_terminated():
                 logger.warning(
@@ -328,3 +333,9 @@ class ALDRIFTTrainer(HookedTrainer):
         metrics = draws.metrics(self.args.tau_max, self.objective.best)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
+
+
+def _with_defaults(callbacks: list[TrainerCallback], args: ALDRIFTConfig) -> list[TrainerCallback]:
+    """The default callbacks, but for those of which the user passes one of his own, and the user's."""
+    own = {type(callback) for callback in callbacks}
+    return [*(callback for callback in default_callbacks(args) if type(callback) not in own), *callbacks]
