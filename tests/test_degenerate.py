@@ -97,9 +97,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
 
     trainer = make(flaky, objective_on_error="worst", per_device_generation_batch_size=8)
     trainer.train()
-    assert (
-        0 < trainer.record.rungs[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
-    )
+    assert 0 < trainer.record.rungs[-1]["objective_failures"] <= trainer.objective.failures < trainer.objective_calls
     assert "could not be evaluated and cost 3" in caplog.text
     assert "no answer" in caplog.text
     check_finite(trainer)

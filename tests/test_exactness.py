@@ -171,7 +171,14 @@ def test_only_the_correction_meets_the_target(sampler, meets, config, tokenizer)
     """The same problem, proposals and step: Metropolis-Hastings lands on p_τ, `reweight` and `top` beside it."""
     for seed in range(3):
         trainer, completions, cost, (log_prior,) = fixed_model(
-            "gpt2-adapter-off", config, tokenizer, None, seed, sampler=sampler, num_generations=2000 * STEPS, chain_length=STEPS
+            "gpt2-adapter-off",
+            config,
+            tokenizer,
+            None,
+            seed,
+            sampler=sampler,
+            num_generations=2000 * STEPS,
+            chain_length=STEPS,
         )
         trainer.run.state.ladder = replace(trainer.run.state.ladder, taus=(0.5,))
         trainer.run.begin_rung()

@@ -32,7 +32,13 @@ def test_a_run_on_a_gpu(precision, sampler, config, tokenizer, tmp_path):
     trainer = ALDRIFTTrainer(
         model,
         count_a,
-        config(use_cpu=False, bf16=precision == "bf16", sampler=sampler, num_generations=256, per_device_generation_batch_size=None),
+        config(
+            use_cpu=False,
+            bf16=precision == "bf16",
+            sampler=sampler,
+            num_generations=256,
+            per_device_generation_batch_size=None,
+        ),
         processing_class=tokenizer,
         peft_config=LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"),
     )
