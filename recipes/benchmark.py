@@ -1,4 +1,4 @@
-"""How close to p_T for how many objective calls? ALDRIFT's samplers beside TRL's trainers and expert iteration.
+"""How close to p_T for how many objective calls? ALDRIFT's samplers, TRL's trainers and expert iteration.
 
     accelerate launch recipes/benchmark.py
 
@@ -38,7 +38,7 @@ PROBLEMS = {  # the problem, T, and by what share the cost of a solution may exc
     "line": (LineSchedulingProblem(stations=4, longest_visit=12, headway=3), 4.0, 0.0),
     "trips": (RoundTripProblem(), 4.0, 0.05),
 }
-METHODS = ("prior", *reversed(SAMPLERS), *TRL, "expert_iteration")
+METHODS = ("prior", "top", "reweight", "metropolis_hastings", "archive", *TRL, "expert_iteration")
 KEY = ("problem", "method", "budget", "learning_rate", "seed")
 
 

@@ -165,14 +165,14 @@ def verdict(m: int, entries: list[dict[str, Any]], rows_per_update: int) -> str:
     """When coverage is best, and how fast it is lost afterwards, as a power of the number of updates."""
     best, last = min(entries, key=lambda entry: entry["coverage"]), entries[-1]
     passes = best["step"] * rows_per_update / m
-    told = (
+    sentence = (
         f"m = {m:,}: sup p/L is smallest, exp({best['coverage']:.1f}), after {best['step']:,} updates ({passes:g} "
         "passes)"
     )
     if best is last:
-        return f"{told}, the last measurement: overfitting has not begun"
+        return f"{sentence}, the last measurement: overfitting has not begun"
     exponent = (last["coverage"] - best["coverage"]) / np.log(last["step"] / best["step"])
-    return f"{told}; then it grows to exp({last['coverage']:.1f}), on average like updates^{exponent:.1f}"
+    return f"{sentence}; then it grows to exp({last['coverage']:.1f}), on average like updates^{exponent:.1f}"
 
 
 if __name__ == "__main__":

@@ -130,7 +130,7 @@ def overhead(name: str, options: SpeedArguments) -> dict[str, float]:
     }
 
 
-def leaving(name: str, options: SpeedArguments) -> dict[str, float]:
+def removal_of_finished_rows(name: str, options: SpeedArguments) -> dict[str, float]:
     """Generation in which finished rows leave the batch, and generation in which all rows stay to the end."""
     trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
@@ -149,7 +149,7 @@ def leaving(name: str, options: SpeedArguments) -> dict[str, float]:
     return {"finished rows leave the batch / stay: time": statistics.median(ratios[1:])}
 
 
-def beside(name: str, options: SpeedArguments) -> dict[str, float]:
+def overlap_of_objective(name: str, options: SpeedArguments) -> dict[str, float]:
     """Proposals in eight blocks, with a cost that waits as long as drawing takes, during generation and after it."""
     taken: dict[str, float] = {}
     wait = 0.0
@@ -171,7 +171,7 @@ def beside(name: str, options: SpeedArguments) -> dict[str, float]:
     return {"costs beside generation / after it: time": taken["True"] / taken["False"]}
 
 
-def memory(name: str, options: SpeedArguments) -> dict[str, float]:
+def logits_in_chunks(name: str, options: SpeedArguments) -> dict[str, float]:
     """Scoring with logits in chunks, and with the logits of a whole batch at once."""
     trainer = make_trainer(name, options)
     model, rows = base_model(trainer.model), SIZES[name].rows
@@ -198,9 +198,9 @@ def main() -> None:
     except ValueError as error:
         sys.exit(str(error))
     figures = {
-        name: memory(name, options)
+        name: logits_in_chunks(name, options)
         if name == "wide"
-        else overhead(name, options) | leaving(name, options) | beside(name, options)
+        else overhead(name, options) | removal_of_finished_rows(name, options) | overlap_of_objective(name, options)
         for name in options.sizes
     }
     table = Comparison(f"a rung of {options.proposals} proposals and {options.updates} updates", options.sizes)
