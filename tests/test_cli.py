@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, cli
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, MetropolisHastings, cli
 from aldrift_hf.cli import env, runs
 from aldrift_hf.cli.parser import GROUPS, RunParser
 from aldrift_hf.cli.task import load_objective
@@ -225,12 +225,19 @@ def test_evaluate_knows_the_ladders_log_z(run, capsys):
     assert "eval_missing_mass" not in json.loads(capsys.readouterr().out), "the ladder was climbed for other prompts"
 
 
-def test_a_run_from_python_wants_its_objective_alone(here, config, capsys):
+class OwnSampler(MetropolisHastings):
+    """A sampler that no option names."""
+
+
+def test_a_run_from_python_needs_its_objective_alone(here, config, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), word_tokenizer(WORDS, " ")
     args = config(output_dir="api")
-    trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model))
+    trainer = ALDRIFTTrainer(
+        model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model), sampler=OwnSampler(16)
+    )
     trainer.train()
     trainer.save_model()
+    assert trainer.record.settings["sampler"] == "OwnSampler", "which is no option's value"
     capsys.readouterr()
     assert "the following arguments are required: --objective" in refused(capsys, ["evaluate", "api"])
     cli.main(["evaluate", "api", "--objective", "costs:not_a"])

@@ -11,6 +11,9 @@ import yaml
 from huggingface_hub import snapshot_download
 from transformers import PrinterCallback, TrainingArguments
 
+from ..algorithm.ladders import LADDERS
+from ..algorithm.samplers import SAMPLERS
+from ..models.engines import ENGINES
 from ..models.prior import PRIOR_ADAPTER
 from ..reporting.console import print_to_stderr
 from ..reporting.record import RUN_FILE, RunRecord
@@ -91,6 +94,9 @@ def _saved_options(folder: Path) -> dict[str, Any]:
         settings = RunRecord.read(folder).settings
         known = {field.name for field in fields(ALDRIFTConfig)}
         saved = {name: value for name, value in settings.items() if name in known and value is not None}
+        for part, registry in (("sampler", SAMPLERS), ("ladder", LADDERS), ("engine", ENGINES)):
+            if saved.get(part) not in registry:  # the user's own, by its class; a trained model is sampled without it
+                saved.pop(part, None)
         saved["model_name_or_path"] = settings.get("base_model")
     else:
         raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")
