@@ -40,7 +40,7 @@ class Objective:
     In between, the functions run in a thread, one batch after the other.
 
     Args:
-        functions: one or more cost functions ([`aldrift_hf.objective.protocol`]).
+        functions: one or more cost functions ([`aldrift_hf.objective`]).
         weights: a non-negative factor per function; `None` is 1 each.
         objective_range: D, an upper bound on the weighted cost; a higher cost is an error. `None` sets no bound.
         batch_size: completions per call.

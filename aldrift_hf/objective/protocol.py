@@ -1,11 +1,4 @@
-"""What a cost function is.
-
-    def cost(prompts, completions, **columns) -> list[float]
-
-`prompts` are the data set's prompts, unchanged; `completions` are the decoded texts; `columns` are the data set's other
-columns. All are lists of the same length. The function returns one number in `[0, D]` per completion, where lower is
-better, 0 is the best possible cost and D is the worst. It may be `async`, and it may be any callable object.
-"""
+"""Cost functions as objects: their name, whether they are async, and whether they can be called with given columns."""
 
 from __future__ import annotations
 
@@ -15,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 CostFunction = Callable[..., Any]
+"""A function with the signature that [`aldrift_hf.objective`] describes."""
 
 
 def name_of(function: CostFunction) -> str:
