@@ -69,6 +69,11 @@ class StressConfig(RecipeConfig):
     chain_length: Optional[int] = field(default=5, metadata={"help": "Number of proposals per sample."})
     learning_rate: float = field(default=5e-4, metadata={"help": "High, for a small model with a small adapter."})
 
+    def __post_init__(self) -> None:
+        if self.chain_length is not None:
+            self.num_generations = self.chain_length  # of one chain; the recipe sets the number of chains for each step
+        super().__post_init__()
+
 
 def main() -> None:
     parser = TrlParser((StressArguments, StressConfig, RecipeModelConfig))
