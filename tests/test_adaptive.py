@@ -71,11 +71,11 @@ def test_resumed_at_the_end_nothing_is_left_to_do(config, tokenizer, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"sampler": "top"}, "looks at weights, and sampler='top' has none"),
+        ({"sampler": "top"}, "takes its steps by the weights, and sampler='top' has none"),
         ({"sampler": "reweight"}, "sampler='reweight' has none"),
-        ({"tau_step": 0.5}, "tau_step is the step of ladder='linear'"),
-        ({"ess_threshold": 1.0}, "ess_threshold must lie between 0 and 1"),
-        ({"ess_threshold": 0.0}, "ess_threshold must lie between 0 and 1"),
+        ({"tau_step": 0.5}, "tau_step=0.5 has no meaning for ladder='adaptive'"),
+        ({"ess_threshold": 1.0}, "ess_threshold must be greater than 0 and less than 1"),
+        ({"ess_threshold": 0.0}, "ess_threshold must be greater than 0 and less than 1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes, message, config):

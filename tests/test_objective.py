@@ -429,12 +429,13 @@ def test_a_checkpoint_of_the_counts_holds_no_costs():
     objective = tolerant(failing([], "raise"))
     assert {name: tuple(value.shape) for name, value in objective.state_dict().items()} == {
         "asked": (0,),
+        "before": (0,),
         "failed": (0,),
         "best": (),
     }
     objective(ONE, [0] * 4, TEXTS)
     sizes = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
-    assert sizes == {"asked": (4,), "failed": (0,), "best": ()}
+    assert sizes == {"asked": (4,), "before": (0,), "failed": (0,), "best": ()}
 
 
 def test_a_new_run_counts_from_zero_and_evaluates_only_what_failed():
@@ -444,14 +445,21 @@ def test_a_new_run_counts_from_zero_and_evaluates_only_what_failed():
     objective(ONE, [0] * 4, TEXTS)
     assert counts(objective) == (4, 1.0, 1)
     objective.reset()
-    assert counts(objective) == (0, math.inf, 0)
+    assert counts(objective) == (0, 1.0, 0), "the lowest cost seen stays known"
     cost.asked.clear()
     assert objective(ONE, [0, 0, 0], ["dddd", "ccc", "ccc"]).tolist() == [4.0, 3.0, 3.0]
-    assert counts(objective) == (2, 3.0, 0)
+    assert counts(objective) == (0, 1.0, 0), "both were asked for before the run"
     assert cost.asked == []
     assert objective(ONE, [0, 0], ["bb", "a"]).tolist() == [5.0, 1.0]
-    assert counts(objective) == (4, 1.0, 1)
+    assert counts(objective) == (0, 1.0, 1)
     assert cost.asked == [["bb"], ["bb"]], "in its batch, and by itself"
+    assert objective(ONE, [0, 0], ["eeeee", "eeeee"]).tolist() == [5.0, 5.0]
+    assert counts(objective) == (1, 1.0, 1)
+    again = tolerant(cost)
+    again.load_state_dict(objective.state_dict())
+    assert counts(again) == (1, 1.0, 1)
+    assert again(ONE, [0, 0], ["eeeee", "dddd"]).tolist() == [5.0, 4.0]
+    assert counts(again) == (1, 1.0, 1), "a resumed run knows what was asked for before it"
 
 
 def test_costs_of_an_earlier_start_count_when_first_asked_for(tmp_path):

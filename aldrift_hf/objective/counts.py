@@ -13,18 +13,25 @@ from .store import Key
 
 
 class Counts:
-    """The counts of one run. They are those of the run by itself, whether or not a cost was known before.
+    """The counts of one run.
 
     Attributes:
-        asked: the hashes of the distinct (prompt row, completion) pairs that the run has asked for.
-        failed: the hashes of those whose evaluation failed.
+        asked: the hashes of the distinct (prompt row, completion) pairs asked for, before the run and in it.
+        before: the hashes of those that were asked for before the run, such as draws of the untrained model.
+        failed: the hashes of those whose evaluation failed in the run.
         best: the lowest cost of a pair that was asked for; infinity before the first.
     """
 
-    def __init__(self) -> None:
-        self.asked: set[int] = set()
+    def __init__(self, before: Counts | None = None) -> None:
+        self.asked: set[int] = set() if before is None else set(before.asked)
+        self.before = frozenset(self.asked)
         self.failed: set[int] = set()
-        self.best = math.inf
+        self.best = math.inf if before is None else before.best
+
+    @property
+    def calls(self) -> int:
+        """Distinct pairs that were first asked for in the run."""
+        return len(self.asked) - len(self.before)
 
     @property
     def nothing_evaluated(self) -> bool:
@@ -41,10 +48,10 @@ class Counts:
         self.failed.update(map(hash_of, keys))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`asked` and `failed` (int64, sorted) and `best` (fp64, a scalar)."""
+        """`asked`, `before` and `failed` (int64, sorted) and `best` (fp64, a scalar)."""
+        names = ("asked", "before", "failed")
         return {
-            "asked": torch.tensor(sorted(self.asked), dtype=torch.int64),
-            "failed": torch.tensor(sorted(self.failed), dtype=torch.int64),
+            **{name: torch.tensor(sorted(getattr(self, name)), dtype=torch.int64) for name in names},
             "best": torch.tensor(self.best, dtype=torch.float64),
         }
 
@@ -52,7 +59,7 @@ class Counts:
     def from_state(cls, state: Mapping[str, Tensor]) -> Counts:
         """The counts that [`state_dict`] was called on."""
         counts = cls()
-        counts.asked = set(state["asked"].tolist())
+        counts.asked, counts.before = set(state["asked"].tolist()), frozenset(state["before"].tolist())
         counts.failed = set(state["failed"].tolist())
         counts.best = state["best"].item()
         return counts

@@ -106,15 +106,15 @@ class Objective:
 
     @property
     def calls(self) -> int:
-        """Number of distinct (prompt row, completion) pairs asked for since [`reset`].
+        """Number of distinct (prompt row, completion) pairs that were first asked for since [`reset`].
 
-        It includes those whose cost an earlier start had evaluated: the count is that of a run by itself.
+        It includes those whose cost an earlier start of the run had evaluated.
         """
-        return len(self._counts.asked)
+        return self._counts.calls
 
     @property
     def best(self) -> float:
-        """The lowest cost among the pairs asked for since [`reset`]; infinity before the first."""
+        """The lowest cost among the pairs asked for so far; infinity before the first."""
         return self._counts.best
 
     @property
@@ -124,7 +124,7 @@ class Objective:
 
     def reset(self) -> None:
         """Begin the counts of a new run. The costs stay in the store; what failed is evaluated again."""
-        self._counts = Counts()
+        self._counts = Counts(before=self._counts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The counts of the run, for a checkpoint: see [`Counts.state_dict`]. It holds no costs."""
