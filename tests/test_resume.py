@@ -8,8 +8,7 @@ import pytest
 import torch
 from conftest import count_a, lora, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer
-from aldrift_hf.streams import stream_seed
+from aldrift_hf import ALDRIFTTrainer, streams
 from aldrift_hf.trainer import checkpoints
 
 # Dropout, so that the Trainer's random state matters; 4 updates a rung and 3 rungs make 12 updates.
@@ -209,9 +208,14 @@ def test_the_best_checkpoint_is_known_by_its_own_name(config, tokenizer):
         assert Path(known).is_dir()
 
 
-def test_the_accept_variates_of_a_rung_depend_on_its_address_alone(config, tokenizer):
-    trainer = trainer_of("adapter-off", config(seed=5), tokenizer)
-    first = torch.rand(3, generator=trainer._generator(1, 7))
+def test_the_accept_variates_of_a_rung_depend_on_its_address_alone():
+    first = torch.rand(3, generator=streams.generator(5, streams.CORRECT, 7))
     torch.manual_seed(99)
-    assert torch.equal(torch.rand(3, generator=trainer._generator(1, 7)), first)
-    assert trainer._generator(1, 7).initial_seed() == stream_seed(5, 1, 7)
+    assert torch.equal(torch.rand(3, generator=streams.generator(5, streams.CORRECT, 7)), first)
+    assert streams.generator(5, 1, 7).initial_seed() == streams.stream_seed(5, 1, 7)
+
+
+def test_no_two_purposes_share_a_stream():
+    """What proposals, chains, the order of the rows, evaluations and samples are drawn by."""
+    purposes = (streams.PROPOSE, streams.CORRECT, streams.SHUFFLE, streams.EVALUATE, streams.SAMPLE)
+    assert len({streams.stream_seed(5, purpose, rung) for purpose in purposes for rung in range(20)}) == 100
