@@ -156,12 +156,12 @@ class LeftOn:
 
 
 def leave_adapter_on(subject):
-    subject.rollout.prior = LeftOn()
+    subject.trainer.rollout.prior = LeftOn()
 
 
 def ignore_the_model(subject):
     """Weights without `log q`: no Hastings correction."""
-    rollout = subject.rollout
+    rollout = subject.trainer.rollout
     propose = rollout.propose
 
     def without_log_q(*args):

@@ -21,7 +21,7 @@ from ..models.generation import assert_neutral, neutral_generation_config
 from ..models.sharding import vocabulary_size
 from ..streams import uniforms
 from .exact import MIN_EXPECTED, chain_law, chi_square_p
-from .subjects import LENGTH, Subject, policy_scores, rollout_of, running
+from .subjects import LENGTH, Subject, policy_scores, running
 from .tiny import END
 
 MIN_P_VALUE = 1e-6
@@ -152,7 +152,7 @@ def corrected_draws(subject: Subject) -> Distance:
     Chains do not move as their weights say, or the weights are wrong. If no check above fails, please report it.
     """
     # How often each text is the last state of a short chain.
-    count, texts = 1000, subject.rollout.decode(subject.completions)
+    count, texts = 1000, subject.trainer.rollout.decode(subject.completions)
     drawn = subject.trainer.sample(count, chain_length=CHAIN_LENGTH)
     names, counts, laws = list(dict.fromkeys(texts)), [], []
     place = torch.tensor([names.index(text) for text in texts])
@@ -225,12 +225,11 @@ def archive(subject: Subject) -> Distance:
     """
     # log Σ α_k q_k(s) of all proposals of a run: each model of the archive is loaded again and scores them.
     trainer = subject.runs["archive"]
-    rollout = rollout_of(trainer)
     archive = cast(ArchiveSampler, trainer.sampler).archive
     pool, drawn, total = archive.mixture(), 0, torch.zeros(())
     for rung, snapshot in zip(archive.rungs, archive.snapshots, strict=True):
-        with snapshots.loaded(rollout.policy(), snapshot):
-            log_q = rollout.score(trainer.run.prompts, pool) if snapshot else pool.log_prior
+        with snapshots.loaded(trainer.rollout.policy(), snapshot):
+            log_q = trainer.rollout.score(trainer.run.prompts, pool) if snapshot else pool.log_prior
         n = rung.objective.shape[1]
         total, drawn = total + n * log_q.exp(), drawn + n
     return Distance(_max_gap(pool.log_model, (total / drawn).log()), subject.rounding())

@@ -23,7 +23,6 @@ from ..reporting.defaults import default_callbacks
 from ..streams import uniforms
 from ..toy import word_tokenizer
 from ..trainer.config import ALDRIFTConfig
-from ..trainer.rollout import Rollout
 from ..trainer.trainer import ALDRIFTTrainer
 from ..types import Completions, Draws
 from .exact import every_completion
@@ -85,11 +84,6 @@ class Subject:
         """Token ids."""
         return self.trainer.run.prompts.token_ids
 
-    @property
-    def rollout(self) -> Rollout:
-        """Draws, scores and decodes, for the trainer."""
-        return rollout_of(self.trainer)
-
     def rounding(self, tokens: int | None = None) -> float:
         """Nats by which two computations of a completion's log-probability may differ.
 
@@ -107,13 +101,14 @@ class Subject:
     @functools.cached_property
     def log_prior(self) -> Tensor:
         """`[P, n]`, log-probabilities with the adapter off, nats."""
-        with running(self.trainer), self.rollout.prior.active(self.rollout.policy()) as model:
+        rollout = self.trainer.rollout
+        with running(self.trainer), rollout.prior.active(rollout.policy()) as model:
             return _scores(self.score, model, self.prompts, self.completions)
 
     @functools.cached_property
     def log_target(self) -> Tensor:
         """`log p_T` up to a constant for each prompt, `[P, n]`, nats."""
-        texts = self.rollout.decode(self.completions)
+        texts = self.trainer.rollout.decode(self.completions)
         return self.before - self.trainer.args.tau_max * torch.tensor(_count_other_words([], texts)).double()
 
     def draw(self, per_prompt: int, length: int, ends: list[int]) -> tuple[Draws, Tensor]:
@@ -176,7 +171,7 @@ def whole_subject(name: str, options: Options) -> Subject:
 @contextlib.contextmanager
 def running(trainer: ALDRIFTTrainer) -> Iterator[PreTrainedModel]:
     """The policy, in eval mode and in the precision of training."""
-    rollout = rollout_of(trainer)
+    rollout = trainer.rollout
     with rollout.runtime.running(), inference(rollout.policy()):
         yield base_model(rollout.policy())
 
@@ -187,11 +182,6 @@ def policy_scores(
     """`[P, n]` log-probabilities of the completions after each of the trainer's prompts, nats."""
     with running(trainer) as model:
         return _scores(score, model, trainer.run.prompts.token_ids, completions)
-
-
-def rollout_of(trainer: ALDRIFTTrainer) -> Rollout:
-    """What draws, scores and decodes for a trainer."""
-    return trainer.run.rollout
 
 
 def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: Any) -> ALDRIFTTrainer:
@@ -221,7 +211,7 @@ def _moved(
     before = policy_scores(trainer, completions)
     generator = torch.Generator().manual_seed(options.seed)
     for scale in (0.01 * 2**power for power in range(10)):
-        for name, weight in rollout_of(trainer).policy().named_parameters():
+        for name, weight in trainer.rollout.policy().named_parameters():
             if weight.requires_grad and "lora_B" in name:
                 weight.data += (scale * torch.randn(weight.shape, generator=generator)).to(weight)
         if (policy_scores(trainer, completions) - before).abs().max() > MIN_MOVE:
