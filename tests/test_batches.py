@@ -25,7 +25,7 @@ def test_the_size_is_halved_for_good_and_nothing_is_done_twice(caplog):
     assert [row for rows in results for row in rows] == list(range(10, 110))
     assert [len(rows) for rows in done] == [16] * 6 + [4]
     assert found.size == 16
-    assert "going on with 16 completions at once" in caplog.text
+    assert "continuing with 16 completions at once" in caplog.text
     done.clear()
     found.over(range(32), out_of_memory_above(20, done))
     assert [len(rows) for rows in done] == [16, 16]

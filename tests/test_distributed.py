@@ -196,4 +196,4 @@ def test_one_rank_that_runs_out_of_memory_is_waited_for(tmp_path):
     first, second = (result(tmp_path / "out", rank) for rank in (0, 1))
     assert first["cache"] == second["cache"]
     assert first["corrected"] == second["corrected"]
-    assert "going on with 8 completions at once" in done.stderr
+    assert "continuing with 8 completions at once" in done.stderr

@@ -36,7 +36,7 @@ ALLOWED = {
 """What the modules of each room (a folder, or a file at the top) may import of the package, beside their own room."""
 
 PURE = ("types", "streams", "algorithm")
-PURE_THIRD_PARTIES = {"torch", "numpy", "scipy", "typing_extensions"}
+PURE_THIRD_PARTIES = {"torch", "numpy", "scipy"}
 """All that the modules in `PURE` may import from outside of the package and the standard library."""
 
 RECIPES = {"problems": set(), "evaluation": {"problems"}}

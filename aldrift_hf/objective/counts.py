@@ -26,7 +26,7 @@ class Counts:
         self.asked: set[int] = set() if before is None else set(before.asked)
         self.before = frozenset(self.asked)
         self.failed: set[int] = set()
-        self.best = math.inf if before is None else before.best
+        self.best: float = math.inf if before is None else before.best
 
     @property
     def calls(self) -> int:

@@ -219,7 +219,7 @@ def log_z(subject: Subject) -> Distance:
 
 
 def archive(subject: Subject) -> Distance:
-    """densities kept and recomputed
+    """densities kept, recomputed
 
     The mixture's weights are wrong, or earlier models are not restored. If no check above fails, please report it.
     """

@@ -85,10 +85,14 @@ class ALDRIFTTrainer(HookedTrainer):
             As in [`transformers.Trainer`]. A [`RunCallback`] also hears of rungs.
         peft_config ([`peft.PeftConfig`], *optional*):
             Adapter to train. `None` with a plain model is full fine-tuning beside a frozen copy.
-        sampler ([`Sampler`], *optional*), ladder ([`Ladder`], *optional*), loss ([`Loss`], *optional*),
+        sampler ([`Sampler`], *optional*):
+            An instance of your own, in place of the one that `args.sampler` names. See `recipes/your_own_parts.md`.
+        ladder ([`Ladder`], *optional*):
+            Likewise, in place of `args.ladder`.
+        loss ([`Loss`], *optional*):
+            Likewise, in place of `args.loss_type`.
         engine ([`Engine`], *optional*):
-            Instances of your own, in place of those that `args.sampler`, `args.ladder`, `args.loss_type` and
-            `args.engine` name. See `recipes/your_own_parts.md`.
+            Likewise, in place of `args.engine`.
 
     Attributes:
         record ([`RunRecord`]): what is known of the run: settings, the figures of each rung, draws.
