@@ -22,8 +22,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers import logging as transformers_logging
 
+import aldrift_hf
 from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.reporting.writers import ReportWriter
 from aldrift_hf.selftest import exact
 from aldrift_hf.toy import word_tokenizer
 from aldrift_hf.types import Completions
@@ -64,9 +66,17 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(autouse=True)
-def _no_report(monkeypatch) -> None:
-    """A report takes a second to draw, and those of most runs here are not looked at."""
+class ALDRIFTTrainer(aldrift_hf.ALDRIFTTrainer):
+    """Without the report: it takes two seconds to draw, and those of most runs here are not looked at."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.remove_callback(ReportWriter)
+
+
+@pytest.fixture
+def no_report(monkeypatch) -> None:
+    """For commands and recipes that make their trainers themselves: nothing is drawn."""
     monkeypatch.setattr("aldrift_hf.reporting.report.write_report", lambda record, folder: None)
 
 
@@ -216,7 +226,7 @@ def recipe_module(monkeypatch) -> Callable[[str], ModuleType]:
 
 
 @pytest.fixture
-def run_recipe(tmp_path, monkeypatch, recipe_module) -> Callable[..., Path]:
+def run_recipe(tmp_path, monkeypatch, recipe_module, no_report) -> Callable[..., Path]:
     """Runs a recipe's `main` in this process, with the flags and settings given; returns its output directory."""
 
     def run(name: str, *flags: str, **settings) -> Path:

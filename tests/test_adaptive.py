@@ -3,9 +3,7 @@
 import itertools
 
 import pytest
-from conftest import count_a, lora_config, tiny_gpt2
-
-from aldrift_hf import ALDRIFTTrainer
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
 ADAPTIVE = {"ladder": "adaptive", "tau_step": None, "num_generations": 256, "updates_per_rung": 8}
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EOS, MAX_LENGTH, VOCABULARY, count_a, every_completion, log_probs
+from conftest import EOS, MAX_LENGTH, VOCABULARY, ALDRIFTTrainer, count_a, every_completion, log_probs
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
@@ -26,7 +26,6 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models import head as projection
 from aldrift_hf.models.generation import assert_neutral, generate, neutral_generation_config
 from aldrift_hf.models.prior import base_model

@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive
 from aldrift_hf.algorithm.samplers.kernels import systematic_resample

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models import batching as batches
 from aldrift_hf.models.batching import Batches, fitting
 

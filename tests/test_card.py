@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import validate_repo_id
 from peft import get_peft_model
 from transformers import GenerationConfig
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting.card import PATH_TO_BASE_MODEL, hub_id, model_card
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.selftest.exact import chi_square_p

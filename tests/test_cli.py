@@ -16,6 +16,7 @@ from conftest import (
     CONFIGS,
     EOS,
     WORDS,
+    ALDRIFTTrainer,
     accelerate_launch,
     count_a,
     every_completion,
@@ -27,7 +28,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, MetropolisHastings, cli
+from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
 from aldrift_hf.cli import env, runs
 from aldrift_hf.cli.parser import GROUPS, RunParser
 from aldrift_hf.cli.task import load_objective
@@ -60,7 +61,7 @@ RUN = {
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
+def here(tmp_path, monkeypatch, no_report):
     """A working directory with a model and a module of costs."""
     tiny_gpt2().save_pretrained(tmp_path / "model")
     word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")

@@ -104,7 +104,7 @@ def test_damaged_texts_cost_the_worst():
 
 
 def test_draws_follow_the_hints():
-    """A chain: the cluster of the previous point with probability `same`, otherwise any other one with equal probability."""
+    """A chain: the previous point's cluster with probability `same`, otherwise any other with equal probability."""
     texts = list(SMALL.all_texts())
     k = SMALL.clusters
     probability = np.zeros(len(texts))

@@ -10,10 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import count_a, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from rich.console import Console
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import progress
 from aldrift_hf.reporting.console import LadderLines
 from aldrift_hf.reporting.progress import ProgressBars

@@ -5,9 +5,8 @@ import sqlite3
 
 import pytest
 import torch
-from conftest import count_a, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.objective.objective import Objective
 from aldrift_hf.objective.store import FOLDER, CostStore, Loaded
 from aldrift_hf.types import Prompts

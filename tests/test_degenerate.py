@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import count_a, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models import numerics
 from aldrift_hf.reporting import health
 from aldrift_hf.reporting.record import RunRecord

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import (
     EOS,
+    ALDRIFTTrainer,
     count_a,
     every_completion,
     log_probs,
@@ -17,7 +18,6 @@ from conftest import (
     tiny_llama,
 )
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.ladders import LadderState
 from aldrift_hf.models.prior import base_model

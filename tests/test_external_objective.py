@@ -25,7 +25,7 @@ NOTHING = Prompts([{"prompt": ""}], [[0]], [""])
 
 
 @pytest.fixture
-def recipe(recipe_module):
+def recipe(recipe_module, no_report):
     return recipe_module("external_objective")
 
 

@@ -17,13 +17,13 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import WORDS, count_a, fuzz, lora_config, tiny_gpt2
+from conftest import WORDS, ALDRIFTTrainer, count_a, fuzz, lora_config, tiny_gpt2
 from datasets import Dataset
 from hypothesis import example, given, note
 from peft import PromptTuningConfig
 from transformers import TrainingArguments
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.models import loading
 from aldrift_hf.toy import word_tokenizer
 

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference
 

@@ -13,7 +13,17 @@ import huggingface_hub
 import pytest
 import torch
 import transformers
-from conftest import CONFIGS, accelerate_launch, count_a, every_completion, log_probs, lora_config, perturb, tiny_gpt2
+from conftest import (
+    CONFIGS,
+    ALDRIFTTrainer,
+    accelerate_launch,
+    count_a,
+    every_completion,
+    log_probs,
+    lora_config,
+    perturb,
+    tiny_gpt2,
+)
 from hub_stand_in import TOKEN, HubStandIn, Repository
 from huggingface_hub import ModelCard, constants
 from huggingface_hub.utils import filter_repo_objects
@@ -22,7 +32,7 @@ from problems.training import one_of_several
 from test_card import check_code
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from aldrift_hf import ALDRIFTTrainer, cli
+from aldrift_hf import cli
 from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.trainer.checkpoints import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE

@@ -8,11 +8,9 @@ import time
 
 import pytest
 import torch
-from conftest import count_a, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
-
-from aldrift_hf import ALDRIFTTrainer
 
 
 class PressAt(TrainerCallback):

@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
 from evaluation.enumeration import kl_divergence
 from torch import nn
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.losses.generalized_kl import log_reference
 from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings

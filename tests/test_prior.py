@@ -4,10 +4,20 @@ import copy
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2, tiny_llama
+from conftest import (
+    EOS,
+    ALDRIFTTrainer,
+    count_a,
+    every_completion,
+    log_probs,
+    lora,
+    lora_config,
+    perturb,
+    tiny_gpt2,
+    tiny_llama,
+)
 from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models import prior
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference

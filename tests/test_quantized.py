@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, perturb
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, perturb
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.models.prior import base_model, keep_four_bit_weights
 from aldrift_hf.models.scoring import inference
 from aldrift_hf.selftest.exact import chi_square_p

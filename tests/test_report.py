@@ -25,7 +25,7 @@ from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import report as report_page
 from aldrift_hf.reporting.figures import BLUE, GREEN, ORANGE, PALETTE, Plot, plots, relative_weights
 from aldrift_hf.reporting.record import RunRecord
-from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, render, write_report
+from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, render
 from aldrift_hf.reporting.writers import ReportWriter
 
 CHAT = [{"role": "system", "content": "Be  brief."}, {"role": "user", "content": "A riddle,\nplease"}]
@@ -106,8 +106,7 @@ def names(record: RunRecord) -> list[str]:
 # ---- What it says ---------------------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, tokenizer, monkeypatch, tmp_path):
-    monkeypatch.setattr(report_page, "write_report", write_report)
+def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, tokenizer, tmp_path):
     before = dict(matplotlib.rcParams)
     model = tiny_gpt2()
     args = config(output_dir=str(tmp_path), num_rungs=1)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import count_a, lora, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer, streams
+from aldrift_hf import streams
 from aldrift_hf.trainer import checkpoints
 
 # Dropout, so that the Trainer's random state matters; 4 updates a rung and 3 rungs make 12 updates.

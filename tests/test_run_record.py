@@ -6,9 +6,8 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import count_a, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import health
 from aldrift_hf.reporting.record import DRAWS_FILE, MAX_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
 from aldrift_hf.reporting.writers import RecordWriter

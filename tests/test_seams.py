@@ -8,10 +8,9 @@ from pathlib import Path
 import own_parts
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
 from own_parts import GeometricLadder, LogVariance, SmoothedResampling, uniform_table
 
-from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.algorithm.ladders import LADDERS
 from aldrift_hf.algorithm.losses import LOSSES
 from aldrift_hf.algorithm.samplers import SAMPLERS

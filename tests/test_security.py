@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import EOS, WORDS, count_a, lora_config, tiny_gpt2
+from conftest import EOS, WORDS, ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from test_cli import COSTS
 
-from aldrift_hf import ALDRIFTTrainer, cli
+from aldrift_hf import cli
 from aldrift_hf.cli import runs
 from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.toy import word_tokenizer

@@ -6,11 +6,11 @@ import os
 
 import pytest
 import torch
-from conftest import EOS, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
 from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, RunCallback
+from aldrift_hf import ALDRIFTConfig, RunCallback
 from aldrift_hf.models.engines import transformers as engine
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.trainer import rollout
