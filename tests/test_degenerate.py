@@ -1,4 +1,4 @@
-"""Runs that cannot work end in words: a warning or an error that says what to change, and no NaN that nobody sees."""
+"""Runs that cannot work raise an error or log a warning that says what to change; no NaN goes unnoticed."""
 
 import copy
 import math
@@ -180,7 +180,7 @@ def test_a_prior_that_excludes_all_draws(make):
 
 
 def never(prompts, completions):
-    raise AssertionError("priced draws that cannot be weighted")
+    raise AssertionError("evaluated draws that cannot be weighted")
 
 
 @pytest.mark.parametrize("adapter", [True, False])
@@ -195,7 +195,7 @@ def test_half_precision_overflows(make, adapter):
     in_full.rollout.propose(in_full.inputs.prompts, 4, (0, 0))
 
 
-def test_log_probabilities_that_are_none_are_refused_before_they_are_priced(make):
+def test_impossible_log_probabilities_are_refused_before_the_draws_are_evaluated(make):
     """Where the first tokens are well and later ones are not."""
     for broken, who in (("policy", "the model"), ("prior", "the prior")):
         trainer = make(never, adapter=False)

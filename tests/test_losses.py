@@ -105,7 +105,7 @@ def test_its_mean_is_the_kl_divergence_and_its_gradient_that_of_maximum_likeliho
     assert theirs.abs().max() > 0.1
 
 
-def test_a_draw_whose_probability_is_right_teaches_nothing(pair):
+def test_a_draw_whose_probability_is_right_is_left_alone(pair):
     """Each by itself, whatever the reference; maximum likelihood would raise it."""
     model, log_q, _ = pair
     inputs = all_rows(log_target=log_q, log_reference=log_q - torch.linspace(-5, 5, len(log_q)))

@@ -84,7 +84,7 @@ def test_a_model_that_bitsandbytes_has_repacked_is_refused(folder, config, token
     before = log_probs(quantized(folder), [EOS], every_completion())
     used = log_probs(model, [EOS], every_completion())
     assert (used - before).abs().max() > 0.01, "repacking does no harm: there is nothing to refuse"
-    with pytest.raises(ValueError, match="Load it anew"):
+    with pytest.raises(ValueError, match="Load it again"):
         ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=adapter())
 
 

@@ -252,7 +252,7 @@ def test_plain_draws_are_the_models_own(make):
 def test_samples_report_their_own_diagnostics(make):
     trainer = make()
     first, second = trainer.sample(20), trainer.sample(20)
-    assert first["completion"] != second["completion"], "each call draws anew"
+    assert first["completion"] != second["completion"], "each call draws again"
     logs = [log for log in trainer.state.log_history if "sample_ess" in log]
     assert len(logs) == 2
     assert {"sample_acceptance_rate", "sample_ess", "sample_log_z", "sample_objective", "sample_distinct"} <= set(
