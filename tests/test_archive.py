@@ -207,6 +207,24 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
     assert record["log_z"] == pytest.approx(sum(trainer.record.log_z) / 2)
 
 
+def test_an_adapter_that_does_not_begin_as_the_prior_is_not_taken_for_it(config, tokenizer):
+    """`init_lora_weights=False`: the first rung's model is known, so that its draws get the right weights."""
+    model = tiny_gpt2()
+    adapter = lora_config(model)
+    adapter.init_lora_weights = False
+    settings = config(sampler="archive", num_generations=512, tau_max=1.5, tau_step=1.5)
+    trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=adapter)
+    prior, ids = tiny_gpt2(), trainer.inputs.prompts.token_ids[0]
+    first = log_probs(base_model(trainer.model), ids, every_completion())
+    assert (first - log_probs(prior, ids, every_completion())).abs().max() > 0.1
+    trainer.train()
+    archive = trainer.sampler.archive
+    assert archive.snapshots[0], "a model of its own"
+    place = {tuple(tokens): row for row, tokens in enumerate(every_completion().tokens())}
+    drawn = [place[tuple(tokens)] for tokens in archive.rungs[0].completions.tokens()]
+    assert archive.mixture().log_model[0] == pytest.approx(first[drawn], abs=1e-4)
+
+
 def test_models_that_are_too_large_for_memory_are_mapped_from_disk(config, tokenizer, monkeypatch, tmp_path):
     """The run is the same bit for bit; the files are unlinked, and their pages are in the operating system's hands."""
     runs = []

@@ -83,7 +83,10 @@ class RunCallback(TrainerCallback):
         record: RunRecord,
         **kwargs: Any,
     ) -> None:
-        """A rung's optimizer updates are done, and `record.rungs[-1]` is complete."""
+        """A rung's optimizer updates are done, and `record.rungs[-1]` is complete.
+
+        A callback may add metrics of its own to it; they are kept in the record, in checkpoints and when a run resumes.
+        """
 
     def on_measured(
         self,
