@@ -102,10 +102,10 @@ def test_training_leaves_the_settings_as_they_are(make, config):
     """One `args` for two trainers: the second climbs its own ladder, with its own schedule."""
     settings = {"num_generations": 16, "tau_step": None, "lr_scheduler_type": "warmup_stable_decay"}
     args = config(**settings)
-    before = copy.deepcopy(vars(args))
+    before = copy.deepcopy(args.to_dict())
     short = ALDRIFTTrainer(tiny_gpt2(), count_a, args, processing_class=make().processing_class)
     short.train()
-    assert {name: value for name, value in vars(args).items() if name in before} == before
+    assert args.to_dict() == before
     args.tau_max = 0.5
     again = ALDRIFTTrainer(tiny_gpt2(), count_a, args, processing_class=short.processing_class)
     again.train()
@@ -151,7 +151,8 @@ def test_what_users_of_trl_plot_is_logged(make, tokenizer):
         length = sum(map(len, completions)) / 128
         assert log["num_tokens"] == tokens
         assert log["completions/mean_length"] == pytest.approx(length)
-        assert 0 < log["completions/clipped_ratio"] == pytest.approx(cut) < 1
+        assert log["completions/clipped_ratio"] == pytest.approx(cut)
+        assert 0 < cut < 1
         assert log["entropy"] == pytest.approx(-proposals.log_model.mean().item() / length)
         assert log["kl_to_prior"] == pytest.approx((proposals.log_model - proposals.log_prior).mean().item())
         log_weight = proposals.log_weight(log["tau"])
