@@ -54,7 +54,7 @@ def short_of_memory(input_ids, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     return generate(input_ids=input_ids, **kwargs)
 if "--short" in sys.argv:
-    fitting.MOST = 64  # so that both processes have something to draw
+    fitting.MAX_BATCH_SIZE = 64  # so that both processes have something to draw
     if trainer.args.process_index == 1:
         model.generate = short_of_memory
 resume = os.path.join(output, "checkpoint-6") if "--resume" in sys.argv else None
@@ -65,7 +65,8 @@ def watched(model, inputs, items=None):
     return step(model, inputs, items)
 trainer.training_step = watched
 trainer.train(resume_from_checkpoint=resume)
-trainer.args.per_device_generation_batch_size = None if "--short" in sys.argv else 4096
+if "--short" not in sys.argv:
+    trainer.rollout.batches = fitting.Batches(4096, fixed=True)
 corrected = trainer.sample(20 if "--short" in sys.argv else 1500, chain_length=24)
 rank = trainer.args.process_index
 save_file({{name: tensor.contiguous() for name, tensor in trainer.model.state_dict().items() if "lora_" in name}},
