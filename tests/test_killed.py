@@ -48,7 +48,7 @@ def train(folder):
         output_dir=folder, tau_max=1.5, objective_range=6.0, tau_step=0.5, num_generations=64, chain_length=4,
         max_completion_length=6, per_device_generation_batch_size=batch, per_device_train_batch_size=4,
         updates_per_rung=6, learning_rate=1e-2, disable_tqdm=True, use_cpu=True,
-        save_strategy="steps", save_steps=4, report_to="none",
+        save_strategy="steps", save_steps=4, report_to="none", sampler="metropolis_hastings",
         log_level="error",
     )
     model = tiny_gpt2(dropout=0.1)
