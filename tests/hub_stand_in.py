@@ -150,7 +150,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer({"error": code}, 404, {"X-Error-Code": code})
 
     def files_of(self, repo: str, revision: str) -> dict[str, bytes] | None:
-        """The files at a revision; `None` if there are none, after answering so."""
+        """The files at a revision; `None` for an unknown revision, which is answered with an error."""
         if repo not in self.server.repositories:
             self.not_found("RepoNotFound")
             return None

@@ -33,7 +33,7 @@ class Loaded(NamedTuple):
 
     Attributes:
         found: number of costs of this objective.
-        others: number of costs of other objectives, counted only if there are none of this one.
+        others: number of costs of other objectives; counted only if this objective has none.
     """
 
     found: int

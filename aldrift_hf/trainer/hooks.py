@@ -30,7 +30,6 @@ class HookedTrainer(Trainer):
 
     Attributes:
         run: the run.
-        loss: what its rungs minimise.
         interrupt: whether the user asked it to stop.
         checkpointer: writes and reads its checkpoints.
         hub: pushes to the Hub.
@@ -39,7 +38,6 @@ class HookedTrainer(Trainer):
     args: ALDRIFTConfig
     control: TrainerControl
     run: Run
-    loss: Loss
     interrupt: Interrupt
     checkpointer: Checkpointer
     hub: HubPusher
@@ -55,7 +53,7 @@ class HookedTrainer(Trainer):
         columns = {
             name: inputs.pop(name) for name in [*inputs] if name not in ("input_ids", "attention_mask", "labels")
         }
-        self.compute_loss_func = functools.partial(rung_loss, self.loss, columns)
+        self.compute_loss_func = functools.partial(rung_loss, self.run.loss, columns)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_scheduler(

@@ -25,7 +25,6 @@ class Inputs:
     Attributes:
         tokenizer: makes token ids of prompts, and texts of completions.
         prompts, eval_prompts: encoded.
-        evaluation: the data set of `eval_prompts`.
         context_length: most positions that the model can attend to; `None` where its config does not say.
         adapter: whether the model comes with an adapter on it.
         max_completion_length: tokens after which a completion is cut.
@@ -34,7 +33,6 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase
     prompts: Prompts
     eval_prompts: Prompts
-    evaluation: Dataset
     context_length: int | None
     adapter: bool
     max_completion_length: int
@@ -106,4 +104,4 @@ def check_inputs(
         )
         for dataset in (train, evaluation)
     )
-    return Inputs(tokenizer, prompts, eval_prompts, evaluation, context_length, adapter, args.max_completion_length)
+    return Inputs(tokenizer, prompts, eval_prompts, context_length, adapter, args.max_completion_length)

@@ -141,7 +141,7 @@ class ALDRIFTTrainer(HookedTrainer):
         policy, self.prior = prior.split(model, peft_config)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
-        self.loss, self.interrupt, self._loop, self.hub = parts.loss, Interrupt(), RungLoop(), HubPusher(args)
+        self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
         super().__init__(
             model=policy,
             args=args,
