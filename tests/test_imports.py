@@ -19,14 +19,15 @@ PACKAGE = "aldrift_hf"
 # ---- The allowed directions ------------------------------------------------------------------------------------------
 
 DATA = {"types", "streams"}
-BELOW_TRAINER = DATA | {"algorithm", "models", "objective", "reporting"}
+BELOW_TRAINER = DATA | {"content", "algorithm", "models", "objective", "reporting"}
 ALLOWED = {
     "types": set(),
     "streams": set(),
+    "content": set(),
     "command_line": set(),
     "algorithm": DATA,
-    "models": DATA,
-    "objective": DATA,
+    "models": DATA | {"content"},
+    "objective": DATA | {"content"},
     "reporting": {"types", "algorithm"},  # it reads records, never a trainer and never a model
     "trainer": BELOW_TRAINER,
     "toy": BELOW_TRAINER | {"trainer"},

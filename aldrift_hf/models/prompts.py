@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Any
 
 from datasets import Dataset
@@ -11,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import apply_chat_template, is_conversational
 
 from ..types import Prompts
+from .fingerprint import row_keys
 
 
 def encode_prompts(
@@ -22,7 +21,9 @@ def encode_prompts(
         ValueError: for a prompt that is neither text nor messages, for an empty prompt if there is no token to start
             from, or for a prompt that leaves no room for a completion in the model's context.
     """
-    rows = [dict(row) for row in dataset]
+    # Prompts are text and lists of messages whatever the format of the other columns: numpy's would be an array.
+    plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
+    rows = [{**row, } for row, as_text in zip(dataset, plain, strict=True)]
     token_ids = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(rows)]
     for index, ids in enumerate(token_ids):
         if context_length is not None and len(ids) + max_completion_length > context_length:
@@ -31,7 +32,7 @@ def encode_prompts(
                 f"exceeds the model's context of {context_length}. Lower max_completion_length to "
                 f"{max(0, context_length - max(map(len, token_ids)))} or less, or shorten the prompt."
             )
-    return Prompts(rows, token_ids, [_fingerprint(row) for row in rows])
+    return Prompts(rows, token_ids, row_keys(dataset, rows))
 
 
 def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -61,7 +62,3 @@ def encode_prompt(prompt: Any, index: int, tokenizer: PreTrainedTokenizerBase) -
             "tokenizer.bos_token, or write a prompt."
         )
     return [start]
-
-
-def _fingerprint(row: dict[str, Any]) -> str:
-    return hashlib.sha1(json.dumps(row, sort_keys=True, default=repr).encode()).hexdigest()
