@@ -348,6 +348,14 @@ def test_a_mistake_is_one_clear_line(here, capsys, changes, said):
     assert re.search(said, message)
 
 
+def test_a_file_with_a_reserved_column_is_refused(here, capsys):
+    (here / "reserved.jsonl").write_text('{"prompt": "a", "completions": "b"}\n')
+    with pytest.raises(SystemExit):
+        cli.main(line(dataset_name="reserved.jsonl"))
+    *_, message = capsys.readouterr().err.splitlines()  # after the progress of reading the file
+    assert re.match("aldrift train: train_dataset has a column 'completions', .* Reserved are prompts, com", message)
+
+
 def test_an_error_inside_the_users_module_is_shown_whole(here):
     (here / "broken.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):

@@ -23,7 +23,7 @@ def encode_prompts(
     """
     # Prompts are text and lists of messages whatever the format of the other columns: numpy's would be an array.
     plain = dataset if dataset.format["type"] == "custom" else dataset.with_format(None)
-    rows = [{**row, } for row, as_text in zip(dataset, plain, strict=True)]
+    rows = [{**row, "prompt": as_text["prompt"]} for row, as_text in zip(dataset, plain, strict=True)]
     token_ids = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(rows)]
     for index, ids in enumerate(token_ids):
         if context_length is not None and len(ids) + max_completion_length > context_length:
