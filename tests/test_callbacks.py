@@ -29,7 +29,15 @@ LEFT_BY = {
 }
 SETTINGS = {
     **{"tau_max": 2.0, "tau_step": None, "objective": ["cost"], "num_generations": 2, "corrects": True},
-    **{"sampler": "archive", "ladder": "linear", "loss": "nll", "prior": "the base model", "prompts": 1, "seed": 0},
+    **{
+        "sampler": "archive",
+        "ladder": "linear",
+        "loss": "nll",
+        "prior": "the base model",
+        "prior_adapter": None,
+        "prompts": 1,
+        "seed": 0,
+    },
     **{"base_model": None, "architecture": "GPT2LMHeadModel", "tuning": "all parameters", "adapter_name": None},
     **{"max_completion_length": 3, "updates_per_rung": None, "objective_weights": None, "chain_length": 1},
     **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "processes": 1, "learning_rate": 1e-3},

@@ -98,7 +98,7 @@ def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
     assert torch.equal(
         log_probs(policy, [EOS], every_completion()), log_probs(base_model(trainer.model), [EOS], every_completion())
     )
-    kept = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "saved" / prior.PRIOR_ADAPTER)
+    kept = PeftModel.from_pretrained(tiny_gpt2(), tmp_path / "saved" / "prior")
     assert torch.equal(log_probs(kept, [EOS], every_completion()), prior_scores(trainer))
 
 
@@ -108,6 +108,8 @@ def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
         (LoraConfig(task_type="CAUSAL_LM", bias="all", target_modules=["c_attn"]), "bias='none'"),
         (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", target_modules=["c_attn"]), "rewrites the base"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
+        (LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"]), "task_type='CAUSAL_LM'"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[3]), "use LoRA|Use LoRA"),
     ],
 )
 def test_adapters_that_cannot_be_switched_off_are_refused(peft_config, message, config, tokenizer):
@@ -122,6 +124,8 @@ def test_ambiguous_adapters_are_refused():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         prior.split(model, None)
-    taken = get_peft_model(tiny_gpt2(), lora_config(tiny_gpt2()), adapter_name=prior.PRIOR_ADAPTER)
-    with pytest.raises(ValueError, match="already has an adapter called 'prior'"):
-        prior.split(taken, None)
+    model.unmerge_adapter()
+    model.add_adapter("other", lora_config(tiny_gpt2()))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ValueError, match="2 active adapters"):
+        prior.split(model, None)

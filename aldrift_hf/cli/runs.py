@@ -14,7 +14,6 @@ from transformers import PrinterCallback, TrainingArguments
 from ..algorithm.ladders import LADDERS
 from ..algorithm.samplers import SAMPLERS
 from ..models.engines import ENGINES
-from ..models.prior import PRIOR_ADAPTER
 from ..reporting.console import print_to_stderr
 from ..reporting.record import RUN_FILE, RunRecord
 from ..trainer.config import ALDRIFTConfig
@@ -66,8 +65,8 @@ def parse(parser: RunParser, argv: Sequence[str], scratch: str) -> tuple[Path, t
         saved = _saved_options(folder)
         if not local:
             saved = {name: value for name, value in saved.items() if name in HUB_OPTIONS}
-        if (folder / PRIOR_ADAPTER).is_dir():  # the run continued an adapter: its frozen copy is the prior
-            saved["model_name_or_path"] = str(folder / PRIOR_ADAPTER)
+        if (frozen := _frozen_adapter(folder)) is not None:
+            saved["model_name_or_path"] = str(frozen)
     fixed = {"output_dir": scratch, "report_to": "none", "push_to_hub": False, "save_strategy": "no"}
     return folder, parser.parse(argv[1:], saved | fixed)
 
@@ -79,6 +78,13 @@ def _download(model_id: str) -> Path:
         raise ValueError(
             f"{model_id} is neither a folder nor a model on the Hub that can be downloaded: {error}"
         ) from error
+
+
+def _frozen_adapter(folder: Path) -> Path | None:
+    """The folder of the adapter that is the prior of a run which trained on from an adapter."""
+    name = RunRecord.read(folder).settings.get("prior_adapter") if (folder / RUN_FILE).is_file() else None
+    # A name in a downloaded file must not lead elsewhere.
+    return folder / name if isinstance(name, str) and name == Path(name).name else None
 
 
 def _saved_options(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import sharding
+from . import adapters, sharding
 from .prior import base_model
 
 InitKwargs = Mapping[str, Any] | str | None
@@ -65,8 +65,7 @@ def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
         ValueError, OSError, RuntimeError: if they are not there, or do not fit.
     """
     if isinstance(policy, PeftModel):
-        name = policy.active_adapter
-        policy.load_adapter(str(folder if name == "default" else folder / name), name, is_trainable=True)
+        adapters.load_active(policy, folder)
     else:  # through transformers, which handles shards and tied weights
         policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 

@@ -17,14 +17,11 @@ import copy
 from collections.abc import Iterator
 from typing import Any, Protocol, cast
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch import nn
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import sharding
-
-PRIOR_ADAPTER = "prior"
-"""Name of the frozen adapter that holds the prior of a `PeftModel`."""
+from . import adapters, sharding
 
 # LoRA initialisations that subtract the adapter's initial value from the base weights: with the adapter off, the base
 # is then no longer the model that was passed in.
@@ -36,9 +33,11 @@ class Prior(Protocol):
 
     Attributes:
         is_start: whether the policy, before its first update, is the prior.
+        row_scores: log-probabilities of the rows of [`aldrift_hf.models.fidelity`], nats; `None` if not computed.
     """
 
     is_start: bool
+    row_scores: Tensor | None
 
     def active(self, policy: nn.Module) -> contextlib.AbstractContextManager[PreTrainedModel]:
         """A context that yields the module whose forward pass computes `L`."""
@@ -53,6 +52,7 @@ class AdapterOff:
     """
 
     def __init__(self, config: PeftConfig) -> None:
+        self.row_scores: Tensor | None = None
         self.is_start = all(value is not False for name, value in vars(config).items() if name.startswith("init_"))
 
     @contextlib.contextmanager
@@ -63,15 +63,23 @@ class AdapterOff:
 
 
 class FrozenAdapter:
-    """`L` is the policy's base model under the frozen adapter [`PRIOR_ADAPTER`]."""
+    """`L` is the policy's base model under a frozen adapter.
+
+    Args:
+        name: the adapter's.
+    """
 
     is_start = True
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.row_scores: Tensor | None = None
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
         peft_model = cast(PeftModel, policy)
         trained = peft_model.active_adapter
-        peft_model.set_adapter(PRIOR_ADAPTER)
+        peft_model.set_adapter(self.name)
         try:
             yield base_model(peft_model)
         finally:
@@ -90,6 +98,7 @@ class FrozenCopy:
                 "full fine-tuning keeps a frozen copy of the model, and this model was sharded over the processes as "
                 "it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
             )
+        self.row_scores: Tensor | None = None
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextlib.contextmanager
@@ -103,6 +112,10 @@ def split(
 ) -> tuple[PreTrainedModel | PeftModel, Prior]:
     """The policy to train and the prior to keep, from the model that the user passed in.
 
+    Args:
+        model: gets adapter layers, or a frozen adapter.
+        peft_config: is not changed, although PEFT writes into the one that it is given.
+
     Raises:
         ValueError: for a `peft_config` whose adapter, switched off, would not give the model back, or for a `PeftModel`
             that cannot be split; with the remedy.
@@ -114,11 +127,21 @@ def split(
                 "model is a PeftModel already, so peft_config is ambiguous. Drop peft_config to train on from its "
                 "adapter (a frozen copy of it is the prior), or pass model.merge_and_unload() with the peft_config."
             )
-        return _with_frozen_adapter(model), FrozenAdapter()
+        for config in model.peft_config.values():
+            _check_independence(config)
+        return model, FrozenAdapter(adapters.add_frozen_copy(model))
+    if adapters.has_layers(model):
+        raise ValueError(
+            "the model has adapter layers in it already: it has been through get_peft_model, add_adapter or a trainer "
+            "with a peft_config before, which change the object. Load the model again; or pass the PeftModel itself "
+            "(without peft_config) to train on from its adapter, or peft_model.unload() to drop it."
+        )
     if peft_config is None:
         return model, FrozenCopy(model)
     check_peft_config(peft_config)
-    return cast(PeftModel, get_peft_model(model, peft_config)), AdapterOff(peft_config)
+    config = copy.deepcopy(peft_config)
+    config.inference_mode = False  # true in every config that PEFT has saved
+    return cast(PeftModel, get_peft_model(model, config)), AdapterOff(config)
 
 
 def keep_four_bit_weights(model: nn.Module) -> None:
@@ -149,10 +172,11 @@ def check_peft_config(config: PeftConfig) -> None:
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(config).__name__}")
-    if config.is_prompt_learning:
+    _check_independence(config)
+    if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
-            f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "
-            "account for. Use LoRA or another adapter on the weights."
+            f"peft_config with task_type={str(config.task_type)!r} is for another kind of model. Use task_type="
+            "'CAUSAL_LM'."
         )
     if getattr(config, "bias", "none") != "none":
         raise ValueError(
@@ -167,36 +191,24 @@ def check_peft_config(config: PeftConfig) -> None:
         )
 
 
+def _check_independence(config: PeftConfig) -> None:
+    """Refuse an adapter that does not act alike wherever its layers are run.
+
+    Raises:
+        ValueError: for virtual tokens, and for an adapter that acts from certain tokens on.
+    """
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "
+            "account for. Use LoRA or another adapter on the weights."
+        )
+    if getattr(config, "alora_invocation_tokens", None):
+        raise ValueError(
+            "peft_config with alora_invocation_tokens acts only after these tokens, which PEFT looks for when the "
+            "whole model is called; drawn and scored, the model would have no adapter. Use LoRA."
+        )
+
+
 def base_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a `PeftModel`, adapter layers in place: it generates and is scored."""
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
-
-
-def _with_frozen_adapter(model: PeftModel) -> PeftModel:
-    active = model.active_adapters
-    if len(active) != 1:
-        raise ValueError(f"the PeftModel has {len(active)} active adapters ({active}); activate the one to train.")
-    name = active[0]
-    if PRIOR_ADAPTER in model.peft_config:
-        raise ValueError(
-            f"the PeftModel already has an adapter called {PRIOR_ADAPTER!r}, the name that the frozen copy takes. "
-            f"Rename it, or remove it with model.delete_adapter({PRIOR_ADAPTER!r})."
-        )
-    config = model.peft_config[name]
-    if config.is_prompt_learning:
-        check_peft_config(config)
-    if getattr(model.base_model, "merged_adapters", []) or any(
-        getattr(module, "merged", False) for module in model.modules()
-    ):
-        raise ValueError("the PeftModel's adapter is merged into its base; call model.unmerge_adapter() first.")
-    frozen = copy.deepcopy(config)
-    # Its values are overwritten below: what matters is that creating the adapter does not change the base weights.
-    if hasattr(frozen, "init_lora_weights"):
-        cast(Any, frozen).init_lora_weights = True
-    model.add_adapter(PRIOR_ADAPTER, frozen)
-    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=name), adapter_name=PRIOR_ADAPTER)
-    model.set_adapter(name)
-    for parameter_name, parameter in model.named_parameters():
-        if f".{PRIOR_ADAPTER}." in parameter_name or parameter_name.endswith(f".{PRIOR_ADAPTER}"):
-            parameter.requires_grad_(False)
-    return model

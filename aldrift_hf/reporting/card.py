@@ -81,7 +81,7 @@ def model_card(
         figure=FIGURE if (Path(folder) / FIGURE).is_file() else None,
         adapter=adapter,
         subfolder=None if adapter_name in (None, "default") else adapter_name,  # PEFT saves other names in a subfolder
-        frozen_adapter=settings["prior"] != "the base model",
+        prior_adapter=settings["prior_adapter"],
         four_bit="4 bits" in settings["tuning"],
         base_model=base_model,
         base=base_model or PATH_TO_BASE_MODEL,

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, sort_checkpoints
 
 from ..models.batching import Batches
+from ..models.fidelity import check_same_prior
 from ..types import Samples
 from .run import Run
 from .state import RunState
@@ -158,7 +159,9 @@ class Checkpointer:
         shutil.rmtree(os.path.join(self.output_dir, STAGING), ignore_errors=True)
         path, run = Path(folder), self.run
         path.mkdir(parents=True, exist_ok=True)
-        (path / STATE_FILE).write_text(json.dumps({**run.to_json(), "settings": self._must_agree()}))
+        scores = run.rollout.prior.row_scores
+        about = {"settings": self._must_agree(), "prior_row_scores": None if scores is None else scores.tolist()}
+        (path / STATE_FILE).write_text(json.dumps({**run.to_json(), **about}))
         if run.samples.samples is not None:
             save_file(run.samples.samples.state_dict(), path / SAMPLES_FILE)
         save_file(run.objective.state_dict(), path / OBJECTIVE_FILE)
@@ -170,11 +173,11 @@ class Checkpointer:
         """Take up a checkpoint's state.
 
         Raises:
-            ValueError: if it was written under other settings, with other data or batch sizes.
+            ValueError: if it was written under other settings, with another prior, other data or batch sizes.
         """
         path, run = Path(folder), self.run
         values = json.loads((path / STATE_FILE).read_text())
-        theirs = values.pop("settings")
+        theirs, scores = values.pop("settings"), values.pop("prior_row_scores")
         ours = json.loads(json.dumps(self._must_agree()))
         differences = [
             f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
@@ -184,6 +187,7 @@ class Checkpointer:
                 f"{folder} was written with other settings than this run's: {'; '.join(differences)}. Resume with the "
                 "same ones, or start again in another output_dir."
             )
+        check_same_prior(run.rollout.prior, run.rollout.policy(), scores, folder)
         size = values.pop("generation_batch_size")
         state, samples = RunState.from_json(values), Samples.from_state_dict(load_file(path / SAMPLES_FILE))
         if len(samples.order) != len(run.samples):

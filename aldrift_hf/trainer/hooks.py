@@ -7,14 +7,16 @@ import copy
 import functools
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerControl
 
 from ..algorithm.losses import Loss
-from ..models import numerics, prior, sharding
+from ..models import adapters, numerics, sharding
 from ..models.scoring import label_logprobs
 from ..reporting.hub import HubPusher
 from ..reporting.record import RunRecord
@@ -114,11 +116,21 @@ class HookedTrainer(Trainer):
         return self.checkpointer.staging or str(super()._get_output_dir(trial))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        whole = not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
-        if whole and prior.PRIOR_ADAPTER in getattr(self.model, "peft_config", {}):
-            # Up to Transformers 5.22 the Trainer leaves out the adapter at the top where another lies in a folder.
-            self.model.load_adapter(resume_from_checkpoint, self.model.active_adapter, is_trainable=True)
+        if self._saves_adapters():
+            adapters.load_active(self.model, Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self._saves_adapters():
+            adapters.load_active(self.model, Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    def _saves_adapters(self) -> bool:
+        """Whether checkpoints hold adapters as PEFT saves them. The Trainer finds those called `default` alone, and
+        would also load the frozen ones, which are the prior as it was passed in."""
+        return isinstance(self.model, PeftModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # ---- The Hub -----------------------------------------------------------------------------------------------------
 

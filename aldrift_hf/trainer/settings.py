@@ -16,7 +16,7 @@ from ..algorithm.ladders import LADDERS, Ladder
 from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES, Engine
-from ..models.prior import PRIOR_ADAPTER, base_model
+from ..models.prior import FrozenAdapter, Prior, base_model
 from ..types import Prompts
 from .config import ALDRIFTConfig
 from .validation import name_of, own_fields
@@ -34,6 +34,7 @@ _PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
 def settings_of(
     args: ALDRIFTConfig,
     model: nn.Module,
+    prior: Prior,
     objective_names: list[str],
     prompts: Prompts,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,6 +51,7 @@ def settings_of(
     Args:
         args: the trainer's settings.
         model: the policy, unwrapped.
+        prior: what the policy is turned into the prior by.
         objective_names: names of the cost functions.
         prompts: the training prompts.
         tokenizer: the tokenizer, whose vocabulary is recorded as a hash.
@@ -58,17 +60,20 @@ def settings_of(
 
     Returns:
         Values that JSON can hold: those of `args`, with the parts' names in place of the names asked for, and what the
-        model is (`base_model`, `architecture`, `tuning`, `adapter_name` (`None` for full fine-tuning), `prior`).
+        model is (`base_model`, `architecture`, `tuning`, `adapter_name` (`None` for full fine-tuning), `prior`,
+        `prior_adapter` (the name of the frozen adapter that it has, if any)).
         `loss` is the loss that is minimised where `loss_type` is `None`. `corrects` tells whether the sampler aims at
         `p_T`.
     """
+    prior_adapter = prior.name if isinstance(prior, FrozenAdapter) else None
     asked = {field.name: getattr(args, field.name) for field in own_fields(ALDRIFTConfig)}
     return {
         "base_model": base_model(model).config._name_or_path or None,
         "architecture": type(base_model(model)).__name__,
         "tuning": _tuning(model),
         "adapter_name": model.active_adapter if isinstance(model, PeftModel) else None,
-        "prior": _prior(model),
+        "prior": "the base model" if prior_adapter is None else f"the base model with the adapter {prior_adapter!r}",
+        "prior_adapter": prior_adapter,
         "objective": objective_names,
         "vocabulary": _fingerprint(sorted((id, token) for token, id in tokenizer.get_vocab().items())),
         "prompts": len(prompts),
@@ -88,12 +93,6 @@ def settings_of(
 
 def _fingerprint(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
-
-
-def _prior(model: nn.Module) -> str:
-    if PRIOR_ADAPTER in getattr(model, "peft_config", {}):
-        return f"the base model with the adapter {PRIOR_ADAPTER!r}"
-    return "the base model"
 
 
 def _tuning(model: nn.Module) -> str:

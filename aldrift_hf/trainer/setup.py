@@ -91,7 +91,7 @@ def make_run(
         eos_token_ids=eos_token_ids,
         samples=RungSamples(updates_per_rung * rows_per_update, prompts.token_ids),
         updates_per_rung=updates_per_rung,
-        record=RunRecord(settings_of(args, policy, objective.names, prompts, inputs.tokenizer, **named)),
+        record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
         tell=tell,
         log=log,
         state=RunState.start(len(prompts), args.objective_range),

@@ -31,7 +31,7 @@ from transformers.trainer_utils import TrainOutput
 from ..algorithm.ladders import Ladder
 from ..algorithm.losses import Loss
 from ..algorithm.samplers import Sampler
-from ..models import loading, prior, sharding
+from ..models import fidelity, loading, prior, sharding
 from ..models.engines import Engine
 from ..models.scoring import without_dropout
 from ..objective.protocol import CostFunction
@@ -138,7 +138,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if isinstance(model, str):
             model = loading.load_model(model, args.model_init_kwargs, self.inputs.adapter)
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
-        policy, self.prior = prior.split(model, peft_config)
+        policy, self.prior = fidelity.split_checked(model, peft_config)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)

@@ -1,0 +1,96 @@
+"""Adapters of a `PeftModel`, whatever their names: where their weights lie in a folder, and how they are loaded."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+FROZEN = "prior"
+"""Name of the frozen adapter that holds the prior of a `PeftModel`, followed by a number where it is taken."""
+
+_NEVER_PUSHED = ("_", "checkpoint-")
+"""Folders of `output_dir` that begin so are not pushed to the Hub, and those of checkpoints are deleted in turn."""
+
+
+def folder_of(folder: Path, name: str) -> Path:
+    """Where PEFT saves the adapter of a name below a folder: `default` in the folder itself, others in subfolders."""
+    return folder if name == "default" else folder / name
+
+
+def load_active(model: PeftModel, folder: Path) -> None:
+    """Put the weights that were saved in a folder into a model's active adapter.
+
+    Raises:
+        ValueError: if the folder holds no adapter of that name, or one with other parameters.
+    """
+    name = str(model.active_adapter)
+    source = folder_of(folder, name)
+    if not any((source / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ValueError(f"{folder} holds no adapter called {name!r}: there are no weights in {source}.")
+    result = cast(Any, model.load_adapter(str(source), name, is_trainable=True))
+    if unexpected := getattr(result, "unexpected_keys", None):
+        raise ValueError(f"the adapter in {source} does not fit this model: it has parameters {unexpected[:3]} too.")
+
+
+def add_frozen_copy(model: PeftModel) -> str:
+    """Add a frozen copy of the active adapter to a model, and return the copy's name.
+
+    Raises:
+        ValueError: unless there is one active adapter, which is not merged, under a name that can be saved.
+    """
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"the PeftModel has {len(active)} active adapters ({active}); activate the one to train.")
+    name = active[0]
+    if name.startswith(_NEVER_PUSHED):
+        raise ValueError(
+            f"the adapter to train is called {name!r}, and folders whose names begin with '_' or 'checkpoint-' are "
+            "not pushed to the Hub. Give it another name."
+        )
+    if any(getattr(module, "merged", False) for module in model.modules() if isinstance(module, BaseTunerLayer)):
+        raise ValueError("the PeftModel's adapter is merged into its base; call model.unmerge_adapter() first.")
+    taken = {*model.peft_config, *(part for path, _ in model.named_modules() for part in path.split("."))}
+    frozen_name = next(each for each in _names() if each not in taken)
+    if FROZEN in model.peft_config:
+        logger.warning(
+            f"the PeftModel already has an adapter called {FROZEN!r}, as after an earlier ALDRIFTTrainer. The prior of "
+            f"this run is the adapter {name!r} as it is now, with what it has been trained to. If that is not meant, "
+            "load the model again."
+        )
+    config = copy.deepcopy(model.peft_config[name])
+    # Its values are overwritten below: what matters is that creating the adapter does not change the base weights.
+    if hasattr(config, "init_lora_weights"):
+        cast(Any, config).init_lora_weights = True
+    model.add_adapter(frozen_name, config)
+    set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=name), adapter_name=frozen_name)
+    model.set_adapter(name)
+    parameters = dict(model.named_parameters())
+    for path, parameter in parameters.items():
+        parts = path.split(".")
+        if frozen_name in parts:
+            parameter.requires_grad_(False)
+            # PEFT may have made the copy in fp32, in which another kernel would round otherwise.
+            original = parameters.get(".".join(name if part == frozen_name else part for part in parts))
+            if original is not None:
+                parameter.data = parameter.data.to(original.dtype)
+    return frozen_name
+
+
+def has_layers(model: nn.Module) -> bool:
+    """Whether PEFT has put adapter layers into a model."""
+    return any(isinstance(module, BaseTunerLayer) for module in model.modules())
+
+
+def _names() -> Iterator[str]:
+    yield FROZEN
+    yield from (f"{FROZEN}{number}" for number in itertools.count(2))

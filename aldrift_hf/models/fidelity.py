@@ -1,0 +1,238 @@
+"""The prior is what was passed in: checked on a few short rows, before a run and in numbers.
+
+The model scores the rows before anything is attached to it. Then the prior must give them the same log-probabilities,
+as the trainer will use it: at once, and after the trainable parameters have moved. And the policy must be the same
+model whether it is trained (called as a whole) or scored and sampled (its base model, adapter layers in place).
+Otherwise log-weights would be wrong without a sign: an adapter whose layers stay in effect when it is switched off,
+layers that are repeated, base weights that are trained too, an adapter that looks at its input before it acts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from accelerate.utils import gather_object
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..types import Completions
+from . import sharding
+from .prior import Prior, base_model, split
+from .scoring import inference, label_logprobs, sequence_logprobs
+
+logger = logging.getLogger(__name__)
+
+MAX_DRIFT = 1e-3
+"""Largest difference of a row's log-probability, nats, that is still rounding where the kernels are the same."""
+MAX_OTHER_DRIFT = 0.02
+"""Likewise in fp32 where another kernel, or another machine, rounds otherwise."""
+MAX_HALF_DRIFT = 0.5
+"""Likewise in half precision."""
+NOISE = 0.02
+"""Standard deviation of what is added to trainable parameters, relative to 1 plus their size."""
+
+
+class Rows(NamedTuple):
+    """Short rows of arbitrary tokens.
+
+    Attributes:
+        prompts: token ids of different lengths.
+        completions: one per prompt.
+    """
+
+    prompts: list[list[int]]
+    completions: Completions
+
+    @classmethod
+    def for_model(cls, model: PreTrainedModel, num_rows: int = 3, length: int = 12) -> Rows:
+        """`num_rows` rows of at most `length` tokens that the model can read."""
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        if isinstance(context, int) and context > 1:
+            length = min(length, context)
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(sharding.vocabulary_size(model), (num_rows, length), generator=generator)
+        start = [1 + row % max(1, length // 4) for row in range(num_rows)]
+        return cls(
+            [tokens[:cut] for tokens, cut in zip(ids.tolist(), start, strict=True)],
+            Completions.of([tokens[cut:] for tokens, cut in zip(ids.tolist(), start, strict=True)], 0),
+        )
+
+    def scores(self, model: PreTrainedModel) -> Tensor:
+        """`[num_rows]` log-probabilities of the completions, as proposals are scored, nats."""
+        return sequence_logprobs(model, self.prompts, self.completions, pad_token_id=0, batch_size=len(self.prompts))
+
+    def logprobs(self, model: nn.Module) -> Tensor:
+        """`[num_rows]` log-probabilities of the completions, as the training loss computes them, nats."""
+        rows = [[*prompt, *tokens] for prompt, tokens in zip(self.prompts, self.completions.tokens(), strict=True)]
+        labels = [
+            [-100] * len(prompt) + tokens
+            for prompt, tokens in zip(self.prompts, self.completions.tokens(), strict=True)
+        ]
+        device = next(model.parameters()).device
+        ids = torch.tensor(rows, device=device)
+        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        targets = torch.tensor(labels, device=outputs.logits.device)
+        return label_logprobs(outputs.logits, targets).double().sum(-1).cpu()
+
+
+def split_checked(
+    model: PreTrainedModel | PeftModel, peft_config: PeftConfig | None
+) -> tuple[PreTrainedModel | PeftModel, Prior]:
+    """As [`aldrift_hf.models.prior.split`], with the check that this module describes.
+
+    Models whose weights are spread over the processes, or not loaded in this one, are not checked; nor is a model that
+    cannot run where it is, which is logged as a warning.
+
+    Raises:
+        ValueError: if the prior would not be the model that was passed in, or if nothing could be learned.
+    """
+    reference = _reference(model)
+    policy, prior = split(model, peft_config)
+    if not any(parameter.requires_grad for parameter in policy.parameters()):
+        raise ValueError(
+            "no parameter of the model is trainable, so nothing would be learned. Load the model again, or call "
+            "model.requires_grad_(True) for full fine-tuning."
+        )
+    if reference is not None:
+        rows, expected = reference
+        prior.row_scores = expected
+        with inference(policy):
+            _check(rows, expected, policy, prior)
+    return policy, prior
+
+
+def check_gradient(policy: nn.Module) -> None:
+    """Check that a policy can be trained: that the log-probability of short rows has a gradient that is not zero.
+
+    Args:
+        policy: in the state in which it is trained.
+
+    Raises:
+        ValueError: if it is zero for every trainable parameter.
+    """
+    rows = Rows.for_model(base_model(policy))
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
+    scores = rows.logprobs(policy)
+    gradients = torch.autograd.grad(scores.sum(), trained, allow_unused=True) if scores.requires_grad else []
+    if not any(gradient is not None and bool(gradient.any()) for gradient in gradients):
+        raise ValueError(
+            "the gradient of the log-likelihood is zero for every trainable parameter, so nothing would be learned. "
+            "Either the trainable layers have no effect on the text (lora_alpha=0, or an adapter on layers that text "
+            "does not pass through), or the gradient is lost on its way: with gradient_checkpointing, set "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+
+
+def _reference(model: PreTrainedModel | PeftModel) -> tuple[Rows, Tensor] | None:
+    """Rows and their log-probabilities under a model as it was passed in."""
+    if sharding.is_sharded(model) or any(parameter.is_meta for parameter in model.parameters()):
+        return None
+    try:
+        with inference(model):
+            rows = Rows.for_model(base_model(model))
+            return rows, rows.scores(base_model(model))
+    except Exception as error:  # whatever a kernel raises that exists on another device only
+        logger.warning(f"whether the prior is the model that was passed in could not be checked: {error}")
+        return None
+
+
+def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, prior: Prior) -> None:
+    with prior.active(policy) as model:
+        at_start = rows.scores(model)
+    _compare(at_start, expected, policy, "")
+    # Exactly, or a copy of the first rung's model is kept; the processes must agree on it.
+    equal = torch.equal(rows.scores(base_model(policy)), at_start)
+    prior.is_start = prior.is_start and all(gather_object([equal]))
+    if not isinstance(policy, PeftModel):
+        return  # the prior is a copy that shares nothing
+    with _moved(policy):
+        with prior.active(policy) as model:
+            _compare(rows.scores(model), expected, policy, " once trainable parameters have moved")
+        as_scored, inside = rows.scores(base_model(policy)), rows.logprobs(base_model(policy))
+        as_trained = rows.logprobs(policy)
+    for other, most in ((inside, MAX_DRIFT), (as_scored, _max_rounding(policy))):
+        gap = _gap(as_trained, other)
+        if not gap <= most:
+            raise ValueError(
+                f"{_adapter(policy)} acts differently when the model is trained and when it is sampled and scored: log-"
+                f"probabilities of short rows differ by {gap:.2g} nats. Its effect depends on more than the tokens "
+                "before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights."
+            )
+
+
+def _compare(scores: Tensor, expected: Tensor, policy: nn.Module, when: str) -> None:
+    drift = _gap(scores, expected)
+    if drift <= MAX_DRIFT:
+        return
+    if not isinstance(policy, PeftModel):
+        reason = "The frozen copy of the model computes something else than the model. Load the model again."
+    else:
+        reason = (
+            f"{_adapter(policy)} stays in effect when it is switched off, or something else in the model is trained "
+            "with it. Common causes: options that change the base model (layer_replication, an initialisation that "
+            "edits its weights), biases, norms or embeddings of the base model that are trainable, and layers of "
+            "another adapter. Use an adapter that leaves the base model alone, as LoRA with bias='none' does, on a "
+            "model that is loaded again."
+        )
+    raise ValueError(
+        f"the prior would not be the model that was passed in: log-probabilities of short rows differ by {drift:.2g} "
+        f"nats{when}. {reason}"
+    )
+
+
+def check_same_prior(prior: Prior, policy: nn.Module, theirs: Sequence[float] | None, whose: str) -> None:
+    """Check that the prior of a checkpoint is that of the run which resumes it.
+
+    Args:
+        prior: of the run.
+        policy: the run's, for its precision.
+        theirs: the row scores of the checkpoint's prior; `None` if they were not computed.
+        whose: names the checkpoint, for the message.
+
+    Raises:
+        ValueError: if they differ by more than rounding.
+    """
+    if prior.row_scores is None or theirs is None:
+        return
+    gap = _gap(prior.row_scores, torch.tensor(theirs, dtype=torch.float64))
+    if not gap <= _max_rounding(policy):
+        raise ValueError(
+            f"{whose} was written with another prior: log-probabilities of short rows differ by {gap:.2g} nats. Pass "
+            "the model that the run began with, as it was then."
+        )
+
+
+def _max_rounding(policy: nn.Module) -> float:
+    """Largest difference of a row's log-probability between kernels or machines that is still rounding, nats."""
+    half = any(parameter.dtype.itemsize < 4 for parameter in policy.parameters())
+    return MAX_HALF_DRIFT if half else MAX_OTHER_DRIFT
+
+
+def _gap(scores: Tensor, others: Tensor) -> float:
+    """The largest difference, where both are not the same infinity; NaN where only one of them is a number."""
+    return torch.where(scores == others, 0.0, (scores - others).abs()).max().item()
+
+
+def _adapter(policy: PeftModel) -> str:
+    name = policy.active_adapter
+    return f"the {policy.peft_config[name].peft_type} adapter {name!r}"
+
+
+@contextlib.contextmanager
+def _moved(policy: nn.Module) -> Iterator[None]:
+    """Within a `with` block the trainable parameters are elsewhere; afterwards exactly where they were."""
+    generator = torch.Generator().manual_seed(0)
+    kept = [(parameter, parameter.detach().clone()) for parameter in policy.parameters() if parameter.requires_grad]
+    try:
+        for parameter, value in kept:
+            noise = torch.randn(value.shape, generator=generator).to(value.device, torch.float32)
+            cast(Any, parameter.data).copy_(value + NOISE * (1 + value.float().abs()) * noise)
+        yield
+    finally:
+        for parameter, value in kept:
+            parameter.data.copy_(value)
