@@ -101,8 +101,17 @@ def split_checked(
     if reference is not None:
         rows, expected = reference
         prior.row_scores = expected
-        with inference(policy):
-            _check(rows, expected, policy, prior)
+        try:
+            with inference(policy):
+                measured = _measure(rows, policy, prior)
+        except Exception as error:  # of any type: the model alone could be run
+            raise ValueError(
+                f"with {_described(policy)} the model cannot be run as the trainer does: {error}. Use LoRA or another "
+                "adapter on the weights."
+            ) from error
+        # Exactly the prior, or a copy of the first rung's model is kept; the processes must agree on it.
+        prior.is_start = prior.is_start and all(gather_object([torch.equal(measured.start, measured.prior)]))
+        _check(expected, measured, policy)
     return policy, prior
 
 
@@ -141,27 +150,49 @@ def _reference(model: PreTrainedModel | PeftModel) -> tuple[Rows, Tensor] | None
         return None
 
 
-def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, prior: Prior) -> None:
+class _Measured(NamedTuple):
+    """Row scores, `[num_rows]` each, nats.
+
+    Attributes:
+        prior: of the prior.
+        start: of the policy, as it is scored.
+        moved_prior: of the prior, once the trainable parameters have moved.
+        scored: of the moved policy, as it is scored.
+        inside: of its base model, adapter layers in place, as the training loss computes them.
+        trained: of the moved policy itself, called as a whole, as in training.
+    """
+
+    prior: Tensor
+    start: Tensor
+    moved_prior: Tensor
+    scored: Tensor
+    inside: Tensor
+    trained: Tensor
+
+
+def _measure(rows: Rows, policy: PreTrainedModel | PeftModel, prior: Prior) -> _Measured:
     with prior.active(policy) as model:
         at_start = rows.scores(model)
-    _compare(at_start, expected, policy, "")
-    # Exactly, or a copy of the first rung's model is kept; the processes must agree on it.
-    equal = torch.equal(rows.scores(base_model(policy)), at_start)
-    prior.is_start = prior.is_start and all(gather_object([equal]))
-    if not isinstance(policy, PeftModel):
-        return  # the prior is a copy that shares nothing
+    start = rows.scores(base_model(policy))
+    if not isinstance(policy, PeftModel):  # the prior is a copy that shares nothing with it
+        return _Measured(at_start, start, at_start, start, start, start)
     with _moved(policy):
         with prior.active(policy) as model:
-            _compare(rows.scores(model), expected, policy, " once trainable parameters have moved")
-        as_scored, inside = rows.scores(base_model(policy)), rows.logprobs(base_model(policy))
-        as_trained = rows.logprobs(policy)
-    for other, most in ((inside, MAX_DRIFT), (as_scored, _max_rounding(policy))):
-        gap = _gap(as_trained, other)
+            moved_prior = rows.scores(model)
+        scored, inside = rows.scores(base_model(policy)), rows.logprobs(base_model(policy))
+        return _Measured(at_start, start, moved_prior, scored, inside, rows.logprobs(policy))
+
+
+def _check(expected: Tensor, measured: _Measured, policy: PreTrainedModel | PeftModel) -> None:
+    _compare(measured.prior, expected, policy, "")
+    _compare(measured.moved_prior, expected, policy, " once trainable parameters have moved")
+    for other, most in ((measured.inside, MAX_DRIFT), (measured.scored, _max_rounding(policy))):
+        gap = _gap(measured.trained, other)
         if not gap <= most:
             raise ValueError(
-                f"{_adapter(policy)} acts differently when the model is trained and when it is sampled and scored: log-"
-                f"probabilities of short rows differ by {gap:.2g} nats. Its effect depends on more than the tokens "
-                "before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights."
+                f"with {_described(policy)} the model is another one when it is trained than when it is sampled and "
+                f"scored: log-probabilities of short rows differ by {gap:.2g} nats. Its effect depends on more than "
+                "the tokens before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights."
             )
 
 
@@ -173,11 +204,10 @@ def _compare(scores: Tensor, expected: Tensor, policy: nn.Module, when: str) -> 
         reason = "The frozen copy of the model computes something else than the model. Load the model again."
     else:
         reason = (
-            f"{_adapter(policy)} stays in effect when it is switched off, or something else in the model is trained "
-            "with it. Common causes: options that change the base model (layer_replication, an initialisation that "
-            "edits its weights), biases, norms or embeddings of the base model that are trainable, and layers of "
-            "another adapter. Use an adapter that leaves the base model alone, as LoRA with bias='none' does, on a "
-            "model that is loaded again."
+            f"Either {_described(policy)} stays in effect when it is switched off, or something else in the model is "
+            "trained with it. Common causes: options that change the base model (layer_replication, an initialisation "
+            "that edits its weights), and biases, norms or embeddings of the base model that are trainable. Use an "
+            "adapter that leaves the base model alone, as LoRA with bias='none' does, on a model that is loaded again."
         )
     raise ValueError(
         f"the prior would not be the model that was passed in: log-probabilities of short rows differ by {drift:.2g} "
@@ -218,9 +248,11 @@ def _gap(scores: Tensor, others: Tensor) -> float:
     return torch.where(scores == others, 0.0, (scores - others).abs()).max().item()
 
 
-def _adapter(policy: PeftModel) -> str:
+def _described(policy: nn.Module) -> str:
+    if not isinstance(policy, PeftModel):
+        return "its frozen copy beside it"
     name = policy.active_adapter
-    return f"the {policy.peft_config[name].peft_type} adapter {name!r}"
+    return f"the {policy.peft_config[name].peft_type.value} adapter {name!r}"
 
 
 @contextlib.contextmanager

@@ -84,12 +84,15 @@ def check_loss(loss: float, learning_rate: float) -> None:
         raise FloatingPointError(f"the loss is {loss}. {_diverged(learning_rate)}")
 
 
-def check_gradients(parameters: Iterable[nn.Parameter], learning_rate: float) -> None:
+def check_gradients(parameters: Iterable[nn.Parameter], learning_rate: float) -> float:
     """Stop before NaN or infinite gradients reach the parameters.
 
     Args:
         parameters: those without gradients are skipped; of sharded ones, this process checks its own part.
         learning_rate: for the message.
+
+    Returns:
+        The size of the largest entry on this process.
 
     Raises:
         FloatingPointError: for NaN and infinities.
@@ -99,6 +102,7 @@ def check_gradients(parameters: Iterable[nn.Parameter], learning_rate: float) ->
     largest = torch.nn.utils.get_total_norm(local, math.inf)  # a sum of squares could overflow by itself
     if not bool(largest.isfinite()):
         raise FloatingPointError(f"the loss is finite, but its gradient is not. {_diverged(learning_rate)}")
+    return float(largest)
 
 
 def _diverged(learning_rate: float) -> str:

@@ -141,7 +141,14 @@ def split(
     check_peft_config(peft_config)
     config = copy.deepcopy(peft_config)
     config.inference_mode = False  # true in every config that PEFT has saved
-    return cast(PeftModel, get_peft_model(model, config)), AdapterOff(config)
+    try:
+        policy = get_peft_model(model, config)
+    except Exception as error:  # of any type: PEFT's own checks differ from one kind of adapter to the next
+        raise ValueError(
+            f"PEFT cannot put the {config.peft_type.value} adapter of this peft_config into a {type(model).__name__}: "
+            f"{error}. Change peft_config, and load the model again, for a part of it may be in place."
+        ) from error
+    return cast(PeftModel, policy), AdapterOff(config)
 
 
 def keep_four_bit_weights(model: nn.Module) -> None:
@@ -199,7 +206,7 @@ def _check_independence(config: PeftConfig) -> None:
     """
     if config.is_prompt_learning:
         raise ValueError(
-            f"peft_config of type {config.peft_type} prepends virtual tokens, which sequence log-probabilities do not "
+            f"peft_config of type {config.peft_type.value} prepends virtual tokens, which sequence log-probabilities do not "
             "account for. Use LoRA or another adapter on the weights."
         )
     if getattr(config, "alora_invocation_tokens", None):

@@ -105,6 +105,30 @@ class HookedTrainer(Trainer):
         finally:
             self.args = asked
 
+    # ---- What has no meaning here ----------------------------------------------------------------------------------
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: there are no labels to predict. Use [`evaluate`] or [`sample`].
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "ALDRIFTTrainer has nothing to predict: a data set holds prompts, without labels. Use trainer.sample(n, "
+            "prompts) for corrected completions, or trainer.evaluate(prompts) for metrics."
+        )
+
+    def hyperparameter_search(self, *args: Any, **kwargs: Any) -> Any:
+        """Not supported: every trial needs a trainer of its own.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "ALDRIFTTrainer does not search hyperparameters: its model and the frozen prior are made once. Make a "
+            "trainer per trial, each with an output_dir of its own."
+        )
+
     # ---- Checkpoints -------------------------------------------------------------------------------------------------
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:

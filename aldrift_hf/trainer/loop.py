@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..models import numerics
+from ..models import fidelity, numerics, sharding
 from .run import Run
 from .state import Phase
 
@@ -50,8 +50,12 @@ class RungLoop(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not args.fp16:  # its gradient scaler skips such updates by itself
-            numerics.check_gradients(kwargs["model"].parameters(), args.learning_rate)
+        if args.fp16:  # its gradient scaler skips such updates by itself
+            return
+        largest = numerics.check_gradients(kwargs["model"].parameters(), args.learning_rate)
+        policy = self.runtime.policy()
+        if state.global_step == 0 and not args.deepspeed and not sharding.is_sharded(policy) and largest == 0:
+            fidelity.check_gradient(policy)  # it is zero by right where all costs are the same
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.run.updated(time.perf_counter() - self.step_began)

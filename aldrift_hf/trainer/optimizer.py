@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from .config import ALDRIFTConfig
+
+logger = logging.getLogger(__name__)
 
 DECAY_SHARE = 0.3
 """Default share of all updates, at the end, over which `warmup_stable_decay` lowers the learning rate to 0."""
@@ -32,6 +36,40 @@ def schedule_kwargs(args: ALDRIFTConfig, num_updates: int) -> dict[str, Any]:
     if args.lr_scheduler_type == "warmup_stable_decay" and not args.lr_scheduler_kwargs:
         return {"num_decay_steps": round(DECAY_SHARE * num_updates), "decay_type": "linear"}
     return dict(args.lr_scheduler_kwargs or {})
+
+
+def check_given_optimizer(optimizer: Optimizer | None, schedule: Any, policy: nn.Module) -> None:
+    """Check that an optimizer of the user's own updates what is trained, and that his schedule belongs to it.
+
+    Args:
+        optimizer, schedule: as passed to the trainer; `None` where the Trainer makes them.
+        policy: with its trainable parameters, before it is wrapped.
+
+    Raises:
+        ValueError: if nothing would be trained, or if the schedule is that of another optimizer.
+    """
+    if schedule is not None and schedule.optimizer not in (optimizer, getattr(optimizer, "optimizer", None)):
+        raise ValueError(
+            "the schedule in optimizers belongs to another optimizer than the one that trains, so it would change no "
+            "learning rate. Pass both, (optimizer, schedule), with the schedule made from this optimizer."
+        )
+    if optimizer is None:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = [(name, parameter) for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    missing = [name for name, parameter in trained if id(parameter) not in held]
+    if len(missing) == len(trained):
+        raise ValueError(
+            f"the optimizer holds none of the {len(trained)} trainable parameters, so nothing would be trained. With "
+            "peft_config the adapter is made in the trainer, after the optimizer: pass "
+            "get_peft_model(model, peft_config) and an optimizer over its trainable parameters, or leave optimizers "
+            "out and set optim and learning_rate."
+        )
+    if missing:
+        logger.warning(
+            f"the optimizer does not hold {len(missing)} of the {len(trained)} trainable parameters, such as "
+            f"{missing[0]}: they will not be trained."
+        )
 
 
 def check_optimizer(args: ALDRIFTConfig) -> None:

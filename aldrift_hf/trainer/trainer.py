@@ -48,11 +48,12 @@ from .hooks import HookedTrainer, rung_loss
 from .inputs import check_inputs, check_writable
 from .interrupt import Interrupt
 from .loop import RungLoop
-from .optimizer import check_optimizer
+from .optimizer import check_given_optimizer, check_optimizer
 from .parts import Parts, parts_of
 from .rollout import Rollout, Runtime
 from .run import Run
 from .samples import RungSamples, SampleCollator
+from .set_aside import set_aside
 from .setup import make_objective, make_run
 from .state import Phase
 
@@ -139,6 +140,7 @@ class ALDRIFTTrainer(HookedTrainer):
             model = loading.load_model(model, args.model_init_kwargs, self.inputs.adapter)
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
         policy, self.prior = fidelity.split_checked(model, peft_config)
+        check_given_optimizer(*optimizers, policy)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
@@ -221,6 +223,9 @@ class ALDRIFTTrainer(HookedTrainer):
                 run.start()
             else:
                 self.checkpointer.read(folder)
+            if self.is_world_process_zero():
+                set_aside(str(self.args.output_dir), folder)
+            self.accelerator.wait_for_everyone()
             with self._arguments(num_train_epochs=run.rungs_to_climb(resumed=folder is not None)):
                 output = super().train(resume_from_checkpoint=folder, **kwargs)
             if run.state.phase is Phase.DRAWN and run.has_learned:
