@@ -16,6 +16,8 @@ import torch
 from aldrift_hf import from_reward
 from aldrift_hf.objective.calling import ObjectiveError
 from aldrift_hf.objective.objective import Objective
+from aldrift_hf.objective.store import CostStore
+from aldrift_hf.objective.validation import CostRangeError
 from aldrift_hf.types import Prompts
 
 
@@ -44,7 +46,8 @@ def returning(value, name="broken"):
         (-0.5, "negative"),
         (None, "not a number"),
         ("1", "not a number"),
-        (True, "not a number"),
+        (True, "is True good or bad"),
+        (10**400, "infinite"),
         (10.5, "above objective_range=10.0"),
     ],
 )
@@ -168,9 +171,110 @@ def test_any_sequence_of_numbers_is_accepted(kind):
     assert objective(lambda prompts, completions: values)(prompts("x"), [0, 0], ["a", "b"]).tolist() == [1.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("value", "cost"), [(-1.2e-7, 0.0), (-9e-6, 0.0), (-0.0, 0.0), (10 * (1 + 1e-7), 10.0), (10 + 9e-6, 10.0)]
+)
+@pytest.mark.parametrize("on_error", ["raise", "worst"])
+def test_rounding_is_clamped_to_the_range(value, cost, on_error, tmp_path):
+    settings = {"on_error": on_error, "output_dir": str(tmp_path), "cache_key": "test"}
+    for _ in range(2):  # evaluated, and read from disk
+        evaluate = Objective(returning(value), None, 10.0, **settings)
+        costs = evaluate(prompts("x"), [0, 0], ["bad", "good"]).tolist()
+        assert costs == [cost, 1.0]
+        assert math.copysign(1, costs[0]) == 1
+        assert (evaluate.best, evaluate.failures) == (min(cost, 1.0), 0)
+        evaluate.close()
+
+
+@pytest.mark.parametrize(
+    ("value", "weight", "limit", "others", "accepted"),
+    [
+        (-1.1e-5, 1.0, 10.0, 1.0, False),
+        (-1.9e-5, 0.5, 10.0, 1.0, True),
+        (-2.1e-5, 0.5, 10.0, 1.0, False),
+        (-1.1e-5, 0.0, 10.0, 1.0, False),
+        (-9e-7, 1.0, None, 0.5, True),
+        (-1.1e-6, 1.0, None, 0.5, False),
+        (-9e-4, 1.0, None, 1000.0, True),
+        (-1.1e-3, 1.0, None, 1000.0, False),
+        (10 + 1.1e-5, 1.0, 10.0, 1.0, False),
+    ],
+)
+def test_rounding_is_a_millionth_of_the_range(value, weight, limit, others, accepted):
+    def cost(prompts, completions):
+        return [value if text == "bad" else others for text in completions]
+
+    evaluate = objective(cost, lambda prompts, completions: [0.0] * len(completions), weights=[weight, 1], limit=limit)
+    if accepted:
+        assert evaluate(prompts("x"), [0, 0], ["bad", "good"])[0] == 0
+    else:
+        with pytest.raises(CostRangeError):
+            evaluate(prompts("x"), [0, 0], ["bad", "good"])
+
+
+def test_a_sum_is_clamped_as_a_whole():
+    halves = [lambda prompts, completions: [0.5 + 4e-7] * len(completions)] * 2
+    assert objective(*halves, limit=1.0)(prompts("x"), [0], ["a"]).tolist() == [1.0]
+    with pytest.raises(CostRangeError):
+        objective(*halves, limit=0.99)(prompts("x"), [0], ["a"])
+
+
+@pytest.mark.parametrize(
+    ("stored", "limit"), [([math.nan], 5.0), ([-1.0], 5.0), ([4.0], 3.0), ([None], 5.0), ([""], 5.0)]
+)
+def test_costs_on_disk_are_checked_as_those_evaluated(stored, limit, tmp_path):
+    store = CostStore(str(tmp_path), "key:test", 1)
+    store.add([((ONE.keys[0], "a"), stored), ((ONE.keys[0], "b"), [5.0])])
+    store.close()
+    for on_error in ("raise", "worst"):
+        with pytest.raises(ValueError, match="row 0"):
+            tolerant(failing([], "raise"), tmp_path, on_error=on_error, objective_range=limit)(ONE, [0], ["a"])
+
+
+# ---- Functions that do not judge every completion --------------------------------------------------------------------
+
+
+def judges(texts, value):
+    return lambda prompts, completions: [value if text in texts else None for text in completions]
+
+
+def test_a_function_that_does_not_judge_a_completion_is_left_out_of_its_sum(tmp_path):
+    functions = [judges("ab", 1.0), from_reward(judges("bc", 0.0), best=3.0)]
+    for _ in range(2):  # evaluated, and read from disk
+        evaluate = Objective(functions, [1.0, 2.0], 10.0, output_dir=str(tmp_path), cache_key="test")
+        assert evaluate(prompts("x"), [0] * 3, ["a", "b", "c"]).tolist() == [1.0, 7.0, 6.0]
+        assert list(evaluate.components(prompts("x"), [0] * 3, ["a", "b", "c"]).values()) == [1.0, 3.0]
+        assert list(evaluate.components(prompts("x"), [0], ["c"]).values()) == [3.0]
+        evaluate.close()
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_a_completion_that_no_function_judges_is_an_error(weight):
+    """A function of weight 0 does not count."""
+    functions = [judges("a", 1.0), judges("a" if weight else "ab", 1.0)]
+    with pytest.raises(ValueError, match=r"returned None for row 0.*not a number.*remove such rows"):
+        objective(*functions, weights=[1.0, weight])(prompts("x"), [0, 0], ["a", "b"])
+    evaluate = Objective(functions, [1.0, weight], 10.0, on_error="worst")
+    assert evaluate(prompts("x"), [0, 0], ["a", "b"]).tolist() == [1.0 + weight, 10.0]
+
+
 def test_weights_must_match():
     with pytest.raises(ValueError, match="2 entries for 1 objectives"):
         objective(returning(1.0), weights=[1.0, 2.0])
+
+
+def test_functions_of_one_name_are_told_apart():
+    def cost(prompts, completions):
+        return [1.0] * len(completions)
+
+    def cost_2(prompts, completions):
+        return [2.0] * len(completions)
+
+    half = functools.partial(lambda prompts, completions: [0.5] * len(completions))
+    evaluate = objective(cost, cost_2, functools.partial(cost), half, half, limit=None)
+    assert evaluate.names == ["cost", "cost_2", "cost_3", "<lambda>", "<lambda>_2"]
+    evaluate(prompts("x"), [0], ["a"])
+    assert list(evaluate.components(prompts("x"), [0], ["a"]).values()) == [1.0, 2.0, 1.0, 0.5, 0.5]
 
 
 def test_an_objective_without_a_function_is_refused():
@@ -335,7 +439,7 @@ def failing(texts, how):
             return values
         if how == "raise":
             raise TimeoutError("no answer")
-        return {"nan": [math.nan] * len(values), "shape": values[1:], "range": [99.0] * len(values)}[how]
+        return {"nan": [math.nan] * len(values), "shape": values[1:], "none": [None] * len(values)}[how]
 
     asked = []
     cost.asked = asked
@@ -345,13 +449,14 @@ def failing(texts, how):
 def tolerant(cost, folder=None, **settings):
     """An objective that gives failures the worst cost."""
     settings = {"batch_size": 3, "on_error": "worst", "cache_key": "test", **settings}
-    return Objective(cost, None, 5.0, output_dir=None if folder is None else str(folder), **settings)
+    limit = settings.pop("objective_range", 5.0)
+    return Objective(cost, None, limit, output_dir=None if folder is None else str(folder), **settings)
 
 
 TEXTS, COSTS = ["a", "bb", "ccc", "dddd"], [1.0, 5.0, 3.0, 4.0]
 
 
-@pytest.mark.parametrize("how", ["raise", "nan", "shape", "range"])
+@pytest.mark.parametrize("how", ["raise", "nan", "shape", "none"])
 @pytest.mark.parametrize("overlap", [True, False])
 def test_completions_that_fail_cost_the_worst(how, overlap, caplog, tmp_path):
     cost = failing(["bb"], how)
@@ -387,6 +492,17 @@ def test_the_worst_of_several_is_the_worst_of_their_sum():
     functions = [failing(["bb"], "raise"), failing([], "raise")]
     objective = Objective(functions, [0.5, 2.0], 6.0, on_error="worst")
     assert objective(ONE, [0, 0], ["a", "bb"]).tolist() == [2.5, 6.0]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "worst"])
+@pytest.mark.parametrize("value", [-0.1, 10.1, -math.pi, 1e300])
+def test_a_number_outside_of_the_range_is_an_error_for_all_completions(on_error, value):
+    """Also where another function fails on the same completion."""
+    for functions in ([returning(value)], [failing(["bad"], "nan"), returning(value)]):
+        evaluate = Objective(functions, None, 10.0, on_error=on_error)
+        with pytest.raises(CostRangeError, match=r"negative|above objective_range=10\.0"):
+            evaluate(prompts("x"), [0, 0], ["a", "bad"])
+        assert (evaluate.failures, evaluate.best) == (0, math.inf)
 
 
 @pytest.mark.parametrize(("bound", "weights"), [(None, None), (5.0, [0.0])])

@@ -196,6 +196,18 @@ def test_rounding_is_tolerated():
         check_objective(cost, EXAMPLES)
 
 
+def test_costs_may_leave_the_range_by_rounding():
+    def ends(excess):
+        return lambda prompts, completions: [-excess if "[" in text else 10 + excess for text in completions]
+
+    check_objective(ends(9e-6), EXAMPLES, objective_range=10)
+    for excess in (1.1e-5, 9e-5):
+        with pytest.raises(AssertionError, match="values: .*negative"):
+            check_objective(ends(excess), EXAMPLES, objective_range=10)
+    with pytest.raises(AssertionError, match=r"values: .*above objective_range=10"):
+        check_objective(lambda prompts, completions: [10 + 1.1e-5] * len(completions), EXAMPLES, objective_range=10)
+
+
 @pytest.mark.parametrize(
     "examples", [[], [{"prompt": "a"}], [{"completion": 1}], [{"completion": "a"}, {"completion": "b", "c": 1}]]
 )

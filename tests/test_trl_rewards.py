@@ -2,7 +2,9 @@
 
 import importlib.util
 
+import numpy as np
 import pytest
+import torch
 from trl import rewards
 
 from aldrift_hf import from_reward
@@ -65,11 +67,42 @@ def test_a_reward_of_trl_is_a_cost(name, overlap, tokenizer):
 
 
 @needs_math_verify
-def test_a_reward_that_does_not_apply_is_refused():
-    """TRL skips the row; here the row would be without a target."""
+def test_a_row_that_no_reward_judges_is_refused():
+    """TRL only warns; here the row would be without a target."""
     prompts = Prompts([{"prompt": CHAT, "solution": ""}], [[0]], ["row"])
     with pytest.raises(ValueError, match=r"'accuracy_reward' returned None for row 0, .*remove such rows"):
         Objective(from_reward(rewards.accuracy_reward), None, None)(prompts, [0], [RIGHT])
+    format_and_accuracy = [from_reward(rewards.think_format_reward), from_reward(rewards.accuracy_reward)]
+    assert Objective(format_and_accuracy, None, None)(prompts, [0], [THOUGHT + RIGHT]).tolist() == [0.0]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        torch.tensor([1.0, 0.25, 0.0]),
+        torch.tensor([1.0, 0.25, 0.0], dtype=torch.bfloat16, requires_grad=True),
+        torch.tensor([[1.0], [0.25], [0.0]]),
+        [torch.tensor(1), torch.tensor([0.25]), torch.tensor(False)],
+        np.array([1, 0.25, 0], dtype=np.float32),
+        np.array([[1], [0.25], [0]]),
+        [np.float16(1), np.array(0.25), np.False_],
+        (True, 0.25, 0),
+        [np.bool_(True), 0.25, np.int8(0)],
+        iter([1, 0.25, 0]),
+    ],
+    ids=lambda values: str(values)[:40],
+)
+def test_rewards_may_be_any_numbers(values):
+    assert from_reward(lambda completions, **columns: values)(["x"] * 3, ["a", "b", "c"]) == [0.0, 0.75, 1.0]
+
+
+@pytest.mark.parametrize("values", [torch.tensor([True, False]), np.array([True, False]), [True, False]])
+def test_bools_are_rewards_and_no_costs(values):
+    prompts = Prompts([{"prompt": "x"}], [[0]], ["row"])
+    right = from_reward(lambda completions, **columns: values)
+    assert Objective(right, None, None)(prompts, [0, 0], ["a", "b"]).tolist() == [0.0, 1.0]
+    with pytest.raises(ValueError, match=r"is True good or bad.*from_reward"):
+        Objective(lambda prompts, completions: values, None, None)(prompts, [0, 0], ["a", "b"])
 
 
 def needs_state(prompts, completions, trainer_state, **kwargs):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from .counts import Counts, hash_of
 from .identity import identity_of
 from .protocol import CostFunction, check_signature
 from .store import Costs, CostStore, Key
+from .validation import CostRangeError
 from .weighted import Batch, WeightedCost
 from .worker import Worker
 
@@ -44,8 +46,9 @@ class Objective:
         weights: a non-negative factor per function; `None` is 1 each.
         objective_range: D, an upper bound on the weighted cost; a higher cost is an error. `None` sets no bound.
         batch_size: completions per call.
-        on_error: what happens where a function raises an exception or returns an invalid cost. `"raise"` raises an
-            error. `"worst"` evaluates the completions of the batch one by one, and those that fail again cost D.
+        on_error: what happens where a function raises an exception or returns what is not a finite number. `"raise"`
+            raises an error. `"worst"` evaluates the completions of the batch one by one, and those that fail again cost
+            D. A number outside of `[0, D]` is always an error.
         overlap: whether the functions run in a thread. Otherwise [`finish`] calls them, in the caller's thread.
         output_dir: the run's directory, where costs are written as soon as they are evaluated and where those of an
             earlier start are found; `None` keeps them in memory.
@@ -175,10 +178,9 @@ class Objective:
                 if not self._has_failed(hashed):
                     new[key] = index
             elif hashed not in self._counts.asked:
-                self._cost.check_bound(
-                    self.store[key], rows[index], key[1]
-                )  # it may come from a run with another bound
-                self._counts.add(hashed, self._cost.total(self.store[key]))
+                # They may come from a run with another bound, or from another function under the same cache key.
+                costs = self._cost.check(self.store[key], rows[index], key[1])
+                self._counts.add(hashed, self._cost.total(costs))
         state = PartialState()
         mine = list(new.items())[state.process_index :: state.num_processes]
         for start in range(0, len(mine), self.batch_size):
@@ -193,7 +195,8 @@ class Objective:
         in the store.
 
         Raises:
-            ValueError: for an invalid cost, naming the function, the prompt row and the completion.
+            ValueError: for an invalid cost, naming the function, the prompt row and the completion, or for a completion
+                that no function judges.
             ObjectiveError: if a function raised an exception.
             OSError: if costs could not be written to disk.
         """
@@ -234,9 +237,17 @@ class Objective:
         self._begun = _Begun()
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
-        """The mean unweighted cost under each function, by name, over completions that have been evaluated."""
-        values = torch.tensor([self._costs(key) for key in _keys(prompts, rows, completions)])
-        return dict(zip(self.names, values.mean(0).tolist(), strict=True))
+        """The mean unweighted cost under each function, by name, over evaluated completions that the function judges.
+
+        A function that judges none of them is left out.
+        """
+        costs = [self._costs(key) for key in _keys(prompts, rows, completions)]
+        means = {}
+        for name, column in zip(self.names, zip(*costs, strict=True), strict=True):
+            judged = [cost for cost in column if cost is not None]
+            if judged:
+                means[name] = math.fsum(judged) / len(judged)
+        return means
 
     def close(self) -> None:
         """End the thread and close the file of costs, after discarding what [`finish`] was not called for."""
@@ -292,6 +303,8 @@ class Objective:
         """The costs of a batch. With `on_error="worst"` those that fail are missing; they are in `begun.failed`."""
         try:
             return list(zip(batch.keys, self._cost.evaluate(batch), strict=True))
+        except CostRangeError:
+            raise  # an error of the function or the settings, that no completion may pay for
         except (ValueError, ObjectiveError) as error:
             if self._worst is None:
                 raise
@@ -300,6 +313,8 @@ class Objective:
         for single in batch.singles():
             try:
                 costs.append((single.keys[0], self._cost.evaluate(single)[0]))
+            except CostRangeError:
+                raise
             except (ValueError, ObjectiveError) as error:
                 begun.failure = error
                 begun.failed.append(single.keys[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,16 @@ def name_of(function: CostFunction) -> str:
     """The name of a function, or the name of the class of a callable object."""
     inner = _without_partial(function)
     return str(getattr(inner, "__name__", type(inner).__name__))
+
+
+def unique_names(functions: Sequence[CostFunction]) -> list[str]:
+    """The functions' names, with a number where an earlier one has the same name: two lambdas, for example."""
+    names: list[str] = []
+    for function in functions:
+        name = name_of(function)
+        candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
+        names.append(next(candidate for candidate in candidates if candidate not in names))
+    return names
 
 
 def is_async(function: CostFunction) -> bool:

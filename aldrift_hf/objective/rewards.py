@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from .protocol import CostFunction, is_async, name_of
+from .validation import plain_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,10 +22,11 @@ def from_reward(
 
     Args:
         reward: a function, sync or async, that takes `prompts`, `completions` and the data set's columns and returns a
-            list of floats, as for TRL's `GRPOTrainer(reward_funcs=...)`. With chat prompts it gets each completion as a
-            list with one assistant message, as in TRL; the rewards in `trl.rewards` that read text need chat prompts.
-            `None`, with which a reward in TRL skips a row, is refused: remove such rows from the data set. TRL's
-            trainers also pass `trainer_state`, `log_extra`, `log_metric` and `environments`; these do not exist here.
+            list of floats, as for TRL's `GRPOTrainer(reward_funcs=...)`; an array, a tensor or a list of bools is as
+            good. With chat prompts it gets each completion as a list with one assistant message, as in TRL; the rewards
+            in `trl.rewards` that read text need chat prompts. `None` says that the reward does not judge a row: it is
+            left out of the row's weighted sum, as in TRL, and another cost function must judge the row. TRL's trainers
+            also pass `trainer_state`, `log_extra`, `log_metric` and `environments`; these do not exist here.
         best: the highest possible reward. A higher one would give a negative cost, which is refused.
         tokenizer: the tokenizer for rewards that take `completion_ids`: the tokens of each text, without an end-of-text
             token. The text is tokenized again, because a cost is a function of the text: two completions with the same
@@ -47,17 +49,20 @@ def from_reward(
         )
         return {"prompts": prompts, "completions": chat, **ids}
 
-    def costs(rewards: Sequence[Any]) -> list[Any]:
+    def costs(rewards: Any) -> Any:
         # Anything that is not a number stays as it is: the check of the values then names the row.
-        return [best - value if isinstance(value, numbers.Real) else value for value in rewards]
+        values = plain_values(list(rewards) if isinstance(rewards, Iterator) else rewards)
+        if not isinstance(values, list):
+            return values
+        return [best - value if isinstance(value, numbers.Real) else value for value in values]
 
     if is_async(reward):
 
-        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:
+        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> Any:
             return costs(await reward(**arguments(prompts, completions), **columns))
     else:
 
-        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> list[Any]:  # type: ignore[misc]
+        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> Any:  # type: ignore[misc]
             return costs(reward(**arguments(prompts, completions), **columns))
 
     cost.__name__ = name_of(reward)

@@ -24,8 +24,8 @@ FOLDER = "_costs"
 Key = tuple[str, str]
 """The identity of a prompt row ([`aldrift_hf.types.Prompts.keys`]) and a completion."""
 
-Costs = list[float]
-"""The cost of one completion under each of the cost functions."""
+Costs = list[float | None]
+"""The cost of one completion under each of the cost functions; `None` under one that does not judge it."""
 
 
 class Loaded(NamedTuple):

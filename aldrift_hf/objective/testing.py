@@ -9,12 +9,13 @@ Hypothesis finds more difficult texts: write a test with `@given(st.text())` tha
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from .calling import ObjectiveError, call_functions
 from .protocol import CostFunction, check_signature, name_of
-from .validation import check_bound, check_values
+from .validation import check_bound, check_values, not_judged
 
 MAX_LENGTH = 20_000
 """Characters of the longest texts that a cost function is tried on."""
@@ -33,7 +34,7 @@ def check_objective(
 
     - *signature*: it can be called with the examples' columns;
     - *errors*: it returns a cost for every text, however malformed;
-    - *values*: it returns one number per completion, finite, at least 0 and at most `objective_range`;
+    - *values*: it returns one number per completion, finite, at least 0 and at most `objective_range`, up to rounding;
     - *arguments*: it does not change its arguments;
     - *determinism*: the same call returns the same costs;
     - *order* and *batch size*: the cost of a completion does not depend on its position in the batch or on the rest of
@@ -129,15 +130,19 @@ def _evaluate(objective: CostFunction, rows: list[Row], objective_range: float |
             "before changing: the trainer goes on to use them."
         )
     try:
-        values = check_values(name, result, range(len(rows)), completions)
+        values = check_values(name, result, range(len(rows)), completions, bound=objective_range)
     except ValueError as error:
         _fail(f"values: {error}. Return one number in [0, D] per completion, D for malformed text.")
+    costs: list[float] = []
     for row, (text, value) in enumerate(zip(completions, values, strict=True)):
         try:
+            if value is None:
+                raise not_judged([name], row, text)
             check_bound(name, value, objective_range, row, text)
         except ValueError as error:
             _fail(f"values: {error}")
-    return values
+        costs.append(min(value, math.inf if objective_range is None else objective_range))
+    return costs
 
 
 def _fail(message: str, cause: BaseException | None = None) -> NoReturn:

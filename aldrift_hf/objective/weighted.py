@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ..types import Prompts, columns_of
 from .calling import call_functions
-from .protocol import CostFunction, name_of
+from .protocol import CostFunction, unique_names
 from .store import Costs, Key
-from .validation import check_bound, check_values
+from .validation import CostRangeError, check_bound, check_values, not_judged
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class WeightedCost:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
         if not self.functions or not all(callable(function) for function in self.functions):
             raise TypeError("objective must be a cost function, or a list of at least one")
-        self.names = [name_of(function) for function in self.functions]
+        self.names = unique_names(self.functions)
         self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions):
             raise ValueError(
@@ -69,7 +70,8 @@ class WeightedCost:
         """The checked costs of a batch under each function, `[n][functions]`.
 
         Raises:
-            ValueError: for an invalid cost.
+            CostRangeError: for a cost below 0, or a weighted sum above D, by more than rounding.
+            ValueError: for another invalid cost, and for a completion that no function judges.
             ObjectiveError: if a function raises an exception.
         """
         completions = list(batch.completions)
@@ -78,19 +80,11 @@ class WeightedCost:
             "completions": completions,
             **columns_of(batch.prompts, batch.rows),
         }
-        results = call_functions(self.functions, arguments)
-        checked = [
-            check_values(name, values, batch.rows, batch.completions)
-            for name, values in zip(self.names, results, strict=True)
-        ]
-        costs = [list(values) for values in zip(*checked, strict=True)]
-        for row, text, values in zip(batch.rows, batch.completions, costs, strict=True):
-            self.check_bound(values, row, text)
-        return costs
+        return self._checked(call_functions(self.functions, arguments), batch.rows, batch.completions)
 
     def total(self, costs: Costs) -> float:
-        """The weighted sum of the functions' costs."""
-        return math.fsum(weight * cost for weight, cost in zip(self.weights, costs, strict=True))
+        """The weighted sum of the functions' costs, without those that do not judge the completion; in `[0, D]`."""
+        return min(self._sum(costs), math.inf if self.bound is None else self.bound)
 
     def worst(self) -> Costs:
         """Equal costs under each function that sum to `bound`."""
@@ -99,6 +93,33 @@ class WeightedCost:
             raise ValueError("objective_on_error='worst' needs objective_range, the worst cost, and a positive weight")
         return [self.bound / weight] * len(self.functions)
 
-    def check_bound(self, costs: Costs, row: int, completion: str) -> None:
-        """Raise a `ValueError` if the weighted sum is above `bound`."""
-        check_bound(" + ".join(self.names), self.total(costs), self.bound, row, completion)
+    def check(self, costs: Costs, row: int, completion: str) -> Costs:
+        """Check costs that were evaluated under other settings, such as another bound, as [`evaluate`] does."""
+        (checked,) = self._checked([[cost] for cost in costs], [row], [completion])
+        return checked
+
+    def _checked(self, results: Sequence[Any], rows: Sequence[int], completions: Sequence[str]) -> list[Costs]:
+        """What each function returned, as the costs of each completion, `[n][functions]`."""
+        columns: list[Costs] = []
+        failure = None
+        for name, weight, values in zip(self.names, self.weights, results, strict=True):
+            try:
+                columns.append(check_values(name, values, rows, completions, weight, self.bound))
+            except CostRangeError:
+                raise
+            except ValueError as error:  # raised below, unless another function's cost is out of range
+                columns.append([None] * len(completions))
+                failure = failure or error
+        costs = [list(values) for values in zip(*columns, strict=True)]
+        for row, text, values in zip(rows, completions, costs, strict=True):
+            check_bound(" + ".join(self.names), self._sum(values), self.bound, row, text)
+        if failure is not None:
+            raise failure
+        for row, text, values in zip(rows, completions, costs, strict=True):
+            judged = [weight for weight, cost in zip(self.weights, values, strict=True) if cost is not None]
+            if not judged or (any(self.weights) and not any(judged)):
+                raise not_judged(self.names, row, text)
+        return costs
+
+    def _sum(self, costs: Costs) -> float:
+        return math.fsum(weight * cost for weight, cost in zip(self.weights, costs, strict=True) if cost is not None)
