@@ -128,7 +128,7 @@ def split(
                 "adapter (a frozen copy of it is the prior), or pass model.merge_and_unload() with the peft_config."
             )
         for config in model.peft_config.values():
-            _check_independence(config)
+            _check_apart(config)
         return model, FrozenAdapter(adapters.add_frozen_copy(model))
     if adapters.has_layers(model):
         raise ValueError(
@@ -179,16 +179,11 @@ def check_peft_config(config: PeftConfig) -> None:
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(config).__name__}")
-    _check_independence(config)
+    _check_apart(config)
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
             f"peft_config with task_type={str(config.task_type)!r} is for another kind of model. Use task_type="
             "'CAUSAL_LM'."
-        )
-    if getattr(config, "bias", "none") != "none":
-        raise ValueError(
-            f"peft_config with bias={config.bias!r} trains the base model's own biases, so the prior would change with "
-            "them. Use bias='none'."
         )
     init = getattr(config, "init_lora_weights", True)
     if isinstance(init, str) and init.lower().startswith(_INITS_THAT_EDIT_THE_BASE):
@@ -198,21 +193,26 @@ def check_peft_config(config: PeftConfig) -> None:
         )
 
 
-def _check_independence(config: PeftConfig) -> None:
-    """Refuse an adapter that does not act alike wherever its layers are run.
+def _check_apart(config: PeftConfig) -> None:
+    """Refuse an adapter that is not apart from the base model, or acts only where the whole model is called.
 
     Raises:
-        ValueError: for virtual tokens, and for an adapter that acts from certain tokens on.
+        ValueError: for virtual tokens, trained biases, and an adapter that acts from certain tokens on.
     """
     if config.is_prompt_learning:
         raise ValueError(
-            f"peft_config of type {config.peft_type.value} prepends virtual tokens, which sequence log-probabilities do not "
-            "account for. Use LoRA or another adapter on the weights."
+            f"peft_config of type {config.peft_type.value} prepends virtual tokens, which sequence log-probabilities do "
+            "not account for. Use LoRA or another adapter on the weights."
         )
     if getattr(config, "alora_invocation_tokens", None):
         raise ValueError(
             "peft_config with alora_invocation_tokens acts only after these tokens, which PEFT looks for when the "
             "whole model is called; drawn and scored, the model would have no adapter. Use LoRA."
+        )
+    if getattr(config, "bias", "none") != "none":
+        raise ValueError(
+            f"an adapter with bias={config.bias!r} trains the base model's own biases, so the prior would change with "
+            "them. Use bias='none'."
         )
 
 
