@@ -202,7 +202,7 @@ def test_costs_may_leave_the_range_by_rounding():
 
     check_objective(ends(9e-6), EXAMPLES, objective_range=10)
     for excess in (1.1e-5, 9e-5):
-        with pytest.raises(AssertionError, match="values: .*negative"):
+        with pytest.raises(AssertionError, match=r"values: .*negative"):
             check_objective(ends(excess), EXAMPLES, objective_range=10)
     with pytest.raises(AssertionError, match=r"values: .*above objective_range=10"):
         check_objective(lambda prompts, completions: [10 + 1.1e-5] * len(completions), EXAMPLES, objective_range=10)

@@ -2,70 +2,94 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
+import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .protocol import CostFunction, is_async, name_of
+from .event_loop import is_foreign, wait_for
+from .protocol import CostFunction, name_of
+
+Arguments = Mapping[str, Sequence[Any]]
+"""`prompts`, `completions` and the data set's other columns."""
 
 
 class ObjectiveError(RuntimeError):
     """A cost function raised an exception, which is the `__cause__`. The message names the function and the batch."""
 
 
-def call_functions(functions: Sequence[CostFunction], arguments: Mapping[str, Any]) -> list[Any]:
-    """The results of all functions on one batch, as returned. The async functions run concurrently on one event loop.
+def call_functions(calls: Sequence[tuple[CostFunction, Arguments]]) -> list[Any]:
+    """The results of all functions on one batch, as returned.
 
-    Args:
-        functions: the cost functions.
-        arguments: `prompts`, `completions` and the data set's other columns.
+    The functions are called in this thread. Where one returns an awaitable, as an async function does, all of these
+    run together on the process's event loop.
 
     Raises:
         ObjectiveError: if a function raises an exception.
     """
-    completions = arguments["completions"]
-
-    async def call_async(function: CostFunction) -> Any:
-        with _named_errors(function, completions):
-            return await function(**arguments)
-
-    async def call_all_async() -> list[Any]:
-        return await asyncio.gather(*(call_async(function) for function in functions if is_async(function)))
-
-    async_results: list[Any] = []
-    if any(map(is_async, functions)):
-        if threading.current_thread() is not threading.main_thread():
-            async_results = asyncio.run(call_all_async())
-        else:  # in another thread, because an event loop may already be running in this one, as in a notebook
-            with ThreadPoolExecutor(max_workers=1) as pool:
-                async_results = pool.submit(asyncio.run, call_all_async()).result()
-    remaining = iter(async_results)
-    results = []
-    for function in functions:
-        if is_async(function):
-            results.append(next(remaining))
-        else:
-            with _named_errors(function, completions):
-                results.append(function(**arguments))
+    batch = _described(calls[0][1]["completions"])  # before the functions may edit it
+    results: list[Any] = []
+    try:
+        for function, arguments in calls:
+            with _named_errors(function, batch, _hint()):
+                results.append(_call(function, arguments))
+    except BaseException:
+        for result in filter(inspect.iscoroutine, results):
+            result.close()  # it has not begun
+        raise
+    waiting = {index: result for index, result in enumerate(results) if inspect.isawaitable(result)}
+    if waiting:
+        awaited = wait_for([_await(calls[index][0], result, batch) for index, result in waiting.items()])
+        for index, result in zip(waiting, awaited, strict=True):
+            results[index] = result
     return results
 
 
+def _call(function: CostFunction, arguments: Arguments) -> Any:
+    """What a function returns. If it needs a running event loop (`asyncio.gather` in a function that is not async), an
+    awaitable that calls it on the loop."""
+
+    async def on_the_loop() -> Any:
+        result = function(**arguments)
+        return await result if inspect.isawaitable(result) else result
+
+    try:
+        result = function(**arguments)
+    except RuntimeError as error:
+        if "no running event loop" in str(error) or "no current event loop" in str(error):
+            return on_the_loop()
+        raise
+    if inspect.isawaitable(result) and is_foreign(result):
+        result.cancel()  # type: ignore[attr-defined]
+        return on_the_loop()
+    return result
+
+
+async def _await(function: CostFunction, awaitable: Awaitable[Any], batch: str) -> Any:
+    with _named_errors(function, batch):
+        return await awaitable
+
+
+def _described(completions: Sequence[str]) -> str:
+    return f"a batch of {len(completions)} completions, the first of which is {completions[0]!r}"
+
+
+def _hint() -> str:
+    if threading.current_thread() is threading.main_thread():
+        return ""
+    return (
+        ". The function ran in a thread, beside generation. If it works only in the main thread (signals, some "
+        "database connections), set overlap_objective=False"
+    )
+
+
 @contextlib.contextmanager
-def _named_errors(function: CostFunction, completions: Sequence[str]) -> Iterator[None]:
+def _named_errors(function: CostFunction, batch: str, hint: str = "") -> Iterator[None]:
     """Turns any exception into an [`ObjectiveError`] that says which function raised it, and for which batch."""
     try:
         yield
     except Exception as error:
-        hint = (
-            ""
-            if threading.current_thread() is threading.main_thread()
-            else ". The function ran in a thread, beside generation. If it works only in the main thread (signals, "
-            "some database connections), set overlap_objective=False"
-        )
         raise ObjectiveError(
-            f"objective {name_of(function)!r} raised {type(error).__name__}: {error} on a batch of {len(completions)} "
-            f"completions, the first of which is {completions[0]!r}{hint}"
+            f"objective {name_of(function)!r} raised {type(error).__name__}: {error} on {batch}{hint}"
         ) from error

@@ -1,4 +1,4 @@
-"""Cost functions as objects: their name, whether they are async, and whether they can be called with given columns."""
+"""Cost functions as objects: their names, and whether they can be called with given columns."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ CostFunction = Callable[..., Any]
 
 def name_of(function: CostFunction) -> str:
     """The name of a function, or the name of the class of a callable object."""
-    inner = _without_partial(function)
-    return str(getattr(inner, "__name__", type(inner).__name__))
+    while isinstance(function, functools.partial):
+        function = function.func
+    return str(getattr(function, "__name__", type(function).__name__))
 
 
 def unique_names(functions: Sequence[CostFunction]) -> list[str]:
@@ -26,12 +27,6 @@ def unique_names(functions: Sequence[CostFunction]) -> list[str]:
         candidates = itertools.chain([name], (f"{name}_{number}" for number in itertools.count(2)))
         names.append(next(candidate for candidate in candidates if candidate not in names))
     return names
-
-
-def is_async(function: CostFunction) -> bool:
-    """Whether a call returns a coroutine: an `async` function, or an object with an `async` `__call__`."""
-    inner = _without_partial(function)
-    return inspect.iscoroutinefunction(inner) or inspect.iscoroutinefunction(type(inner).__call__)
 
 
 def check_signature(function: CostFunction, columns: Sequence[str]) -> None:
@@ -70,9 +65,3 @@ def _remedy(missing: list[str]) -> str:
             "the text. Give the parameter a default."
         )
     return f"Add a column {missing[0]!r} to the data set, or give the parameter a default."
-
-
-def _without_partial(function: CostFunction) -> CostFunction:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return function

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import numbers
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .protocol import CostFunction, is_async, name_of
+from .protocol import CostFunction, name_of
 from .validation import plain_values
 
 if TYPE_CHECKING:
@@ -56,14 +56,12 @@ def from_reward(
             return values
         return [best - value if isinstance(value, numbers.Real) else value for value in values]
 
-    if is_async(reward):
+    async def awaited(rewards: Awaitable[Any]) -> Any:
+        return costs(await rewards)
 
-        async def cost(prompts: list[Any], completions: list[str], **columns: Any) -> Any:
-            return costs(await reward(**arguments(prompts, completions), **columns))
-    else:
-
-        def cost(prompts: list[Any], completions: list[str], **columns: Any) -> Any:  # type: ignore[misc]
-            return costs(reward(**arguments(prompts, completions), **columns))
+    def cost(prompts: list[Any], completions: list[str], **columns: Any) -> Any:
+        rewards = reward(**arguments(prompts, completions), **columns)
+        return awaited(rewards) if inspect.isawaitable(rewards) else costs(rewards)
 
     cost.__name__ = name_of(reward)
     # The signature tells the trainer which columns the reward needs.

@@ -8,12 +8,13 @@ Hypothesis finds more difficult texts: write a test with `@given(st.text())` tha
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
+from ..content import Content
 from .calling import ObjectiveError, call_functions
+from .copies import copies_of
 from .protocol import CostFunction, check_signature, name_of
 from .validation import check_bound, check_values, not_judged
 
@@ -118,17 +119,17 @@ def _evaluate(objective: CostFunction, rows: list[Row], objective_range: float |
     name, completions = name_of(objective), [row["completion"] for row in rows]
     columns = {key: [row[key] for row in rows] for key in rows[0] if key not in _TEXTS}
     expected = {"prompts": [row["prompt"] for row in rows], "completions": completions, **columns}
-    passed = copy.deepcopy(expected)
+    passed = copies_of(expected)
     try:
-        (result,) = call_functions([objective], passed)
+        (result,) = call_functions([(objective, passed)])
     except ObjectiveError as error:
         _fail(f"errors: {error}. Catch what a text can cause, and return the worst cost, D.", error.__cause__)
-    if passed != expected:
-        changed = next(key for key in expected if passed[key] != expected[key])
-        _fail(
-            f"arguments: objective {name!r} changed {changed} from {expected[changed]!r} to {passed[changed]!r}. Copy "
-            "before changing: the trainer goes on to use them."
-        )
+    for key, values in expected.items():
+        if Content().digest(passed[key]) != Content().digest(values):
+            _fail(
+                f"arguments: objective {name!r} changed {key} from {values!r} to {passed[key]!r}. Copy before "
+                "changing: a function that calls this one and another may pass both the same lists."
+            )
     try:
         values = check_values(name, result, range(len(rows)), completions, bound=objective_range)
     except ValueError as error:

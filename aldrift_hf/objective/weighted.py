@@ -9,6 +9,7 @@ from typing import Any
 
 from ..types import Prompts, columns_of
 from .calling import call_functions
+from .copies import copies_of
 from .protocol import CostFunction, unique_names
 from .store import Costs, Key
 from .validation import CostRangeError, check_bound, check_values, not_judged
@@ -67,7 +68,7 @@ class WeightedCost:
         self.bound = bound
 
     def evaluate(self, batch: Batch) -> list[Costs]:
-        """The checked costs of a batch under each function, `[n][functions]`.
+        """The checked costs of a batch under each function, `[n][functions]`. Each function gets copies to itself.
 
         Raises:
             CostRangeError: for a cost below 0, or a weighted sum above D, by more than rounding.
@@ -80,7 +81,8 @@ class WeightedCost:
             "completions": completions,
             **columns_of(batch.prompts, batch.rows),
         }
-        return self._checked(call_functions(self.functions, arguments), batch.rows, batch.completions)
+        results = call_functions([(function, copies_of(arguments)) for function in self.functions])
+        return self._checked(results, batch.rows, batch.completions)
 
     def total(self, costs: Costs) -> float:
         """The weighted sum of the functions' costs, without those that do not judge the completion; in `[0, D]`."""

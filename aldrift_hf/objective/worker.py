@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from .event_loop import cancel
+
 SECONDS_TO_STOP = 5.0
 """How long [`Worker.stop`] waits for a running job. A function that hangs must not block the caller for longer."""
 
@@ -29,8 +31,12 @@ class Worker:
         return future
 
     def stop(self) -> None:
-        """End the thread after the jobs in the queue; wait for it for up to `SECONDS_TO_STOP`."""
+        """End the thread after the jobs in the queue; wait for it for up to `SECONDS_TO_STOP`.
+
+        What async functions still do for it is cancelled.
+        """
         self._jobs.put(None)
+        cancel(self._thread)
         self._thread.join(SECONDS_TO_STOP)
 
     def _run(self) -> None:

@@ -1,0 +1,93 @@
+"""One event loop for all async cost functions of a process, in a thread of its own.
+
+A semaphore, a lock or a client belongs to the event loop in which it is first used. One that a user keeps at module
+level is used by every batch, by every trainer of the process and by `check_objective`, so that they need the same loop.
+It does not matter then whether a loop is running in the caller's thread, as in a notebook.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Awaitable, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+
+class _EventLoop:
+    """An event loop in a daemon thread, which does not keep the process alive while a function hangs."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.waiting: dict[int, Future[list[Any]]] = {}
+        threading.Thread(target=self._run, name="aldrift-event-loop", daemon=True).start()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        while True:
+            try:
+                self.loop.run_forever()
+            except (SystemExit, KeyboardInterrupt):  # raised by a function, and in the thread that waits for it too
+                continue
+
+
+_lock = threading.Lock()
+_current: _EventLoop | None = None
+
+
+def _event_loop() -> _EventLoop:
+    global _current
+    with _lock:
+        if _current is None:
+            _current = _EventLoop()
+        return _current
+
+
+def _forget() -> None:
+    """In a forked process: the thread was not copied, and the lock may have been held."""
+    global _lock, _current
+    _lock, _current = threading.Lock(), None
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def wait_for(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Wait for the results of awaitables that run together on the process's event loop.
+
+    If one of them raises, the others are cancelled and its exception is raised. An exception in the waiting thread,
+    such as KeyboardInterrupt, cancels them all.
+    """
+    running, thread = _event_loop(), threading.get_ident()
+    running.waiting[thread] = future = asyncio.run_coroutine_threadsafe(_together(awaitables), running.loop)
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+    finally:
+        del running.waiting[thread]
+
+
+def cancel(thread: threading.Thread) -> None:
+    """Cancel what another thread is waiting for: there, [`wait_for`] raises `CancelledError`."""
+    future = None if _current is None or thread.ident is None else _current.waiting.get(thread.ident)
+    if future is not None:
+        future.cancel()
+
+
+def is_foreign(awaitable: Awaitable[Any]) -> bool:
+    """Whether an awaitable is bound to another event loop, on which this one cannot wait."""
+    return asyncio.isfuture(awaitable) and awaitable.get_loop() is not _event_loop().loop
+
+
+async def _together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
