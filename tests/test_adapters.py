@@ -1,4 +1,4 @@
-"""Adapters by any name: trained, saved, resumed, loaded, chosen as the best, described and used from the command line."""
+"""Adapters by any name: trained, saved, resumed, loaded, chosen as the best, and described in the card."""
 
 from pathlib import Path
 

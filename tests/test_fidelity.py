@@ -105,7 +105,7 @@ def other_configs(draw, family: str):
     return lambda: getattr(peft, name)(**CAUSAL, **kinds[name])
 
 
-@fuzz(60)
+@fuzz(40)
 @given(st.data())
 def test_either_the_prior_stays_and_the_adapter_moves_or_it_is_refused(data):
     """Whatever PEFT offers: after one update the prior is what was passed in, and the policy is not what it was."""

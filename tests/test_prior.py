@@ -16,7 +16,7 @@ from conftest import (
     tiny_gpt2,
     tiny_llama,
 )
-from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 
 from aldrift_hf.models import prior
 from aldrift_hf.models.prior import base_model
@@ -109,7 +109,7 @@ def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
         (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", target_modules=["c_attn"]), "rewrites the base"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
         (LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"]), "task_type='CAUSAL_LM'"),
-        (LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[3]), "use LoRA|Use LoRA"),
+        (LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[3]), "Use LoRA"),
     ],
 )
 def test_adapters_that_cannot_be_switched_off_are_refused(peft_config, message, config, tokenizer):

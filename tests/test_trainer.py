@@ -535,3 +535,12 @@ def test_there_must_be_a_checkpoint_to_resume_from(make):
     for last in (True, "True"):
         with pytest.raises(ValueError, match="no checkpoint in"):
             make().train(resume_from_checkpoint=last)
+
+
+def test_what_has_no_meaning_here_says_what_to_use_instead(config, tokenizer):
+    model = tiny_gpt2()
+    trainer = ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model))
+    with pytest.raises(NotImplementedError, match=r"trainer\.sample"):
+        trainer.predict(trainer.train_dataset)
+    with pytest.raises(NotImplementedError, match="trainer per trial"):
+        trainer.hyperparameter_search(lambda trial: {})
