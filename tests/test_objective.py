@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import functools
+import gc
 import math
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 import torch
@@ -601,6 +603,66 @@ def test_a_closed_objective_has_no_thread_and_no_file(overlap, tmp_path):
         assert threading.active_count() == before
         assert [path.name for path in tmp_path.glob("_costs/*")] == ["0.sqlite"]
     assert objective(ONE, [0], ["dddd"]).tolist() == [4.0]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_leaving_the_outermost_context_closes_the_objective(overlap, tmp_path):
+    before = threading.active_count()
+    objective = tolerant(failing([], "raise"), tmp_path, overlap=overlap)
+    for _ in range(2):
+        with objective.open():
+            with objective.open():
+                assert objective(ONE, [0], ["a"]).tolist() == [1.0]
+            assert objective(ONE, [0], [f"a{_}"]).tolist() == [2.0]
+            assert threading.active_count() == before + overlap
+            assert {path.name for path in tmp_path.glob("_costs/*")} > {"0.sqlite"}
+        assert threading.active_count() == before
+        assert [path.name for path in tmp_path.glob("_costs/*")] == ["0.sqlite"]
+    with contextlib.suppress(KeyboardInterrupt), objective.open():
+        objective.begin(ONE, [0], ["b"])
+        raise KeyboardInterrupt
+    assert threading.active_count() == before
+    assert not objective._begun.asked
+
+
+async def length_later(prompts, completions):
+    return [float(len(text)) for text in completions]
+
+
+@pytest.mark.parametrize("cost", [length_later, failing([], "raise"), failing(["a"], "raise")])
+def test_objectives_that_nobody_uses_leave_nothing_behind(cost, tmp_path):
+    """Neither a thread nor an object, although none was closed."""
+    objective(length_later)(ONE, [0], ["a"])  # starts the event loop of the process
+    gc.collect()
+    before, gone = threading.active_count(), []
+    for number in range(30):
+        one = objective(cost) if number % 2 else tolerant(cost, tmp_path / str(number), on_error="raise")
+        with contextlib.suppress(ObjectiveError):
+            one(ONE, [0, 0], ["a", "bb"])
+        one.begin(ONE, [0], ["cc"])
+        gone.append(weakref.ref(one))
+        del one
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before or any(ref() for ref in gone):
+        assert time.monotonic() < deadline, (threading.active_count() - before, sum(bool(ref()) for ref in gone))
+        time.sleep(0.01)
+        gc.collect()
+
+
+def test_a_thread_that_waits_for_work_keeps_nothing_alive():
+    one = objective(failing([], "raise"))
+    one(ONE, [0], ["a"])
+    thread, gone = one._worker._thread, weakref.ref(one)
+    gc.collect()
+    gc.disable()
+    try:
+        del one
+        assert gone() is None
+    finally:
+        gc.enable()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_closing_does_not_wait_for_a_function_that_hangs(monkeypatch):

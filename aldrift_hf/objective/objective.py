@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -39,7 +40,8 @@ class Objective:
     have the same costs afterwards.
 
     Completions can be handed over as soon as they are drawn ([`begin`]) and their costs asked for later ([`finish`]).
-    In between, the functions run in a thread, one batch after the other.
+    In between, the functions run in a thread, one batch after the other. The thread, and the file of costs, are there
+    from the first batch until the objective is closed ([`open`], [`close`]) or nobody uses it any more.
 
     Args:
         functions: one or more cost functions ([`aldrift_hf.objective`]).
@@ -87,6 +89,7 @@ class Objective:
         identity = "" if output_dir is None else identity_of(self.functions, cache_key)
         self.store = CostStore(output_dir, identity, len(self.functions))
         self._worker: Worker | None = None
+        self._opened = 0
         self._begun = _Begun()
         self._counts = Counts()
 
@@ -248,6 +251,17 @@ class Objective:
             if judged:
                 means[name] = math.fsum(judged) / len(judged)
         return means
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        """A context for work with the objective: leaving the outermost one closes it ([`close`])."""
+        self._opened += 1
+        try:
+            yield
+        finally:
+            self._opened -= 1
+            if not self._opened:
+                self.close()
 
     def close(self) -> None:
         """End the thread and close the file of costs, after discarding what [`finish`] was not called for."""

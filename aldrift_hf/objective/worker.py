@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 
@@ -13,16 +14,21 @@ SECONDS_TO_STOP = 5.0
 """How long [`Worker.stop`] waits for a running job. A function that hangs must not block the caller for longer."""
 
 
+_Job = tuple["Future[None]", Callable[[], None]]
+
+
 class Worker:
-    """Runs one job after the other in a daemon thread.
+    """Runs one job after the other in a daemon thread, which ends with [`stop`] or when nobody uses the worker.
 
     Unlike the threads of an executor, a daemon thread does not keep the process alive while a job hangs.
     """
 
     def __init__(self) -> None:
-        self._jobs: queue.SimpleQueue[tuple[Future[None], Callable[[], None]] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="aldrift-objective", daemon=True)
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        # The thread knows the queue alone: with the worker, or a job of the past, it would keep these alive for ever.
+        self._thread = threading.Thread(target=_run, args=(self._jobs,), name="aldrift-objective", daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._jobs.put, None)
 
     def submit(self, job: Callable[[], None]) -> Future[None]:
         """Put a job, which must not raise, at the end of the queue."""
@@ -39,9 +45,11 @@ class Worker:
         cancel(self._thread)
         self._thread.join(SECONDS_TO_STOP)
 
-    def _run(self) -> None:
-        while (entry := self._jobs.get()) is not None:
-            future, job = entry
-            if future.set_running_or_notify_cancel():
-                job()
-                future.set_result(None)
+
+def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:
+    while (entry := jobs.get()) is not None:
+        future, job = entry
+        if future.set_running_or_notify_cancel():
+            job()
+            future.set_result(None)
+        del entry, future, job
