@@ -62,7 +62,7 @@ class Objective:
         store: the costs evaluated so far.
 
     Raises:
-        TypeError: without a cost function.
+        TypeError: without a cost function, or for what is none.
         ValueError: for weights that do not match, or `on_error="worst"` without `objective_range`.
     """
 

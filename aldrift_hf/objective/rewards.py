@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import numbers
 from collections.abc import Awaitable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from .protocol import CostFunction, name_of
+from .protocol import CostFunction, check_function, name_of, signature_of
 from .validation import plain_values
 
 if TYPE_CHECKING:
@@ -36,8 +35,10 @@ def from_reward(
         A cost function with the reward's name.
 
     Raises:
-        TypeError: for a tokenizer where the reward does not take `completion_ids`.
+        TypeError: for what is not a function, such as a reward model, and for a tokenizer where the reward does not
+            take `completion_ids`.
     """
+    check_function(reward, "reward", f"of at most best={best:g}")
 
     def arguments(prompts: list[Any], completions: list[str]) -> dict[str, Any]:
         chat = [
@@ -65,13 +66,15 @@ def from_reward(
 
     cost.__name__ = name_of(reward)
     # The signature tells the trainer which columns the reward needs.
-    signature = inspect.signature(reward)
+    signature = signature_of(reward)
     if tokenizer is not None:
         try:
-            signature = inspect.signature(functools.partial(reward, completion_ids=None))
-        except ValueError:
+            signature.bind_partial(completion_ids=None)
+        except TypeError:
             raise TypeError(
                 f"reward {cost.__name__!r} does not take completion_ids: remove the tokenizer argument"
             ) from None
+        left = [parameter for name, parameter in signature.parameters.items() if name != "completion_ids"]
+        signature = signature.replace(parameters=left)
     cost.__signature__ = signature  # type: ignore[attr-defined]
     return cost

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ..content import Content
 from .calling import ObjectiveError, call_functions
 from .copies import copies_of
-from .protocol import CostFunction, check_signature, name_of
+from .protocol import CostFunction, check_function, check_signature, name_of
 from .validation import check_bound, check_values, not_judged
 
 MAX_LENGTH = 20_000
@@ -60,6 +60,7 @@ def check_objective(
     """
     name, rows = name_of(objective), _rows(examples)
     try:
+        check_function(objective)
         check_signature(objective, [key for key in rows[0] if key not in _TEXTS])
     except TypeError as error:
         raise AssertionError(f"signature: {error}") from None

@@ -10,7 +10,7 @@ from typing import Any
 from ..types import Prompts, columns_of
 from .calling import call_functions
 from .copies import copies_of
-from .protocol import CostFunction, unique_names
+from .protocol import CostFunction, check_function, unique_names
 from .store import Costs, Key
 from .validation import CostRangeError, check_bound, check_values, not_judged
 
@@ -46,7 +46,7 @@ class WeightedCost:
         bound: D, an upper bound on the weighted sum; `None` sets no bound.
 
     Raises:
-        TypeError: without a cost function.
+        TypeError: without a cost function, or for what is none.
         ValueError: for weights that do not match.
     """
 
@@ -57,8 +57,10 @@ class WeightedCost:
         bound: float | None,
     ) -> None:
         self.functions: list[CostFunction] = list(functions) if isinstance(functions, (list, tuple)) else [functions]  # type: ignore[list-item]
-        if not self.functions or not all(callable(function) for function in self.functions):
-            raise TypeError("objective must be a cost function, or a list of at least one")
+        if not self.functions:
+            raise TypeError("objective must be a cost function, or a list of at least one, but is empty.")
+        for function in self.functions:
+            check_function(function)
         self.names = unique_names(self.functions)
         self.weights = [1.0] * len(self.functions) if weights is None else [float(weight) for weight in weights]
         if len(self.weights) != len(self.functions):
