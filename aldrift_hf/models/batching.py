@@ -11,7 +11,9 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .configs import numbers, text_config
 
 logger = logging.getLogger(__name__)
 
@@ -58,22 +60,31 @@ class Batches:
 
 
 def fitting(model: PreTrainedModel, tokens: int) -> int:
-    """A guess at how many rows of `tokens` tokens can be generated at once, a power of two, from free memory."""
-    config = model.config.get_text_config()
-    if not hasattr(config, "num_attention_heads"):  # no attention, so no cache that grows
+    """A guess at how many rows of `tokens` tokens can be generated at once, a power of two, from free memory.
+
+    Nothing depends on it but speed, so that it never fails: what a config does not say is guessed.
+    """
+    config = text_config(model.config)
+    heads = _most(config, "num_attention_heads", 0)
+    if not heads:  # no attention, so no cache that grows
         return MAX_BATCH_SIZE
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = _most(config, "head_dim", 0) or _most(config, "hidden_size", 128 * heads) // heads
+    heads = _most(config, "num_key_value_heads", heads)
     # The cache has the precision of the computation; the model's own is at least as large.
-    row = 2 * config.num_hidden_layers * heads * head_dim * model.dtype.itemsize * tokens
-    row += 12 * config.vocab_size  # a step's logits: generate's copy in fp32, and two more for drawing
+    row = 2 * _most(config, "num_hidden_layers", 32) * heads * head_dim * model.dtype.itemsize * tokens
+    row += 12 * _most(config, "vocab_size", 2**17)  # a step's logits: generate's copy in fp32, and two more for drawing
     rows = int(MEMORY_SHARE * _free_memory(model.device) / row)
     return max(1, min(MAX_BATCH_SIZE, 1 << max(0, rows.bit_length() - 1)))
 
 
+def _most(config: PreTrainedConfig, name: str, guess: int) -> int:
+    """The largest number that a config has for any layer."""
+    return max(numbers(config, name), default=guess)
+
+
 def _free_memory(device: torch.device) -> int:
-    """Bytes."""
-    if device.type == "cpu":
-        return int(psutil.virtual_memory().available // PartialState().num_processes)
-    free, _ = torch.get_device_module(device).mem_get_info(device)
-    return int(free)
+    """Bytes. A device that cannot say how much is free is taken to share the host's memory, as Apple's do."""
+    if device.type not in ("cpu", "meta") and hasattr(module := torch.get_device_module(device), "mem_get_info"):
+        free, _ = module.mem_get_info(device)
+        return int(free)
+    return int(psutil.virtual_memory().available // PartialState().num_processes)

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, load_peft_weights
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +20,8 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import adapters, sharding
+from . import adapters, kinds
+from .configs import numbers, text_config
 from .prior import base_model
 
 InitKwargs = Mapping[str, Any] | str | None
@@ -30,6 +31,8 @@ NO_FOREIGN_CODE = {"trust_remote_code": False}
 """Said explicitly: where it is left open, transformers asks whoever sits at the terminal."""
 
 _PLACE = ("token", "cache_dir", "local_files_only", "revision", "subfolder")
+_PLACE_OF_ADAPTER = ("revision", "subfolder")
+"""Of these, what holds for an adapter and not for its base model."""
 
 
 def own_device() -> dict[str, int] | None:
@@ -42,20 +45,77 @@ def load_model(model_id: str, init_kwargs: InitKwargs, adapter: bool) -> PreTrai
 
     Raises:
         OSError: if there is none.
-        ValueError: if it cannot be loaded with `model_init_kwargs`.
+        ValueError: if it cannot be loaded with `model_init_kwargs`, or if a part of it would not be loaded, but made at
+            random.
     """
-    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **_mapping(init_kwargs)}
+    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **mapping_of(init_kwargs)}
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     try:
-        if adapter:
-            return cast(PeftModel, AutoPeftModelForCausalLM.from_pretrained(model_id, is_trainable=True, **kwargs))
-        return cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(model_id, **kwargs))
+        return _load_adapter(model_id, kwargs) if adapter else _load_whole(model_id, kwargs)
     except (TypeError, AttributeError, KeyError) as error:
         if not init_kwargs:
             raise
-        names = ", ".join(_mapping(init_kwargs))
+        names = ", ".join(mapping_of(init_kwargs))
         raise ValueError(f"{model_id} cannot be loaded with model_init_kwargs ({names}): {error}") from error
+
+
+def _load_whole(model_id: str, kwargs: dict[str, Any]) -> PreTrainedModel:
+    """A model all of whose parameters come from its checkpoint."""
+    model, report = AutoModelForCausalLM.from_pretrained(model_id, output_loading_info=True, **kwargs)
+    unknown = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
+    made_up = [name for name, _ in model.named_parameters() if name in unknown]  # tied weights are listed once
+    if made_up:
+        raise ValueError(
+            f"the checkpoint of {model_id} has no weights for {', '.join(made_up[:3])}"
+            f"{f' and {len(made_up) - 3} more' if len(made_up) > 3 else ''}, which were made at random, and so would "
+            "be the prior. Pass a checkpoint of a causal language model."
+        )
+    return cast(PreTrainedModel, model)
+
+
+def _load_adapter(model_id: str, kwargs: dict[str, Any]) -> PeftModel:
+    """An adapter all of whose parameters come from its checkpoint, on its base model."""
+    place = {name: value for name, value in kwargs.items() if name in _PLACE}
+    config = PeftConfig.from_pretrained(model_id, **place)
+    config.inference_mode = False
+    for_base = {name: value for name, value in kwargs.items() if name not in _PLACE_OF_ADAPTER}
+    base = _load_whole(str(config.base_model_name_or_path), for_base | _revision_of_base(config))
+    renamed = getattr(base, "_checkpoint_conversion_mapping", None) or None
+    _resize(base, config, load_peft_weights(model_id, device="cpu", key_mapping=renamed, **place))
+    model = PeftModelForCausalLM(base, config)
+    try:
+        result = cast(Any, model.load_adapter(model_id, "default", is_trainable=True, key_mapping=renamed, **place))
+    except RuntimeError as error:  # a size mismatch
+        reason = " ".join(str(error).split())
+        raise ValueError(f"the adapter {model_id} does not fit its base model: {reason}") from error
+    missing = [name for name in result.missing_keys if "vblora_vector_bank" not in name]  # saved once, for all layers
+    if missing or result.unexpected_keys:
+        wrong, what = (missing, "lacks") if missing else (result.unexpected_keys, "has other parameters:")
+        raise ValueError(
+            f"the adapter {model_id} does not fit its base model {config.base_model_name_or_path}: it {what} "
+            f"{', '.join(wrong[:3])} ({len(wrong)} in all), so the prior would not be what was saved. Load the model "
+            "that it was trained on, and pass a PeftModel."
+        )
+    return model
+
+
+def _resize(base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, torch.Tensor]) -> None:
+    """Give the base model as many tokens as it had when the adapter was saved with embeddings of its own."""
+    embeddings = base.get_input_embeddings()
+    name = next(name for name, module in base.named_modules() if module is embeddings)
+    saved = [
+        weights[key] for part in ("", "base_layer.") if (key := f"base_model.model.{name}.{part}weight") in weights
+    ]
+    trained = getattr(config, "trainable_token_indices", None) or []
+    indices = [index for each in trained.values() for index in each] if isinstance(trained, dict) else trained
+    size = len(saved[0]) if saved else max([len(embeddings.weight), *(index + 1 for index in indices)])
+    if size != len(embeddings.weight):
+        base.resize_token_embeddings(size)
+
+
+def _revision_of_base(config: PeftConfig) -> dict[str, str]:
+    return {} if config.revision is None else {"revision": config.revision}
 
 
 def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
@@ -81,7 +141,7 @@ def check_trainable(config: PreTrainedConfig, init_kwargs: InitKwargs, adapter: 
     Raises:
         ValueError: with what to change.
     """
-    settings = {**config.get_text_config().to_dict(), **_mapping(init_kwargs)}
+    settings = {**text_config(config).to_dict(), **mapping_of(init_kwargs)}
     if settings.get("output_router_logits"):
         raise ValueError(
             "the model's config asks for the router's auxiliary loss (output_router_logits=True). It balances the "
@@ -136,24 +196,23 @@ def config_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs,
     name, place = model, _some(init_kwargs, *_PLACE)
     with _found(model):
         if adapter:
-            name = str(PeftConfig.from_pretrained(model, **place).base_model_name_or_path)
-            place = {key: value for key, value in place.items() if key not in ("revision", "subfolder")}
+            saved = PeftConfig.from_pretrained(model, **place)
+            kinds.check_adapter(saved)
+            name = str(saved.base_model_name_or_path)
+            place = {key: value for key, value in place.items() if key not in _PLACE_OF_ADAPTER}
+            place |= _revision_of_base(saved)
         return AutoConfig.from_pretrained(name, **place, **_some(init_kwargs, "trust_remote_code"))
-
-
-def eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The tokens that end a completion: those of the generation config, and the tokenizer's own."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    ids = {int(cast(int, tokenizer.eos_token_id)), *([own] if isinstance(own, int) else own or [])}
-    # A configuration class can carry its family's default id into a model with a smaller vocabulary.
-    vocabulary = sharding.vocabulary_size(model)
-    return tuple(sorted(token for token in ids if token < vocabulary))
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """Most positions that a model can attend to, where its config says so."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return None if length is None else int(length)
+    return min(numbers(text_config(config), "max_position_embeddings"), default=None)
+
+
+def vocabulary_size(config: PreTrainedConfig, init_kwargs: InitKwargs) -> int | None:
+    """Number of tokens that a model will have once it is loaded, where its config says so."""
+    asked = mapping_of(init_kwargs).get("vocab_size")
+    return asked if isinstance(asked, int) else max(numbers(text_config(config), "vocab_size"), default=None)
 
 
 @contextlib.contextmanager
@@ -164,11 +223,12 @@ def _found(model: str) -> Iterator[None]:
         raise ValueError(f"model {model!r} cannot be loaded, from a local folder or from the Hub: {error}") from error
 
 
-def _mapping(init_kwargs: InitKwargs) -> dict[str, Any]:
+def mapping_of(init_kwargs: InitKwargs) -> dict[str, Any]:
+    """`model_init_kwargs` as keyword arguments."""
     return dict(cast(Mapping[str, Any], init_kwargs or {}))
 
 
 def _some(init_kwargs: InitKwargs, *names: str) -> dict[str, Any]:
     """Some of the keyword arguments: those that say where the model is, and whether to trust its code."""
-    kwargs = NO_FOREIGN_CODE | _mapping(init_kwargs)
+    kwargs = NO_FOREIGN_CODE | mapping_of(init_kwargs)
     return {name: kwargs[name] for name in names if name in kwargs}

@@ -12,18 +12,31 @@ from transformers import PreTrainedTokenizerBase
 from ..types import Prompts
 from . import templates
 from .fingerprint import row_keys
+from .vocabulary import check_prompts
 
 logger = logging.getLogger(__name__)
 
 
 def encode_prompts(
-    dataset: Dataset, tokenizer: PreTrainedTokenizerBase, *, max_completion_length: int, context_length: int | None
+    dataset: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_completion_length: int,
+    context_length: int | None = None,
+    vocabulary: int | None = None,
 ) -> Prompts:
     """Tokenise every prompt once; chat messages go through the tokenizer's chat template.
 
+    Args:
+        dataset: has a column `"prompt"`.
+        tokenizer: the model's.
+        max_completion_length: tokens that a completion may have.
+        context_length: most positions that the model can attend to, where it is known.
+        vocabulary: number of tokens that the model has, where it is known.
+
     Raises:
         ValueError: for a prompt that is neither text nor messages, for an empty prompt if there is no token to start
-            from, or for a prompt that leaves no room for a completion in the model's context.
+            from, or for a prompt that the model cannot read or that leaves no room for a completion in its context.
     """
     rows = _read(dataset)
     token_ids = [encode_prompt(row["prompt"], index, tokenizer, row) for index, row in enumerate(rows)]
@@ -34,6 +47,7 @@ def encode_prompts(
                 f"exceeds the model's context of {context_length}. Lower max_completion_length to "
                 f"{max(0, context_length - max(map(len, token_ids)))} or less, or shorten the prompt."
             )
+    check_prompts(token_ids, tokenizer, vocabulary)
     _say_what_has_no_effect(rows, tokenizer)
     return Prompts(rows, token_ids, row_keys(dataset, rows))
 

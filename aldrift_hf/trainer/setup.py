@@ -9,7 +9,6 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..models import loading
 from ..models.engines import Engine, EngineSettings
 from ..models.prior import Prior, base_model
 from ..objective.objective import DEFAULT_BATCH_SIZE, Objective
@@ -71,7 +70,7 @@ def make_run(
         rows_per_update: training rows per optimizer update, over all processes.
     """
     policy, prompts, output_dir = runtime.policy(), inputs.prompts, str(args.output_dir)
-    eos_token_ids = loading.eos_token_ids(base_model(policy), inputs.tokenizer)
+    eos_token_ids = inputs.eos_token_ids(base_model(policy))
     for_engine = EngineSettings(
         args.max_completion_length, eos_token_ids, inputs.pad_token_id, args.scoring_batch_tokens
     )
