@@ -17,6 +17,7 @@ from aldrift_hf.algorithm.samplers import SAMPLERS
 from aldrift_hf.models.engines import ENGINES
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
+from aldrift_hf.trainer.samples import RESERVED
 
 T = 1.5
 PARTS = {
@@ -192,3 +193,33 @@ def test_the_record_of_a_run_with_parts_of_ones_own_can_be_read(config, tokenize
     trainer.train()
     settings = json.loads(Path(trainer.args.output_dir, "run.json").read_text())["settings"]
     assert (settings["sampler"], settings["loss"], settings["corrects"]) == ("SmoothedResampling", "LogVariance", True)
+
+
+class Named(LogVariance):
+    """A loss with a column under a name of the package's."""
+
+    def __init__(self, name):
+        self.name = name
+
+    def columns(self, pool, tau, log_z):
+        return {**super().columns(pool, tau, log_z), self.name: pool.objective}
+
+
+class Boasting(SmoothedResampling):
+    """A sampler that measures under a name of the package's."""
+
+    def metrics(self, pool, tau):
+        return {"ess": 1.0}
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_a_losss_columns_cannot_take_the_place_of_the_tokens(name, config, tokenizer):
+    trainer = trainer_of(config(), tokenizer, loss=Named(name))
+    with pytest.raises(ValueError, match="these names are reserved: prompt, completion"):
+        trainer.train()
+
+
+def test_a_samplers_figures_cannot_take_the_place_of_the_runs(config, tokenizer):
+    trainer = trainer_of(config(), tokenizer, sampler=Boasting())
+    with pytest.raises(ValueError, match=r"Boasting\.metrics returns figures .*: ess"):
+        trainer.train()

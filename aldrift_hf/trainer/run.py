@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from transformers.trainer_utils import SchedulerType
 from ..algorithm.ladders import Ladder, LadderState
 from ..algorithm.losses import Loss
 from ..algorithm.metrics import completion_metrics, rung_metrics
-from ..algorithm.rung import run_rung
+from ..algorithm.rung import Rung, run_rung
 from ..algorithm.samplers import Sampler
 from ..objective.objective import Objective
 from ..reporting.record import RunRecord
@@ -96,8 +96,8 @@ class Run:
         metrics = {
             "rung": state.rung,
             "tau": rung.state.tau,
-            **rung_metrics(rung, self.objective.best),
-            **self.sampler.metrics(rung.pool, rung.state.tau),
+            **(figures := rung_metrics(rung, self.objective.best)),
+            **self._figures_of_the_sampler(rung, figures),
             **completion_metrics(rung.proposals, self.eos_token_ids),
             "num_tokens": state.num_tokens,
             "proposals": state.proposals,
@@ -190,6 +190,16 @@ class Run:
             )
         self.state.ladder = replace(self.state.ladder, objective_range=largest)
         logger.info(f"objective_range is not set: D = {largest:g}, the largest cost among the first rung's proposals")
+
+    def _figures_of_the_sampler(self, rung: Rung, figures: Collection[str]) -> dict[str, float]:
+        """What a sampler of the user's own measures must not pass for one of our `figures`."""
+        own = self.sampler.metrics(rung.pool, rung.state.tau)
+        if taken := sorted(own.keys() & {*figures}):
+            raise ValueError(
+                f"{type(self.sampler).__name__}.metrics returns figures under names that a rung's record uses already: "
+                f"{', '.join(taken)}. Give them other names."
+            )
+        return own
 
     def _tokens(self, proposals: Proposals) -> int:
         lengths = torch.tensor([len(ids) for ids in self.prompts.token_ids])

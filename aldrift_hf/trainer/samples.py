@@ -13,6 +13,9 @@ from torch.utils.data import Dataset
 from ..models.scoring import join
 from ..types import Samples
 
+RESERVED = ("prompt", "completion", "input_ids", "attention_mask", "labels", "log_probs", "num_tokens")
+"""Names that a loss cannot give to columns of its own: the tokens' in a batch, and those of its other arguments."""
+
 
 class RungSamples(Dataset[dict[str, Any]]):
     """The samples of the rung that is being learned, as a map-style data set.
@@ -31,7 +34,13 @@ class RungSamples(Dataset[dict[str, Any]]):
         self._tokens: list[list[int]] = []
 
     def fill(self, samples: Samples) -> None:
-        """Take a rung's samples."""
+        """Take a rung's samples.
+
+        Raises:
+            ValueError: for a loss's column under a reserved name.
+        """
+        if taken := [name for name in samples.columns if name in RESERVED]:
+            raise ValueError(f"the loss has columns called {taken}; these names are reserved: {', '.join(RESERVED)}")
         self.samples, self._tokens = samples, samples.completions.tokens()
 
     def __len__(self) -> int:

@@ -217,6 +217,7 @@ class ALDRIFTTrainer(HookedTrainer):
         run = self.run
         run.record.finished, run.record.metrics = False, {}
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self.objective.open())
             stack.enter_context(self.events.running())
             stack.enter_context(self.interrupt.caught())
             if folder is None:
@@ -290,7 +291,8 @@ class ALDRIFTTrainer(HookedTrainer):
     def _measure(self, prompts: Prompts, prefix: str) -> dict[str, float]:
         """The metrics of [`evaluate`], logged and told."""
         start = time.time()
-        metrics, proposals = measure(self.run, prompts, self.state.global_step)
+        with self.objective.open():
+            metrics, proposals = measure(self.run, prompts, self.state.global_step)
         metrics["runtime"] = time.time() - start
         if prefix == "final":
             self.record.metrics = dict(metrics)
@@ -338,7 +340,8 @@ class ALDRIFTTrainer(HookedTrainer):
         asked = self.inputs.prompts if prompts is None else self.inputs.encode(prompts, "prompts")
         self.objective.check_signature(asked.columns)
         self._sample_calls += 1
-        draws = draw_corrected(self.run, asked, num_samples, steps, correction, self._sample_calls)
+        with self.objective.open():
+            draws = draw_corrected(self.run, asked, num_samples, steps, correction, self._sample_calls)
         metrics = draws.metrics(self.args.tau_max, self.objective.best)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
