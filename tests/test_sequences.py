@@ -9,6 +9,7 @@ import torch
 from conftest import (
     EOS,
     MAX_LENGTH,
+    VOCABULARY,
     every_completion,
     log_probs,
     lora,
@@ -445,3 +446,29 @@ def test_logits_changed_behind_the_output_embedding_are_seen(caplog):
     assert doubled.exp().sum().item() == pytest.approx(1.0, abs=1e-6)
     assert (doubled - plain).abs().max() > 0.1
     assert "whole batches of logits" in caplog.text
+
+
+class _RowByRow(TorchDispatchMode):
+    """Products with the output embedding that take a batch row by row, each row with the weights of its own."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.products = vocabulary, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function is torch.ops.aten.bmm.default and args[1].shape[-1] == self.vocabulary
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+def test_a_frozen_head_is_one_product_for_the_batch(make):
+    """A prefill hands the head `hidden[:, -1:]`: strided, and with frozen weights a copy of them for every row."""
+    model = make().requires_grad_(False)
+    prompts = [[2, 3, 4], [3, 2], [2, 2, 2]] * 4
+    with inference(model), _RowByRow(VOCABULARY) as seen:
+        drawn = draw(model, prompts)
+        log_probs_of(model, prompts, drawn.completions)
+    assert not seen.products
+    with inference(model), _RowByRow(VOCABULARY) as seen:
+        model(input_ids=torch.tensor([[2, 3], [2, 4]]), logits_to_keep=1)
+    assert seen.products, "the model's own way is no slower: the test shows nothing"

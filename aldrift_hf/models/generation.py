@@ -30,7 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..types import Completions, Draws
-from .head import LOGITS_BUDGET
+from .head import LOGITS_BUDGET, contiguous_input
 from .numerics import check_logits
 from .scoring import completion_length
 
@@ -78,7 +78,7 @@ def generate(
     while len(left) and done < width:
         draw = _InverseTransform(numbers[left, done:].to(model.device), eos_token_ids)
         rest = _with(config, max_new_tokens=width - done, return_dict_in_generate=True)
-        with neutralised(model, rest):
+        with neutralised(model, rest), contiguous_input(model):
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

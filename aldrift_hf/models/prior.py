@@ -201,7 +201,7 @@ def _check_apart(config: PeftConfig) -> None:
     """
     if config.is_prompt_learning:
         raise ValueError(
-            f"peft_config of type {config.peft_type.value} prepends virtual tokens, which sequence log-probabilities do "
+            f"an adapter of type {config.peft_type.value} prepends virtual tokens, which sequence log-probabilities do "
             "not account for. Use LoRA or another adapter on the weights."
         )
     if getattr(config, "alora_invocation_tokens", None):
