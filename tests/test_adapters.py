@@ -94,6 +94,24 @@ def test_a_run_is_loaded_and_described_by_any_name(name, config, tokenizer, tmp_
     assert f'subfolder="{trainer.record.settings["prior_adapter"]}"' in card
 
 
+def test_a_run_goes_on_under_another_name(config, tokenizer, tmp_path):
+    """In another process the same adapter is loaded as `default`, which is what PEFT calls it."""
+    named("mine").save_pretrained(tmp_path / "start", selected_adapters=["mine"])
+
+    def loaded():
+        return PeftModel.from_pretrained(tiny_gpt2(), str(tmp_path / "start" / "mine"), is_trainable=True)
+
+    whole = run(named("mine"), config(save_strategy="epoch", save_total_limit=None), tokenizer)
+    whole.save_model()
+    again = ALDRIFTTrainer(loaded(), count_a, config(output_dir=str(tmp_path / "again")), processing_class=tokenizer)
+    again.train(resume_from_checkpoint=str(Path(whole.args.output_dir) / "checkpoint-4"))
+    assert again.model.active_adapter == "default"
+    assert torch.equal(scores(again.model), scores(whole.model))
+    other = ALDRIFTTrainer(loaded(), count_a, config(output_dir=str(tmp_path / "other")), processing_class=tokenizer)
+    other.load_run(whole.args.output_dir)
+    assert torch.equal(scores(other.model), scores(whole.model))
+
+
 def test_a_model_that_has_been_through_a_trainer_is_the_prior_as_it_is_now(config, tokenizer, caplog, tmp_path):
     model = named("mine")
     run(model, config(), tokenizer)

@@ -11,6 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import (
     CONFIGS,
@@ -25,13 +26,14 @@ from conftest import (
     tiny_gpt2,
 )
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
 from aldrift_hf.cli import env, runs
 from aldrift_hf.cli.parser import GROUPS, RunParser
 from aldrift_hf.cli.task import load_objective
+from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.toy import word_tokenizer
 
@@ -162,6 +164,26 @@ def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
     shutil.rmtree("out")  # its copy, the prior, was saved beside the trained adapter
     cli.main(["sample", "second", "-n", "3"])
     assert len(capsys.readouterr().out.splitlines()) == 3
+
+
+def test_a_run_from_python_with_an_adapter_of_another_name(here, capsys):
+    """Its weights lie in a subfolder; the command loads the prior, and with it the adapter, as `default`."""
+    model = AutoModelForCausalLM.from_pretrained("model")
+    policy = get_peft_model(model, lora_config(model), adapter_name="mine")
+    settings = {"tau_max": 1.5, "objective_range": 3.0, "max_completion_length": 3, "updates_per_rung": 4}
+    args = ALDRIFTConfig(output_dir="out", learning_rate=1e-2, num_rungs=1, report_to="none", use_cpu=True, **settings)
+    trainer = ALDRIFTTrainer(policy, load_objective("costs:not_a"), args)
+    trainer.train()
+    trainer.save_model()
+    expected = log_probs(base_model(trainer.model), [EOS], every_completion())
+    capsys.readouterr()
+    _, loaded = runs.load(
+        RunParser("aldrift sample", "usage", "what it does"),
+        ["out", "--objective", "costs:not_a"],
+        str(here / "scratch"),
+    )
+    assert loaded.model.active_adapter == "default"
+    assert torch.equal(log_probs(base_model(loaded.model), [EOS], every_completion()), expected)
 
 
 def test_resumed_from_the_command_line(here):

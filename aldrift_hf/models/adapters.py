@@ -27,19 +27,31 @@ def folder_of(folder: Path, name: str) -> Path:
     return folder if name == "default" else folder / name
 
 
-def load_active(model: PeftModel, folder: Path) -> None:
+def load_active(model: PeftModel, folder: Path, saved_as: str | None = None) -> None:
     """Put the weights that were saved in a folder into a model's active adapter.
+
+    Args:
+        model: its active adapter may have another name than it had when it was saved.
+        folder: a run's, or a checkpoint's.
+        saved_as: the name that the adapter had then; `None` for its present one.
 
     Raises:
         ValueError: if the folder holds no adapter of that name, or one with other parameters.
     """
     name = str(model.active_adapter)
-    source = folder_of(folder, name)
-    if not any((source / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
-        raise ValueError(f"{folder} holds no adapter called {name!r}: there are no weights in {source}.")
+    if saved_as is not None and saved_as != Path(saved_as).name:  # read from a file, it must not lead elsewhere
+        saved_as = None
+    sources = [folder_of(folder, each) for each in (saved_as, name) if each is not None]
+    source = next(filter(_has_weights, sources), None)
+    if source is None:
+        raise ValueError(f"{folder} holds no adapter called {saved_as or name!r}: it has no weights in {sources[0]}.")
     result = cast(Any, model.load_adapter(str(source), name, is_trainable=True))
     if unexpected := getattr(result, "unexpected_keys", None):
         raise ValueError(f"the adapter in {source} does not fit this model: it has parameters {unexpected[:3]} too.")
+
+
+def _has_weights(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin"))
 
 
 def add_frozen_copy(model: PeftModel) -> str:

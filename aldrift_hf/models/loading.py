@@ -118,14 +118,19 @@ def _revision_of_base(config: PeftConfig) -> dict[str, str]:
     return {} if config.revision is None else {"revision": config.revision}
 
 
-def load_trained(policy: PreTrainedModel | PeftModel, folder: Path) -> None:
+def load_trained(policy: PreTrainedModel | PeftModel, folder: Path, adapter_name: str | None) -> None:
     """Put the weights that a run saved in `folder` into a policy made like that run's.
+
+    Args:
+        policy: takes the weights.
+        folder: the run's output directory.
+        adapter_name: the name that the trained adapter had in the run; `None` for full fine-tuning.
 
     Raises:
         ValueError, OSError, RuntimeError: if they are not there, or do not fit.
     """
     if isinstance(policy, PeftModel):
-        adapters.load_active(policy, folder)
+        adapters.load_active(policy, folder, adapter_name)
     else:  # through transformers, which handles shards and tied weights
         policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 

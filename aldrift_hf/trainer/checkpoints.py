@@ -112,11 +112,13 @@ class Checkpointer:
 
     Attributes:
         staging: the folder in which a checkpoint is being written; `None` between checkpoints.
+        adapter_name: the name that the trained adapter has in the checkpoint that was read; `None` without one.
     """
 
     def __init__(self, run: Run, output_dir: str, save_total_limit: int | None) -> None:
         self.run, self.output_dir, self.save_total_limit = run, output_dir, save_total_limit
         self.staging: str | None = None
+        self.adapter_name: str | None = None
 
     @contextlib.contextmanager
     def saving(self, trainer: Any) -> Iterator[None]:
@@ -160,7 +162,11 @@ class Checkpointer:
         path, run = Path(folder), self.run
         path.mkdir(parents=True, exist_ok=True)
         scores = run.rollout.prior.row_scores
-        about = {"settings": self._must_agree(), "prior_row_scores": None if scores is None else scores.tolist()}
+        about = {
+            "settings": self._must_agree(),
+            "adapter_name": run.record.settings["adapter_name"],
+            "prior_row_scores": None if scores is None else scores.tolist(),
+        }
         (path / STATE_FILE).write_text(json.dumps({**run.to_json(), **about}))
         if run.samples.samples is not None:
             save_file(run.samples.samples.state_dict(), path / SAMPLES_FILE)
@@ -177,7 +183,7 @@ class Checkpointer:
         """
         path, run = Path(folder), self.run
         values = json.loads((path / STATE_FILE).read_text())
-        theirs, scores = values.pop("settings"), values.pop("prior_row_scores")
+        theirs, scores, adapter_name = (values.pop(key) for key in ("settings", "prior_row_scores", "adapter_name"))
         ours = json.loads(json.dumps(self._must_agree()))
         differences = [
             f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
@@ -196,7 +202,7 @@ class Checkpointer:
                 f"{len(run.samples)}. Resume with the same num_generations, updates_per_rung, batch sizes and number "
                 "of processes."
             )
-        run.state = state
+        run.state, self.adapter_name = state, adapter_name
         run.on_prompts.is_prior = run.on_prompts.is_prior and state.rung < 1 and not state.updates
         run.samples.fill(samples)
         run.objective.load_state_dict(load_file(path / OBJECTIVE_FILE))

@@ -141,13 +141,15 @@ class HookedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._saves_adapters():
-            adapters.load_active(self.model, Path(resume_from_checkpoint))
+            adapters.load_active(self.model, Path(resume_from_checkpoint), self.checkpointer.adapter_name)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         if self._saves_adapters():
-            adapters.load_active(self.model, Path(str(self.state.best_model_checkpoint)))
+            adapters.load_active(
+                self.model, Path(str(self.state.best_model_checkpoint)), self.checkpointer.adapter_name
+            )
         else:
             super()._load_best_model()
 

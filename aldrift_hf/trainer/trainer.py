@@ -257,7 +257,8 @@ class ALDRIFTTrainer(HookedTrainer):
             ValueError, OSError, RuntimeError: if there is no run, or no model of this trainer's kind.
         """
         record = RunRecord.read(str(folder))
-        loading.load_trained(cast(PreTrainedModel, self._unwrapped()), Path(folder))
+        policy = cast(PreTrainedModel, self._unwrapped())
+        loading.load_trained(policy, Path(folder), record.settings.get("adapter_name"))
         self.run.take_up(record)
 
     # ---- Evaluation and sampling -------------------------------------------------------------------------------------
