@@ -10,14 +10,15 @@ from __future__ import annotations
 import copyreg
 import hashlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import ItemsView, Iterable, Iterator, KeysView, ValuesView
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
+from torch import Tensor, nn
 
 MAX_DEPTH = 100_000
 """Levels of nesting after which only types are compared: a bound for values that make new parts for ever."""
@@ -68,13 +69,17 @@ class Content:
             return Parts(hashed(kind.__name__), value)
         if kind in (set, frozenset):
             return Parts(hashed("set"), value, ordered=False)
-        if kind in (dict, MappingProxyType):  # equal dicts may differ in their order
-            return Parts(hashed("dict"), map(_item, value.items()), ordered=False)
+        if kind in (dict, MappingProxyType):
+            return _dict(value.items())
+        if isinstance(value, ItemsView):
+            return Parts(hashed("view", type_name(value)), map(_item, value), ordered=False)
+        if isinstance(value, (KeysView, ValuesView)):
+            return Parts(hashed("view", type_name(value)), value, ordered=False)
         if isinstance(value, type):
             return Parts(hashed("class", value.__module__, value.__qualname__))
         if kind is memoryview:
             return Parts(hashed("memoryview", value.format, repr(value.shape), value.tobytes()))
-        return _array(value) or _tensor(value) or _image(value) or _object(value)
+        return _array(value) or _tensor(value) or _image(value) or _arrow(value) or _object(value)
 
     def _node(self, value: Any) -> _Node | bytes:
         """A plain value's bytes; the node of any other value, the same one for the same object."""
@@ -93,7 +98,7 @@ class Content:
         try:
             parts = value if isinstance(value, Parts) else self.parts(value)
         except Exception:  # locks, connections and the like: whatever inspecting or pickling them raises
-            parts = Parts(hashed("opaque", type_name(value)), [getattr(value, "__dict__", None)])
+            parts = Parts(hashed("opaque"), [type(value), getattr(value, "__dict__", None)])
         node.header, node.ordered = parts.header, parts.ordered
         if depth < MAX_DEPTH:
             node.parts = [self._node(part) for part in parts.parts]
@@ -215,6 +220,11 @@ def _plain(value: Any) -> bytes | None:
     return None
 
 
+def _dict(items: Iterable[tuple[Any, Any]]) -> Parts:
+    """A dict's items; equal dicts may differ in their order."""
+    return Parts(hashed("dict"), map(_item, items), ordered=False)
+
+
 def _item(item: tuple[Any, Any]) -> Any:
     """A dict's key and value as one part."""
     plain = [_plain(part) for part in item]
@@ -249,11 +259,12 @@ def _tensor(value: Any) -> Parts | None:
         return Parts(header, [value.detach().cpu().to_dense()])
     if value.is_quantized:
         return Parts(header, [value.int_repr(), str(value.qscheme()), value.detach().dequantize()])
+    beside = [] if type(value) in (Tensor, nn.Parameter) else [vars(value)]  # the scales of quantized weights
     state = xxhash.xxh3_128()
     flat = value.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
     for start in range(0, len(flat), CHUNK):
         state.update(flat[start : start + CHUNK].cpu().numpy().data)
-    return Parts(hashed("data", header, state.digest()))
+    return Parts(hashed("data", header, state.digest()), beside)
 
 
 def _image(value: Any) -> Parts | None:
@@ -266,15 +277,31 @@ def _image(value: Any) -> Parts | None:
     return Parts(header, [value.getpalette(), value.info.get("transparency")])
 
 
+def _arrow(value: Any) -> Parts | None:
+    """A table or an array of pyarrow: its type and rows, not the memory that a slice shares with others."""
+    if type(value).__module__.partition(".")[0] != "pyarrow":
+        return None
+    if hasattr(value, "to_batches"):
+        state = xxhash.xxh3_128()
+        for batch in value.to_batches():
+            state.update(memoryview(batch.serialize()))
+        return Parts(hashed("table", type_name(value), str(value.schema), state.digest()))
+    if hasattr(value, "to_pylist"):
+        return Parts(hashed("arrow", type_name(value), str(value.type)), [value.to_pylist()])
+    return None
+
+
 def _object(value: Any) -> Parts:
     """What pickle stores of an object: the class, its arguments, the state and the items."""
-    if type(value).__module__.partition(".")[0] == "pyarrow" and hasattr(value, "to_pylist"):
-        schema = value.schema if hasattr(value, "schema") else value.type
-        return Parts(hashed("arrow", type_name(value), str(schema)), [value.to_pylist()])
+    if isinstance(value, (set, frozenset)):  # of a class of its own: pickle stores it in the order of the hashes
+        return Parts(hashed("object"), [type(value), frozenset(value), getattr(value, "__dict__", None)])
     if type(value) in copyreg.dispatch_table:
         reduced = copyreg.dispatch_table[type(value)](value)
     else:
         reduced = value.__reduce_ex__(4)
     if isinstance(reduced, str):
         return Parts(hashed("name", str(getattr(value, "__module__", "")), reduced))
-    return Parts(hashed("object"), [list(part) if isinstance(part, Iterator) else part for part in reduced])
+    parts: list[Any] = [list(part) if isinstance(part, Iterator) else part for part in reduced]
+    if len(parts) > 4 and parts[4] is not None and not isinstance(value, OrderedDict):
+        parts[4] = _dict(parts[4])
+    return Parts(hashed("object"), parts)

@@ -161,7 +161,7 @@ def test_a_cache_key_is_the_identity_whatever_the_functions(tmp_path, caplog):
 
 
 def test_nothing_of_the_functions_is_hashed_with_a_cache_key(tmp_path, monkeypatch):
-    monkeypatch.setattr("aldrift_hf.objective.identity._Content", None)
+    monkeypatch.setattr("aldrift_hf.objective.identity._Computation", None)
     assert evaluated(needs(1), tmp_path, cache_key="first") == [0.0, 1.0]
     with pytest.raises(TypeError):
         evaluated(needs(1), tmp_path)
@@ -172,7 +172,7 @@ def test_what_the_identity_cannot_see_is_said_once(tmp_path, caplog):
     with caplog.at_level("INFO"):
         for text in ("a", "b"):
             objective(ROW, [0], [text])
-    assert caplog.text.count("changes to files, services, the weights of models and imported modules are not") == 1
+    assert caplog.text.count("changes to files, services and installed packages are not") == 1
     assert "set objective_cache_key" in caplog.text
 
 

@@ -20,7 +20,7 @@ import torch
 from conftest import count_a
 
 from aldrift_hf import from_reward
-from aldrift_hf.objective.identity import MAX_DEPTH, identity_of
+from aldrift_hf.objective.identity import identity_of
 from aldrift_hf.toy import word_tokenizer
 
 
@@ -61,6 +61,11 @@ class Model(torch.nn.Module):
 
     def forward(self, prompts, completions):
         return [self.threshold] * len(completions)
+
+
+def seeded(seed, make=lambda: torch.nn.Linear(2, 2)):
+    torch.manual_seed(seed)
+    return make()
 
 
 def closing_over(value):
@@ -131,9 +136,10 @@ HELPER = (
     "def helper(text):\n    return {}\ndef cost(prompts, completions):\n    return [helper(t) for t in completions]"
 )
 CLASS = "class Helper:\n    def value(self):\n        return {}\ndef cost(prompts, completions):\n    return Helper()"
-CHAIN = "\n".join(f"def f{i}(): return f{i + 1}()" for i in range(3 * MAX_DEPTH)) + "\n"
-CHAIN += f"def f{3 * MAX_DEPTH}(): return {{}}\ndef cost(prompts, completions): return f0()"
-DEEP = functools.reduce(lambda inner, _: [inner], range(10 * MAX_DEPTH), [])
+DEPTH = 200
+CHAIN = "\n".join(f"def f{i}(): return f{i + 1}()" for i in range(DEPTH)) + "\n"
+CHAIN += f"def f{DEPTH}(): return {{}}\ndef cost(prompts, completions): return f0()"
+DEEP = functools.reduce(lambda inner, _: [inner], range(5 * DEPTH), [])
 
 
 @pytest.mark.parametrize(
@@ -160,7 +166,7 @@ DEEP = functools.reduce(lambda inner, _: [inner], range(10 * MAX_DEPTH), [])
         (Problem("a").cost, ScaledProblem("a").cost),
         (Problem("a"), ScaledProblem("a")),
         (Slotted("a"), Slotted("b")),
-        (Model(1.0), Model(2.0)),
+        (seeded(1, lambda: Model(1.0)), seeded(1, lambda: Model(2.0))),
         (code(CELL, K=1), code(CELL, K=2)),
         (code(CELL, K={"a": [1]}), code(CELL, K={"a": [2]})),
         (code(NESTED, K=1), code(NESTED, K=2)),
@@ -204,7 +210,7 @@ def test_costs_that_differ_have_different_identities(one, other):
         lambda: scaled(1)(default(1)),
         lambda: Problem("a", "b"),
         lambda: Slotted("a"),
-        lambda: Model(1.0),
+        lambda: seeded(1, lambda: Model(1.0)),
         lambda: functools.partial(count_a, k={"a": {1, 2}}),
         lambda: from_reward(count_a, tokenizer=word_tokenizer(["a"], " ")),
         lambda: code(CELL, K={"a": [1, {2}]}),
@@ -241,10 +247,16 @@ def test_a_cache_key_is_the_identity():
     assert identity_of([default(1)], "") != identity_of([default(1)])
 
 
-@pytest.mark.parametrize("heavy", [lambda: torch.nn.Linear(2, 2), threading.Lock])
-def test_a_model_or_a_lock_in_a_cost_is_not_read_but_what_is_beside_it(heavy):
-    one, other, third = (Problem(words, model=heavy()).cost for words in "aab")
+def test_a_lock_in_a_cost_is_not_read_but_what_is_beside_it():
+    one, other, third = (Problem(words, model=threading.Lock()).cost for words in "aab")
     assert identity(one) == identity(other) != identity(third)
+
+
+def test_the_weights_of_a_model_in_a_cost_count():
+    one, same, other = (Problem("a", model=seeded(seed)).cost for seed in (1, 1, 2))
+    assert identity(one) == identity(same) != identity(other)
+    words = Problem("b", model=seeded(1)).cost
+    assert identity(words) != identity(one)
 
 
 @pytest.mark.parametrize(

@@ -1,217 +1,182 @@
 """What distinguishes the costs of one objective from those of another, where both are kept in the same folder.
 
-A cost function is identified by what it computes with, all by content: its bytecode and constants, defaults, closure
-and attributes, and the global names that it refers to. The same holds for the functions, classes, objects and
-containers found there: a decorator and the function that it wraps, the arguments of a partial, the object that a method
-is bound to.
+A cost function is identified by what it computes with, all by content ([`aldrift_hf.content`]): its bytecode and
+constants, defaults, closure and attributes, and the global names that it refers to, also those of modules of the
+user's own (`settings.SCALE`). The same holds for the functions, classes, objects and containers found there: a
+decorator and the function that it wraps, the arguments of a partial, the object that a method is bound to, the weights
+of a model.
 
 The text of the function's file is not part of the identity. With it, a change to an unrelated line, such as a setting
 in a script that defines its cost and trains on it, would discard every cost; and it does not show that a global name
 has another value.
 
-What cannot be seen: files, services, the weights of models, names that are looked up at run time (`getattr`, an
-`import` inside a function), and what imported modules refer to in turn. `objective_cache_key` is the remedy.
+What cannot be seen: files, services, names that are looked up at run time (`getattr`, an `import` inside a function),
+and what the modules of installed packages refer to. `objective_cache_key` is the remedy.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copyreg
-import dis
 import functools
-import hashlib
-import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from types import CodeType, FunctionType, MappingProxyType, MethodType, ModuleType
+import weakref
+from collections.abc import Sequence
+from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
+import torch
 from datasets.fingerprint import Hasher
-from torch import Generator, Tensor, nn
-from transformers import PreTrainedTokenizerBase
+from torch import nn
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..content import Content, Parts, hashed, type_name
+from .names import Names, is_library, is_library_class, text_of
 from .protocol import CostFunction
-
-MAX_DEPTH = 50
-"""Levels of nesting after which only types are compared: a bound on the recursion."""
 
 
 def identity_of(functions: Sequence[CostFunction], cache_key: str | None = None) -> str:
     """The identity of an objective: `cache_key` if given, otherwise a hash of the functions' content."""
     if cache_key is not None:
         return f"key:{cache_key}"
-    content = _Content()
-    digests = [content.digest(list(functions))]
-    for reference in content.references:  # grows while it is walked
-        digests.append(content.digest(reference))
-    return f"content:{_hash('objective', *digests).hex()}"
+    return f"content:{_Computation().digest(list(functions)).hex()}"
 
 
-class _Content:
-    """Digests of values by content: the same in any process.
-
-    Attributes:
-        references: the functions and classes that are reached by a global name. They are digested one after the other
-            rather than inside each other, however long the chain of calls.
-    """
+class _Computation(Content):
+    """Digests of functions, classes, modules and models by what they compute with, and of data by content."""
 
     def __init__(self) -> None:
-        self.references: list[Any] = []
-        self._digests: dict[int, bytes] = {}
-        self._seen: list[Any] = []  # keeps the values alive, because an id is reused after its object is gone
+        super().__init__()
+        self._views: dict[tuple[int, frozenset[str]], _ModuleView] = {}
 
-    def digest(self, value: Any, depth: int = 0) -> bytes:
-        """The digest of a value and, recursively, of its parts."""
-        if value is None or value is ... or isinstance(value, (bool, int, float, complex)):
-            return _hash(type(value).__name__, repr(value))
-        if type(value) is str:
-            return _hash("str", value)
-        if id(value) not in self._digests:
-            self._digests[id(value)] = b"cycle"  # for a value that contains itself
-            self._seen.append(value)
-            try:
-                self._digests[id(value)] = self._compound(value, depth + 1)
-            except Exception:  # locks, connections and the like: whatever inspecting or pickling them raises
-                self._digests[id(value)] = self._parts("opaque", depth + 1, _type(value), getattr(value, "__dict__", 0))
-        return self._digests[id(value)]
-
-    def _parts(self, kind: str, depth: int, *parts: Any) -> bytes:
-        return _hash(kind, *(self.digest(part, depth) for part in parts))
-
-    def _compound(self, value: Any, depth: int) -> bytes:
-        if depth > MAX_DEPTH:
-            return _hash("deep", _type(value))
-        if type(value) is bytes:
-            return _hash("bytes", value)
-        if type(value) in (list, tuple):
-            return self._parts(type(value).__name__, depth, *value)
-        if type(value) in (set, frozenset):
-            return _hash("set", *sorted(self.digest(item, depth) for item in value))
-        if type(value) in (dict, MappingProxyType):  # equal dicts may differ in their order
-            return _hash("dict", *sorted(self._parts("item", depth, *item) for item in value.items()))
+    def parts(self, value: Any) -> Parts:
+        """A value as a header and parts."""
         if isinstance(value, CodeType):
-            return self._code(value, depth)
+            return _code(value)
         if isinstance(value, FunctionType):
-            return self._function(value, depth)
+            return self._function(value)
         if isinstance(value, MethodType):
-            return self._parts("method", depth, value.__func__, value.__self__)
+            return Parts(hashed("method"), [value.__func__, value.__self__])
         if isinstance(value, type):
-            return self._class(value, depth)
+            return _class(value)
         if isinstance(value, ModuleType):
-            return _hash("module", value.__name__, b"" if _is_library(value.__name__) else _text(value))
-        return self._object(value, depth)
+            value = _ModuleView(value, frozenset())
+        if isinstance(value, _ModuleView):
+            return self._module(value)
+        return _wrapper(value) or _model(value) or _other(value) or super().parts(value)
 
-    def _code(self, code: CodeType, depth: int) -> bytes:
-        table = getattr(code, "co_exceptiontable", b"")  # from Python 3.11
-        names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
-        counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
-        return self._parts("code", depth, code.co_code, table, code.co_consts, names, counts)
-
-    def _function(self, function: FunctionType, depth: int) -> bytes:
+    def _function(self, function: FunctionType) -> Parts:
+        compiled_from = getattr(function, "_torchdynamo_orig_callable", None)
+        if compiled_from is not None:
+            return Parts(hashed("function"), [compiled_from])
+        if hasattr(function, "registry") and function.__globals__ is vars(functools):  # its cache changes in use
+            return Parts(hashed("singledispatch"), [dict(function.registry)])
         cells: list[Any] = []
         for cell in function.__closure__ or ():
             with contextlib.suppress(ValueError):  # the variable has no value yet
                 cells.append(cell.cell_contents)
         attributes = {name: value for name, value in vars(function).items() if name != "__signature__"}
-        names = [] if _is_library(function.__module__) else sorted(_global_names(function.__code__))
-        data = {}
-        for name in names:
-            value = function.__globals__.get(name)
-            if isinstance(value, (FunctionType, type)):
-                self.references.append(value)
-                value = f"{value.__module__}.{value.__qualname__}"
-            data[name] = value
-        defaults = (function.__defaults__, function.__kwdefaults__)
-        return self._parts("function", depth, function.__code__, defaults, cells, attributes, data)
+        data: list[Any] = []
+        if not is_library(function.__globals__.get("__name__")):
+            names = Names.of(function.__code__)
+            data = self._named(function.__globals__, names.read, names.all)
+        defaults = [function.__defaults__, function.__kwdefaults__]
+        return Parts(hashed("function"), [function.__code__, *defaults, cells, attributes, data])
 
-    def _class(self, cls: type, depth: int) -> bytes:
-        """A library's class by name; a user's by its own and its bases' methods and attributes."""
-        if _is_library(cls.__module__):
-            return _hash("class", cls.__module__, cls.__qualname__)
-        members = {
-            name: value
-            for name, value in vars(cls).items()
-            if not (name.startswith("__") and name.endswith("__")) or isinstance(value, (FunctionType, classmethod))
-        }
-        return self._parts("class", depth, cls.__qualname__, members, cls.__bases__)
+    def _named(self, namespace: dict[str, Any], names: frozenset[str], attributes: frozenset[str]) -> list[Any]:
+        """The values of names. Of a module, what code that mentions these attributes may read of it."""
+        found = [(name, namespace[name]) for name in sorted(names & namespace.keys())]
+        return [
+            (name, self._view(value, attributes) if isinstance(value, ModuleType) else value) for name, value in found
+        ]
 
-    def _object(self, value: Any, depth: int) -> bytes:
-        if isinstance(value, nn.Module):  # weights are not read; what a user set beside them is
-            state = {name: part for name, part in vars(value).items() if name not in _MODULE_ATTRIBUTES}
-            return self._parts("model", depth, type(value), state)
-        if isinstance(value, property):
-            return self._parts("property", depth, value.fget, value.fset)
-        if isinstance(value, (staticmethod, classmethod, functools._lru_cache_wrapper)):
-            return self._parts("wrapped", depth, _type(value), value.__wrapped__)
-        if _has_canonical_hash(value):
-            return _hash("data", _type(value), Hasher.hash(value))
-        if type(value) in copyreg.dispatch_table:
-            reduced = copyreg.dispatch_table[type(value)](value)
-        else:
-            reduced = value.__reduce_ex__(4)  # what pickle stores: the class, its arguments, the state and the items
-        if isinstance(reduced, str):
-            return _hash("name", str(getattr(value, "__module__", "")), reduced)
-        return self._parts("object", depth, *(list(part) if isinstance(part, Iterator) else part for part in reduced))
+    def _view(self, module: ModuleType, attributes: frozenset[str]) -> _ModuleView:
+        return self._views.setdefault((id(module), attributes), _ModuleView(module, attributes))
+
+    def _module(self, view: _ModuleView) -> Parts:
+        """A library's module by name; a user's by its text and the attributes in question."""
+        name = view.module.__name__
+        if is_library(name):
+            return Parts(hashed("module", name))
+        return Parts(
+            hashed("module", name, text_of(view.module)),
+            self._named(vars(view.module), view.attributes, view.attributes),
+        )
 
 
-_MODULE_ATTRIBUTES = vars(nn.Module()).keys()
+class _ModuleView:
+    """A module as code sees it that mentions these names."""
+
+    def __init__(self, module: ModuleType, attributes: frozenset[str]) -> None:
+        self.module, self.attributes = module, attributes
 
 
-def _has_canonical_hash(value: Any) -> bool:
-    """Whether `datasets` hashes equal objects of this type alike, although they may be pickled differently."""
+def _code(code: CodeType) -> Parts:
+    table = getattr(code, "co_exceptiontable", b"")  # from Python 3.11
+    names = (code.co_names, code.co_varnames, code.co_freevars, code.co_cellvars)
+    counts = (code.co_argcount, code.co_posonlyargcount, code.co_kwonlyargcount, code.co_flags)
+    return Parts(hashed("code"), [code.co_code, table, code.co_consts, names, counts])
+
+
+def _class(cls: type) -> Parts:
+    """A library's class by name; a user's by its own, its bases' and its metaclass's methods and attributes."""
+    if is_library_class(cls):
+        return Parts(hashed("class", cls.__module__, cls.__qualname__))
+    members = {
+        name: value
+        for name, value in vars(cls).items()
+        if not (name.startswith("__") and name.endswith("__")) or callable(value) or hasattr(type(value), "__get__")
+    }
+    return Parts(hashed("class", cls.__qualname__), [members, cls.__bases__, type(cls)])
+
+
+def _wrapper(value: Any) -> Parts | None:
+    """What wraps functions and is no function itself."""
+    kind = hashed("wrapper", type_name(value))
+    if isinstance(value, property):
+        return Parts(kind, [value.fget, value.fset, value.fdel])
+    if isinstance(value, (staticmethod, classmethod)):
+        return Parts(kind, [value.__func__])
+    if isinstance(value, functools._lru_cache_wrapper):
+        return Parts(kind, [vars(value)])  # with the wrapped function
+    if isinstance(value, GeneratorType):
+        return Parts(kind, [value.gi_code, {} if value.gi_frame is None else value.gi_frame.f_locals])
+    if isinstance(value, torch.jit.ScriptFunction):
+        return Parts(kind, [value.code])
+    return None
+
+
+_MODULE_ATTRIBUTES = vars(nn.Module()).keys() - {"training"}
+_HOOKS = sorted(name for name in _MODULE_ATTRIBUTES if name.endswith("_hooks"))
+_WHERE_FROM = {"name_or_path", "_name_or_path", "warnings_issued", "_is_hf_initialized", "transformers_version"}
+"""Of a model or its configuration: where it was loaded from, and what it has said. Neither changes what it computes."""
+
+
+def _model(value: Any) -> Parts | None:
+    """A model's class and settings, its weights, its hooks, and the modules within it."""
+    if isinstance(value, (PretrainedConfig, GenerationConfig)):
+        settings = {name: setting for name, setting in value.to_dict().items() if name not in _WHERE_FROM}
+        return Parts(hashed("config"), [type(value), settings])
+    if not isinstance(value, nn.Module):
+        return None
+    modules = dict(value._modules.items())
+    if "_orig_mod" in modules:  # torch.compile
+        return Parts(hashed("compiled"), [modules["_orig_mod"]])
+    state = {name: part for name, part in vars(value).items() if name not in _MODULE_ATTRIBUTES | _WHERE_FROM}
+    hooks = [list(vars(value).get(name, {}).values()) for name in _HOOKS]  # their keys count the hooks of the process
+    weights = dict(value.named_parameters(recurse=False, remove_duplicate=False))
+    buffers = dict(value.named_buffers(recurse=False, remove_duplicate=False))
+    code = getattr(value, "code", None) if isinstance(value, torch.jit.ScriptModule) else None
+    return Parts(hashed("model"), [type(value), state, hooks, weights, buffers, modules, code])
+
+
+def _other(value: Any) -> Parts | None:
+    """Objects that pickle stores differently each time, or not at all."""
+    if isinstance(value, torch.Generator):
+        return Parts(hashed("generator", str(value.device)), [value.get_state()])
+    if isinstance(value, weakref.ref):
+        return Parts(hashed("weak"), [value()])
+    if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)):
+        return Parts(hashed("weak", type_name(value)))  # a cache
     package = type(value).__module__.partition(".")[0]
-    return isinstance(value, (Tensor, Generator, np.ndarray, PreTrainedTokenizerBase)) or (
-        package in ("regex", "_regex", "spacy", "tiktoken", "pyarrow")
-    )
-
-
-def _global_names(code: CodeType) -> set[str]:
-    """The global names that a function reads, its inner functions included, except those that it assigns itself.
-
-    A name that a function assigns, such as a counter of its calls, is not what a cost depends on.
-    """
-    read, assigned = set(), set()
-    codes = [code]
-    while codes:
-        code = codes.pop()
-        codes += [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-                read.add(instruction.argval)
-            elif instruction.opname == "STORE_GLOBAL":
-                assigned.add(instruction.argval)
-    return read - assigned
-
-
-def _is_library(module: str | None) -> bool:
-    """Whether a module is not the user's own: in the standard library, in an installed package or in this one."""
-    package = (module or "").partition(".")[0]
-    if package == "__main__":  # a notebook's or a script's, although its file may be that of a launcher
-        return False
-    if package in sys.stdlib_module_names or package == __name__.partition(".")[0]:
-        return True
-    path = getattr(sys.modules.get(module or ""), "__file__", None)
-    return path is not None and not {"site-packages", "dist-packages"}.isdisjoint(Path(path).parts)
-
-
-def _text(module: ModuleType) -> bytes:
-    """The text of a module's file; nothing where there is none."""
-    try:
-        return Path(module.__file__ or "").read_bytes()
-    except (OSError, AttributeError):
-        return b""
-
-
-def _type(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
-def _hash(kind: str, *parts: str | bytes) -> bytes:
-    """A digest of parts, each with its length, so that no two lists of parts give the same bytes."""
-    state = hashlib.sha256(kind.encode())
-    for part in parts:
-        content = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
-        state.update(len(content).to_bytes(8, "big"))
-        state.update(content)
-    return state.digest()
+    if isinstance(value, PreTrainedTokenizerBase) or package in ("regex", "_regex", "spacy", "tiktoken"):
+        return Parts(hashed("data", type_name(value), Hasher.hash(value)))
+    return None

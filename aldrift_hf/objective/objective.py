@@ -281,8 +281,8 @@ class Objective:
             remedy = "If its costs have changed, choose another key or remove the folder."
         else:
             limits = (
-                "Changes to the functions and to the data that they refer to are noticed; changes to files, services, "
-                "the weights of models and imported modules are not"
+                "Changes to the functions, and to the data and the models' weights that they refer to, are noticed; "
+                "changes to files, services and installed packages are not"
             )
             remedy = "If they change the costs, remove the folder or set objective_cache_key."
         if loaded.found:
