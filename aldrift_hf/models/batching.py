@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,8 @@ def _most(config: PreTrainedConfig, name: str, guess: int) -> int:
 
 def _free_memory(device: torch.device) -> int:
     """Bytes. A device that cannot say how much is free is taken to share the host's memory, as Apple's do."""
-    if device.type not in ("cpu", "meta") and hasattr(module := torch.get_device_module(device), "mem_get_info"):
-        free, _ = module.mem_get_info(device)
+    # No such function, no such device, or a driver without the query.
+    with contextlib.suppress(AttributeError, RuntimeError):
+        free, _ = torch.get_device_module(device).mem_get_info(device)
         return int(free)
     return int(psutil.virtual_memory().available // PartialState().num_processes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,10 +23,11 @@ def numbers(config: PreTrainedConfig, name: str) -> list[int]:
 
 
 def _read(config: PreTrainedConfig, name: str) -> Any:
-    try:
+    with contextlib.suppress(Exception):  # properties compute from what may not be there
         return getattr(config, name, None)
-    except Exception:  # Transformers 5.23 raises one of its own for what differs between layers
-        return [vars(layer).get(name) for layer in getattr(config, "per_layer_config", ())]
+    with contextlib.suppress(Exception):  # Transformers 5.23 keeps what differs between layers apart
+        return [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
+    return None
 
 
 def _flat(value: Any) -> Iterator[Any]:
