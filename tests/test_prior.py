@@ -125,6 +125,10 @@ def test_ambiguous_adapters_are_refused():
     with pytest.raises(ValueError, match="merged"):
         prior.split(model, None)
     model.unmerge_adapter()
+    model.base_model.disable_adapter_layers()
+    with pytest.raises(ValueError, match="switched off"):
+        prior.split(model, None)
+    model.base_model.enable_adapter_layers()
     model.add_adapter("other", lora_config(tiny_gpt2()))
     model.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="2 active adapters"):

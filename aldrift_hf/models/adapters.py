@@ -69,8 +69,11 @@ def add_frozen_copy(model: PeftModel) -> str:
             f"the adapter to train is called {name!r}, and folders whose names begin with '_' or 'checkpoint-' are "
             "not pushed to the Hub. Give it another name."
         )
-    if any(getattr(module, "merged", False) for module in model.modules() if isinstance(module, BaseTunerLayer)):
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(getattr(layer, "merged", False) for layer in layers):
         raise ValueError("the PeftModel's adapter is merged into its base; call model.unmerge_adapter() first.")
+    if any(layer.disable_adapters for layer in layers):
+        raise ValueError("the PeftModel's adapter is switched off; call model.enable_adapter_layers() first.")
     taken = {*model.peft_config, *(part for path, _ in model.named_modules() for part in path.split("."))}
     frozen_name = next(each for each in _names() if each not in taken)
     if FROZEN in model.peft_config:
@@ -80,6 +83,7 @@ def add_frozen_copy(model: PeftModel) -> str:
             "load the model again."
         )
     config = copy.deepcopy(model.peft_config[name])
+    config.inference_mode = True  # some kinds of adapters (AdaLoRA) allow one that is trained
     # Its values are overwritten below: what matters is that creating the adapter does not change the base weights.
     if hasattr(config, "init_lora_weights"):
         cast(Any, config).init_lora_weights = True

@@ -98,20 +98,19 @@ def split_checked(
             "no parameter of the model is trainable, so nothing would be learned. Load the model again, or call "
             "model.requires_grad_(True) for full fine-tuning."
         )
+    error: ValueError | None = None
     if reference is not None:
-        rows, expected = reference
-        prior.row_scores = expected
+        rows, prior.row_scores = reference
         try:
-            with inference(policy):
-                measured = _measure(rows, policy, prior)
-        except Exception as error:  # of any type: the model alone could be run
-            raise ValueError(
-                f"with {_described(policy)} the model cannot be run as the trainer does: {error}. Use LoRA or another "
-                "adapter on the weights."
-            ) from error
-        # Exactly the prior, or a copy of the first rung's model is kept; the processes must agree on it.
-        prior.is_start = prior.is_start and all(gather_object([torch.equal(measured.start, measured.prior)]))
-        _check(expected, measured, policy)
+            _check(rows, prior.row_scores, policy, prior)
+        except ValueError as caught:
+            error = caught
+    # Not every process may have the weights: all hear of an error, and agree on whether the first model is the prior.
+    shared = gather_object([(error and str(error), prior.is_start)])
+    messages = [message for message, _ in shared if message is not None]
+    if messages:
+        raise error or ValueError(f"on another process: {messages[0]}")
+    prior.is_start = all(is_start for _, is_start in shared)
     return policy, prior
 
 
@@ -183,7 +182,17 @@ def _measure(rows: Rows, policy: PreTrainedModel | PeftModel, prior: Prior) -> _
         return _Measured(at_start, start, moved_prior, scored, inside, rows.logprobs(policy))
 
 
-def _check(expected: Tensor, measured: _Measured, policy: PreTrainedModel | PeftModel) -> None:
+def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, prior: Prior) -> None:
+    """Compare what the rows are to prior and policy with what was expected; see whether the policy is the prior yet."""
+    try:
+        with inference(policy):
+            measured = _measure(rows, policy, prior)
+    except Exception as error:  # of any type: the model alone could be run
+        raise ValueError(
+            f"with {_described(policy)} the model cannot be run as the trainer does: {error}. Use LoRA or another "
+            "adapter on the weights."
+        ) from error
+    prior.is_start = prior.is_start and torch.equal(measured.start, measured.prior)
     _compare(measured.prior, expected, policy, "")
     _compare(measured.moved_prior, expected, policy, " once trainable parameters have moved")
     for other, most in ((measured.inside, MAX_DRIFT), (measured.scored, _max_rounding(policy))):
