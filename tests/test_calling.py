@@ -157,6 +157,48 @@ def test_an_async_function_that_fails_is_named_and_the_others_are_cancelled():
     assert ended == ["cancelled"], "it had begun"
 
 
+@pytest.mark.parametrize("on_error", ["raise", "worst"])
+def test_what_a_function_has_started_is_cancelled_if_it_fails_and_goes_on_if_it_does_not(on_error):
+    ended, served = [], asyncio.Queue()
+
+    async def request(text):
+        try:
+            if text == "bad":
+                raise KeyError("no answer")
+            await asyncio.sleep(600 if text == "slow" else 0)
+            return 1.0
+        finally:
+            await asyncio.sleep(0.01)
+            ended.append(text)
+
+    async def serve():
+        while True:
+            text, answer = await served.get()
+            answer.set_result(float(len(text)))
+
+    server = []
+
+    async def cost(prompts, completions):
+        if not server:
+            server.append(asyncio.ensure_future(serve()))
+        answers = [asyncio.get_running_loop().create_future() for _ in completions]
+        for text, answer in zip(completions, answers):
+            served.put_nowait((text, answer))
+        return await asyncio.gather(*answers)
+
+    async def fails(prompts, completions):
+        return await asyncio.gather(*map(request, completions))
+
+    objective = Objective([cost, fails], None, 9.0, batch_size=3, on_error=on_error)
+    assert objective(ONE, [0, 0], ["a", "bb"]).tolist() == [2.0, 3.0]
+    ended.clear()
+    with pytest.raises(ObjectiveError, match="no answer"):
+        Objective(fails, None, None)(ONE, [0, 0], ["slow", "bad"])
+    assert sorted(ended) == ["bad", "slow"]
+    assert objective(ONE, [0, 0], ["ccc", "dddd"]).tolist() == [4.0, 5.0], "the server of the first call has ended"
+    objective.close()
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_an_async_function_that_exits_the_program_does_so(overlap):
     async def leaves(prompts, completions):
@@ -187,6 +229,7 @@ def test_an_interrupt_cancels_what_async_functions_are_doing():
 
     def interrupt():
         state.begun.wait()
+        time.sleep(0.2)  # until the main thread waits
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

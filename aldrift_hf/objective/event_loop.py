@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import weakref
 from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future
+from contextvars import ContextVar
 from typing import Any
 
 
@@ -20,6 +22,7 @@ class _EventLoop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
+        self.loop.set_task_factory(_new_task)
         self.waiting: dict[int, Future[list[Any]]] = {}
         threading.Thread(target=self._run, name="aldrift-event-loop", daemon=True).start()
 
@@ -57,8 +60,8 @@ if hasattr(os, "register_at_fork"):
 def wait_for(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     """Wait for the results of awaitables that run together on the process's event loop.
 
-    If one of them raises, the others are cancelled and its exception is raised. An exception in the waiting thread,
-    such as KeyboardInterrupt, cancels them all.
+    If one of them raises, the others are cancelled, with all that they have started, and its exception is raised. An
+    exception in the waiting thread, such as KeyboardInterrupt, cancels them all.
     """
     running, thread = _event_loop(), threading.get_ident()
     running.waiting[thread] = future = asyncio.run_coroutine_threadsafe(_together(awaitables), running.loop)
@@ -84,10 +87,27 @@ def is_foreign(awaitable: Awaitable[Any]) -> bool:
 
 
 async def _together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
-    tasks = [asyncio.ensure_future(awaitable) for awaitable in awaitables]
+    started: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
+    _started.set(started)
     try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
+        return await asyncio.gather(*awaitables)
+    except BaseException:
+        # Also what the functions have started themselves: requests, processes. If nothing fails, they may leave tasks
+        # behind, such as those that serve a client.
+        unfinished = [task for task in started if not task.done()]
+        for task in unfinished:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*unfinished, return_exceptions=True)
+        raise
+
+
+_started: ContextVar[weakref.WeakSet[asyncio.Task[Any]] | None] = ContextVar("started", default=None)
+"""The tasks started by the call that a task belongs to; tasks inherit it from those that start them."""
+
+
+def _new_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **settings: Any) -> asyncio.Task[Any]:
+    task = asyncio.Task(coroutine, loop=loop, **settings)
+    started = _started.get()
+    if started is not None:
+        started.add(task)
+    return task

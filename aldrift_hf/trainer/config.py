@@ -86,15 +86,16 @@ class ALDRIFTConfig(TrainingArguments):
         objective_weights (`list[float]`, *optional*):
             A factor for each of several objectives; the cost is their weighted sum. `None` weights each by 1.
         objective_on_error (`str`, *optional*, defaults to `"raise"`):
-            What to do if the objective fails: raises, or returns NaN or another value that is not a cost. `"raise"`
-            ends the run; all costs evaluated so far are on disk. `"worst"` evaluates the batch's completions again, one
-            at a time, and gives those that still fail the cost `objective_range`, with a warning and a count
-            (`objective_failures`).
+            What to do if the objective fails: raises, or returns NaN or another value that is not a finite number.
+            `"raise"` ends the run; all costs evaluated so far are on disk. `"worst"` evaluates the batch's completions
+            again, one at a time, and gives those that still fail the cost `objective_range`, with a warning and a count
+            (`objective_failures`). A number below 0 or above `objective_range`, by more than rounding, always ends the
+            run.
         objective_cache_key (`str`, *optional*):
             Identity of the objective among the costs kept in `output_dir`, by which a later start finds those already
-            evaluated. `None` is a hash of the functions' content: their code and the data that they refer to. Set a key
-            to keep the costs when the code changes but its costs do not; set another key when files, services or
-            models that the hash cannot see change the costs.
+            evaluated. `None` is a hash of the functions' content: their code, and the data, models and modules of your
+            own that they refer to. Set a key to keep the costs when the code changes but its costs do not; set another
+            key when files, services or installed packages that the hash cannot see change the costs.
 
         **Parameters that control generation**
 
@@ -242,7 +243,7 @@ class ALDRIFTConfig(TrainingArguments):
         default="raise",
         metadata={
             "choices": ["raise", "worst"],
-            "help": "If the objective raises or returns a value that is not a cost: raise (end the run), or worst "
+            "help": "If the objective raises or returns a value that is not a number: raise (end the run), or worst "
             "(evaluate one completion at a time, and give those that fail the cost objective_range).",
         },
     )
@@ -250,7 +251,7 @@ class ALDRIFTConfig(TrainingArguments):
         default=None,
         metadata={
             "help": "Identity of the objective among the costs kept in output_dir. None: a hash of the functions' code "
-            "and of the data that they refer to; files, services and models are not seen."
+            "and of what they refer to; files, services and installed packages are not seen."
         },
     )
 
