@@ -134,3 +134,15 @@ def test_adapters_that_cannot_be_loaded_or_pushed_are_refused(config, tokenizer,
     narrow.target_modules = ["c_fc"]
     with pytest.raises(ValueError, match="does not fit"):
         adapters.load_active(get_peft_model(tiny_gpt2(), narrow), tmp_path / "wider")
+
+
+def test_the_frozen_copy_has_the_precision_of_the_original():
+    """PEFT makes new adapters in fp32; a copy in another precision than the original would round otherwise."""
+    model = tiny_gpt2().to(torch.bfloat16)
+    model = get_peft_model(model, lora_config(model), adapter_name="mine", autocast_adapter_dtype=False)
+    perturb(model, seed=3)
+    before = scores(model.eval())
+    assert adapters.add_frozen_copy(model) == "prior"
+    assert {p.dtype for name, p in model.named_parameters() if ".prior." in name} == {torch.bfloat16}
+    model.set_adapter("prior")
+    assert torch.equal(scores(model), before)
