@@ -38,6 +38,8 @@ from transformers import (
     T5EncoderModel,
     T5ForConditionalGeneration,
     TextGenerationPipeline,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 from aldrift_hf.models import loading
@@ -157,6 +159,33 @@ def test_causal_models_of_families_that_also_have_encoders_are_taken(make):
     make(bert).sample(1)
     neox = GPTNeoXConfig(**{**BERT, "is_decoder": False}, eos_token_id=EOS)
     make(GPTNeoXForCausalLM(neox)).sample(1)
+
+
+class SeesAhead(LlamaForCausalLM):
+    """A decoder without its mask, as encoders of sentences are made; its config says nothing of that."""
+
+    def forward(self, input_ids, attention_mask=None, **kwargs):
+        ahead = torch.zeros(len(input_ids), 1, input_ids.shape[1], input_ids.shape[1])
+        return super().forward(input_ids, attention_mask=ahead, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: SeesAhead(tiny_llama().config),
+        lambda: XLNetLMHeadModel(XLNetConfig(vocab_size=5, d_model=8, n_layer=1, n_head=2, d_inner=8)),
+    ],
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_a_model_that_sees_what_comes_is_refused_whatever_its_config_says(make, model, adapter):
+    torch.manual_seed(0)
+    model = model()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    with pytest.raises(ValueError, match=r"is not causal: .* depend on what comes after it. Pass a causal"):
+        make(model)
 
 
 # ---- Ids -------------------------------------------------------------------------------------------------------------

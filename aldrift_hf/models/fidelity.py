@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..types import Completions
 from . import sharding
+from .causality import check_causal
 from .prior import Prior, base_model, split
 from .scoring import inference, label_logprobs, sequence_logprobs
 
@@ -91,15 +92,20 @@ def split_checked(
     Raises:
         ValueError: if the prior would not be the model that was passed in, or if nothing could be learned.
     """
-    reference = _reference(model)
+    reference, error = _reference(model), None
+    if reference is not None:
+        try:
+            with inference(model):
+                check_causal(base_model(model), *reference[0], reference[1], _max_rounding(model))
+        except ValueError as caught:
+            error = caught
     policy, prior = split(model, peft_config)
     if not any(parameter.requires_grad for parameter in policy.parameters()):
         raise ValueError(
             "no parameter of the model is trainable, so nothing would be learned. Load the model again, or call "
             "model.requires_grad_(True) for full fine-tuning."
         )
-    error: ValueError | None = None
-    if reference is not None:
+    if reference is not None and error is None:
         rows, prior.row_scores = reference
         try:
             _check(rows, prior.row_scores, policy, prior)
