@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from ..types import Completions
 from . import sharding
 from .causality import check_causal
+from .loading import context_length
 from .prior import Prior, base_model, split
 from .scoring import inference, label_logprobs, sequence_logprobs
 
@@ -52,9 +53,7 @@ class Rows(NamedTuple):
     @classmethod
     def for_model(cls, model: PreTrainedModel, num_rows: int = 3, length: int = 12) -> Rows:
         """`num_rows` rows of at most `length` tokens that the model can read."""
-        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if isinstance(context, int) and context > 1:
-            length = min(length, context)
+        length = max(2, min(length, context_length(model.config) or length))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(sharding.vocabulary_size(model), (num_rows, length), generator=generator)
         start = [1 + row % max(1, length // 4) for row in range(num_rows)]
@@ -149,10 +148,12 @@ def _reference(model: PreTrainedModel | PeftModel) -> tuple[Rows, Tensor] | None
     try:
         with inference(model):
             rows = Rows.for_model(base_model(model))
-            return rows, rows.scores(base_model(model))
+            scores = rows.scores(base_model(model))
     except Exception as error:  # whatever a kernel raises that exists on another device only
         logger.warning(f"whether the prior is the model that was passed in could not be checked: {error}")
         return None
+    # A model that overflows is refused at its first draws, with the remedy (numerics.py).
+    return None if bool(scores.isnan().any()) else (rows, scores)
 
 
 class _Measured(NamedTuple):

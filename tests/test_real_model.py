@@ -1,0 +1,84 @@
+"""A real chat model with a real tokenizer, chat template and 49,152 words: what small models cannot show."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ALDRIFTTrainer
+from peft import LoraConfig
+from problems.real_model import real_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference, sequence_logprobs
+
+pytestmark = [pytest.mark.slow, pytest.mark.real_model]
+
+CHAT = [{"role": "user", "content": "Write a one-sentence review of a restaurant."}]
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM"}
+
+
+@pytest.fixture(scope="module")
+def folder():
+    try:
+        return str(real_model())
+    except OSError as error:
+        pytest.skip(f"the real model cannot be made here: {error}")
+
+
+def long(prompts, completions):
+    return [len(text) / 100 for text in completions]
+
+
+def trainer_of(folder, config, dtype, **settings):
+    args = config(
+        num_rungs=1,
+        num_generations=8,
+        chain_length=1,
+        sampler="archive",
+        tau_step=None,
+        tau_max=1.0,
+        objective_range=2.0,
+        max_completion_length=6,
+        updates_per_rung=2,
+        per_device_train_batch_size=4,
+        learning_rate=1e-4,
+        model_init_kwargs={"dtype": dtype},
+        **settings,
+    )
+    return ALDRIFTTrainer(folder, long, args, train_dataset=[CHAT], peft_config=LoraConfig(**LORA))
+
+
+def computes_in_bf16() -> bool:
+    """Whether the CPU has instructions for it; without, a product takes six times as long as in fp32."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "amx_bf16" in flags or "avx512_bf16" in flags
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.skipif(not computes_in_bf16(), reason="a CPU without bf16")),
+    ],
+)
+def test_a_rung_from_the_prior_to_the_first_updates(dtype, folder, config):
+    trainer = trainer_of(folder, config, dtype)
+    template = AutoTokenizer.from_pretrained(folder).apply_chat_template(CHAT, add_generation_prompt=True)
+    assert trainer.inputs.prompts.token_ids == [list(getattr(template, "input_ids", template))]
+    assert trainer.rollout.prior.is_start
+    trainer.train()
+    (rung,) = trainer.record.rungs
+    assert abs(rung["kl_to_prior"]) < (1e-3 if dtype == "float32" else 0.3)
+    assert math.isfinite(rung["loss"])
+    assert len({draw["completion"] for draw in trainer.record.draws}) > 4
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    drawn = trainer.rollout.propose(trainer.inputs.prompts, 4, (1, 2))
+    prompts = trainer.inputs.prompts.token_ids * 4
+    with inference(plain):
+        expected = sequence_logprobs(plain, prompts, drawn.completions, pad_token_id=0, batch_size=4)
+    assert torch.allclose(drawn.log_prior.flatten(), expected, atol=1e-3 if dtype == "float32" else 0.5)
+    with inference(trainer.model):
+        moved = sequence_logprobs(base_model(trainer.model), prompts, drawn.completions, pad_token_id=0, batch_size=4)
+    assert (moved - expected).abs().max() > 1e-3
