@@ -90,7 +90,6 @@ def test_a_row_that_no_reward_judges_is_refused():
         [np.bool_(True), 0.25, np.int8(0)],
         iter([1, 0.25, 0]),
     ],
-    ids=lambda values: str(values)[:40],
 )
 def test_rewards_may_be_any_numbers(values):
     assert from_reward(lambda completions, **columns: values)(["x"] * 3, ["a", "b", "c"]) == [0.0, 0.75, 1.0]
