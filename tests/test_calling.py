@@ -197,6 +197,7 @@ def test_what_a_function_has_started_is_cancelled_if_it_fails_and_goes_on_if_it_
     assert sorted(ended) == ["bad", "slow"]
     assert objective(ONE, [0, 0], ["ccc", "dddd"]).tolist() == [4.0, 5.0], "the server of the first call has ended"
     objective.close()
+    server[0].get_loop().call_soon_threadsafe(server[0].cancel)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -229,7 +230,6 @@ def test_an_interrupt_cancels_what_async_functions_are_doing():
 
     def interrupt():
         state.begun.wait()
-        time.sleep(0.2)  # until the main thread waits
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()

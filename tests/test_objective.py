@@ -591,37 +591,42 @@ def test_costs_of_an_earlier_start_count_when_first_asked_for(tmp_path):
     assert cost.asked == []
 
 
+def started_since(before):
+    """Threads that were not there before; those of earlier tests may end at any moment."""
+    return set(threading.enumerate()) - before
+
+
 @pytest.mark.parametrize("overlap", [True, False])
 def test_a_closed_objective_has_no_thread_and_no_file(overlap, tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     objective = tolerant(failing([], "raise"), tmp_path, overlap=overlap)
     objective(ONE, [0] * 4, TEXTS)
-    assert threading.active_count() == before + overlap
+    assert len(started_since(before)) == overlap
     assert {path.name for path in tmp_path.glob("_costs/*")} > {"0.sqlite"}, "the log of an open database"
     for _ in range(2):
         objective.close()
-        assert threading.active_count() == before
+        assert not started_since(before)
         assert [path.name for path in tmp_path.glob("_costs/*")] == ["0.sqlite"]
     assert objective(ONE, [0], ["dddd"]).tolist() == [4.0]
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 def test_leaving_the_outermost_context_closes_the_objective(overlap, tmp_path):
-    before = threading.active_count()
+    before = set(threading.enumerate())
     objective = tolerant(failing([], "raise"), tmp_path, overlap=overlap)
     for _ in range(2):
         with objective.open():
             with objective.open():
                 assert objective(ONE, [0], ["a"]).tolist() == [1.0]
             assert objective(ONE, [0], [f"a{_}"]).tolist() == [2.0]
-            assert threading.active_count() == before + overlap
+            assert len(started_since(before)) == overlap
             assert {path.name for path in tmp_path.glob("_costs/*")} > {"0.sqlite"}
-        assert threading.active_count() == before
+        assert not started_since(before)
         assert [path.name for path in tmp_path.glob("_costs/*")] == ["0.sqlite"]
     with contextlib.suppress(KeyboardInterrupt), objective.open():
         objective.begin(ONE, [0], ["b"])
         raise KeyboardInterrupt
-    assert threading.active_count() == before
+    assert not started_since(before)
     assert not objective._begun.asked
 
 
@@ -634,7 +639,7 @@ def test_objectives_that_nobody_uses_leave_nothing_behind(cost, tmp_path):
     """Neither a thread nor an object, although none was closed."""
     objective(length_later)(ONE, [0], ["a"])  # starts the event loop of the process
     gc.collect()
-    before, gone = threading.active_count(), []
+    before, gone = set(threading.enumerate()), []
     for number in range(30):
         one = objective(cost) if number % 2 else tolerant(cost, tmp_path / str(number), on_error="raise")
         with contextlib.suppress(ObjectiveError):
@@ -644,8 +649,8 @@ def test_objectives_that_nobody_uses_leave_nothing_behind(cost, tmp_path):
         del one
     gc.collect()
     deadline = time.monotonic() + 10
-    while threading.active_count() > before or any(ref() for ref in gone):
-        assert time.monotonic() < deadline, (threading.active_count() - before, sum(bool(ref()) for ref in gone))
+    while started_since(before) or any(ref() for ref in gone):
+        assert time.monotonic() < deadline, (started_since(before), sum(bool(ref()) for ref in gone))
         time.sleep(0.01)
         gc.collect()
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import queue
 import threading
 import weakref
 from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError
 from contextvars import ContextVar
 from typing import Any
 
@@ -23,7 +24,7 @@ class _EventLoop:
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
         self.loop.set_task_factory(_new_task)
-        self.waiting: dict[int, Future[list[Any]]] = {}
+        self.waiting: dict[int, _Call] = {}
         threading.Thread(target=self._run, name="aldrift-event-loop", daemon=True).start()
 
     def _run(self) -> None:
@@ -57,6 +58,37 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+class _Call:
+    """Awaitables for whose results a thread waits. It may be cancelled at any moment, also before it has begun."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, awaitables: Sequence[Awaitable[Any]]) -> None:
+        self.loop, self.awaitables = loop, awaitables
+        # Not a future: its lock may stay taken where a KeyboardInterrupt comes at the wrong moment, and stop the loop.
+        self._ended: queue.SimpleQueue[asyncio.Task[list[Any]]] = queue.SimpleQueue()
+        self._task: asyncio.Task[list[Any]] | None = None
+        self._cancelled = False
+
+    def begin(self) -> None:
+        """Start, on the loop."""
+        self._task = self.loop.create_task(_together(self.awaitables))
+        self._task.add_done_callback(self._ended.put)
+        if self._cancelled:
+            self._task.cancel()
+
+    def cancel(self) -> None:
+        """Cancel, on the loop."""
+        self._cancelled = True
+        if self._task is not None:
+            self._task.cancel()
+
+    def results(self) -> list[Any]:
+        """Wait for the results, in another thread."""
+        task = self._ended.get()
+        if task.cancelled():
+            raise CancelledError
+        return task.result()
+
+
 def wait_for(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     """Wait for the results of awaitables that run together on the process's event loop.
 
@@ -64,11 +96,12 @@ def wait_for(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
     exception in the waiting thread, such as KeyboardInterrupt, cancels them all.
     """
     running, thread = _event_loop(), threading.get_ident()
-    running.waiting[thread] = future = asyncio.run_coroutine_threadsafe(_together(awaitables), running.loop)
+    call = running.waiting[thread] = _Call(running.loop, awaitables)
     try:
-        return future.result()
+        running.loop.call_soon_threadsafe(call.begin)
+        return call.results()
     except BaseException:
-        future.cancel()
+        running.loop.call_soon_threadsafe(call.cancel)
         raise
     finally:
         del running.waiting[thread]
@@ -76,9 +109,9 @@ def wait_for(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 def cancel(thread: threading.Thread) -> None:
     """Cancel what another thread is waiting for: there, [`wait_for`] raises `CancelledError`."""
-    future = None if _current is None or thread.ident is None else _current.waiting.get(thread.ident)
-    if future is not None:
-        future.cancel()
+    call = None if _current is None or thread.ident is None else _current.waiting.get(thread.ident)
+    if call is not None:
+        call.loop.call_soon_threadsafe(call.cancel)
 
 
 def is_foreign(awaitable: Awaitable[Any]) -> bool:
