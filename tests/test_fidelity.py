@@ -170,16 +170,25 @@ def test_a_model_that_has_been_through_a_trainer_is_refused(config):
 
 def test_a_transformers_adapter_inside_is_refused(config):
     model = tiny_gpt2()
-    model.add_adapter(lora_config(model))
+    try:
+        model.add_adapter(lora_config(model))
+    except ValueError as error:  # transformers' own, for an older PEFT
+        pytest.skip(str(error))
     with pytest.raises(ValueError, match="adapter layers in it already"):
         one_update(config, model, lora_config(model))
 
 
-def test_base_weights_that_are_trained_too_are_refused(config):
+def test_base_weights_that_are_trained_too_are_refused(config, monkeypatch):
     """The prior of a PeftModel shares its base: a layer norm that its user has made trainable would move it."""
+
+    def with_a_trainable_norm(model, peft_config):
+        policy, kept = prior.split(model, peft_config)
+        base_model(policy).transformer.ln_f.weight.requires_grad_(True)  # which some versions of PEFT undo
+        return policy, kept
+
+    monkeypatch.setattr(fidelity, "split", with_a_trainable_norm)
     model = lora(tiny_gpt2(), seed=3)
     before = copy.deepcopy(model.state_dict())
-    base_model(model).transformer.ln_f.weight.requires_grad_(True)
     with pytest.raises(ValueError, match="once trainable parameters have moved"):
         one_update(config, model)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items() if name in before)

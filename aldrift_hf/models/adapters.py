@@ -46,7 +46,10 @@ def load_active(model: PeftModel, folder: Path, saved_as: str | None = None) -> 
     if source is None:
         raise ValueError(f"{folder} holds no adapter called {saved_as or name!r}: it has no weights in {sources[0]}.")
     result = cast(Any, model.load_adapter(str(source), name, is_trainable=True))
-    if unexpected := getattr(result, "unexpected_keys", None):
+    # Up to PEFT 0.18, an adapter whose name is part of another's parameters' names is saved with these, too.
+    others = [f".{other}." for other in model.peft_config if other != name]
+    unexpected = [key for key in getattr(result, "unexpected_keys", ()) if not any(other in key for other in others)]
+    if unexpected:
         raise ValueError(f"the adapter in {source} does not fit this model: it has parameters {unexpected[:3]} too.")
 
 
@@ -88,17 +91,17 @@ def add_frozen_copy(model: PeftModel) -> str:
     if hasattr(config, "init_lora_weights"):
         cast(Any, config).init_lora_weights = True
     model.add_adapter(frozen_name, config)
+    parameters = dict(model.named_parameters())
+    frozen = [path for path in parameters if frozen_name in path.split(".")]
+    for path in frozen:
+        # PEFT may make it in another precision, which would round its values, or what is computed with them.
+        original = parameters.get(".".join(name if part == frozen_name else part for part in path.split(".")))
+        if original is not None:
+            parameters[path].data = parameters[path].data.to(original.dtype)
     set_peft_model_state_dict(model, get_peft_model_state_dict(model, adapter_name=name), adapter_name=frozen_name)
     model.set_adapter(name)
-    parameters = dict(model.named_parameters())
-    for path, parameter in parameters.items():
-        parts = path.split(".")
-        if frozen_name in parts:
-            parameter.requires_grad_(False)
-            # PEFT may have made the copy in fp32, in which another kernel would round otherwise.
-            original = parameters.get(".".join(name if part == frozen_name else part for part in parts))
-            if original is not None:
-                parameter.data = parameter.data.to(original.dtype)
+    for path in frozen:
+        parameters[path].requires_grad_(False)
     return frozen_name
 
 
