@@ -10,6 +10,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "self")
+"""Arguments of a cost function that are not columns of the data set: what is to be judged, and a method's object."""
+
 
 class Completions(NamedTuple):
     """`n` completions.

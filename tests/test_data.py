@@ -5,7 +5,8 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from datasets import Dataset, DatasetDict
 
-from aldrift_hf.trainer.data import RESERVED, check_dataset
+from aldrift_hf.trainer.data import check_dataset
+from aldrift_hf.types import RESERVED_COLUMNS
 
 CHAT = [[{"role": "user", "content": "a"}], [{"role": "user", "content": "b"}]]
 
@@ -24,7 +25,7 @@ def make(config, tokenizer):
     return build
 
 
-@pytest.mark.parametrize("column", RESERVED)
+@pytest.mark.parametrize("column", RESERVED_COLUMNS)
 def test_a_column_that_a_cost_could_not_tell_from_another_argument_is_refused(make, column):
     """Everywhere that a trainer takes prompts. (The cost would be computed on the column, silently.)"""
     rows = [{"prompt": "a", column: "b"}]

@@ -20,6 +20,7 @@ from problems.spanning_tree import load_problem
 
 from aldrift_hf import from_reward
 from aldrift_hf.objective.testing import check_objective
+from aldrift_hf.types import RESERVED_COLUMNS
 
 EXAMPLES = ["[1, 2]", "[3]", "[2, 2, 2]"]
 
@@ -254,3 +255,9 @@ def test_the_recipes_costs(recipe_module):
     trips = [{"prompt": "Berlin", "completion": "Lisbon, London, Madrid, Paris, Rome, Vienna, Warsaw"}]
     check_objective(recipe_module("custom_objective").cost, trips, objective_range=20)
     check_objective(recipe_module("speed").cost, EXAMPLES, objective_range=7)
+
+
+@pytest.mark.parametrize("name", RESERVED_COLUMNS)
+def test_reserved_columns_are_refused(name):
+    with pytest.raises(ValueError, match=f"columns called {name}, .*prompts, completions, completion_ids, self"):
+        check_objective(lambda prompts, completions, **columns: [0.0], [{"completion": "a", name: "b"}])

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, NoReturn
 
 from ..content import Content
+from ..types import RESERVED_COLUMNS
 from .calling import ObjectiveError, call_functions
 from .copies import copies_of
 from .protocol import CostFunction, check_function, check_signature, name_of
@@ -111,6 +112,11 @@ def _rows(examples: Iterable[str | Mapping[str, Any]]) -> list[Row]:
         raise ValueError(
             "examples must be at least one completion: texts, or rows (a datasets.Dataset, dicts) that all have the "
             "same columns, including 'completion' with a text"
+        )
+    if taken := [name for name in rows[0] if name in RESERVED_COLUMNS]:
+        raise ValueError(
+            f"examples have columns called {', '.join(taken)}, which no data set may have: "
+            f"{', '.join(RESERVED_COLUMNS)} are reserved. Use 'prompt' and 'completion' for the texts."
         )
     return rows
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
-RESERVED = ("prompts", "completions", "completion_ids", "self")
-"""Arguments of a cost function that are not columns of the data set: what is to be judged, and a method's object."""
+from ..types import RESERVED_COLUMNS
 
 _TABLES = ("arrow", "pandas", "polars")
 """Formats whose rows are small tables. A cost function gets lists of values."""
@@ -87,9 +86,9 @@ def _check_columns(columns: list[str], name: str) -> None:
             f"{name} has no column 'prompt'; its columns are {columns}. Rename one of them: "
             f"dataset.rename_column({rename!r}, 'prompt')."
         )
-    taken = [column for column in columns if column in RESERVED]
+    taken = [column for column in columns if column in RESERVED_COLUMNS]
     if taken:
         raise ValueError(
             f"{name} has a column {taken[0]!r}, which a cost function could not tell from its argument of that name. "
-            f"Reserved are {', '.join(RESERVED)}. Rename it: dataset.rename_column({taken[0]!r}, 'reference')."
+            f"Reserved are {', '.join(RESERVED_COLUMNS)}. Rename it: dataset.rename_column({taken[0]!r}, 'reference')."
         )
