@@ -109,7 +109,7 @@ def signature_of(function: CostFunction) -> inspect.Signature:
 
 def _is_model(value: Any) -> bool:
     """Whether something is a model, or another thing that `transformers` calls, such as a tokenizer or a pipeline."""
-    return any(cls is nn.Module or cls.__module__.partition(".")[0] == "transformers" for cls in type(value).__mro__)
+    return any(cls is nn.Module or cls.__module__.startswith("transformers.") for cls in type(value).__mro__)
 
 
 def _described(value: Any) -> str:
