@@ -129,6 +129,7 @@ def test_layers_may_differ(monkeypatch):
 
 
 @pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="this version of transformers has no Gemma 4")
+@pytest.mark.skipif("gemma4_text" not in CONFIG_MAPPING, reason="a version of Transformers without Gemma 4")
 def test_gemma_4_whose_layers_differ():
     config = CONFIG_MAPPING["gemma4_text"]()
     assert set(numbers(config, "head_dim")) == {256, 512}

@@ -18,6 +18,7 @@ from aldrift_hf.algorithm.ladders import LADDERS, AdaptiveLadder, LinearLadder
 from aldrift_hf.algorithm.losses import LOSSES, GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.samplers import SAMPLERS, ArchiveSampler, MetropolisHastings, Sampler, Top
 from aldrift_hf.models.engines import EngineSettings, TransformersEngine
+from aldrift_hf.models.prior import FrozenAdapter, FrozenCopy
 from aldrift_hf.trainer.optimizer import check_optimizer, schedule_kwargs
 from aldrift_hf.trainer.settings import settings_of
 from aldrift_hf.trainer.validation import check_parts, name_of
@@ -345,6 +346,7 @@ def test_the_recorded_settings_are_plain_and_as_asked(config, tokenizer, adapter
     recorded = settings_of(
         settings,
         policy,
+        FrozenAdapter("prior") if adapter else FrozenCopy(model),
         ["cost"],
         Prompts([{"prompt": ""}], [[EOS]], ["key"]),
         tokenizer,
@@ -360,3 +362,4 @@ def test_the_recorded_settings_are_plain_and_as_asked(config, tokenizer, adapter
     assert (recorded["ladder"], recorded["loss"], recorded["loss_type"]) == ("linear", "nll", None)
     assert recorded["engine"] == "transformers"
     assert (recorded["objective_range"], recorded["num_rungs"]) == (None, 2)
+    assert recorded["prior_adapter"] == ("prior" if adapter else None)
