@@ -105,7 +105,7 @@ def runs(tmp_path_factory):
         [sys.executable, str(script), str(root), str(KILLS), str(BATCH)],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,  # five minutes on two free cores
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-6000:]
