@@ -94,6 +94,21 @@ def test_a_run_is_loaded_and_described_by_any_name(name, config, tokenizer, tmp_
     assert f'subfolder="{trainer.record.settings["prior_adapter"]}"' in card
 
 
+def test_a_best_checkpoint_that_is_gone_does_not_end_a_run(config, tokenizer, caplog):
+    """Set aside by another run, and gone on with from there."""
+    first = run(named("mine"), config(**EVERY_RUNG), tokenizer)
+    best = Path(first.state.best_model_checkpoint).name
+    run(named("mine"), config(**EVERY_RUNG), tokenizer)
+    again = ALDRIFTTrainer(named("mine"), count_a, config(**EVERY_RUNG), processing_class=tokenizer)
+    moved = Path(first.args.output_dir) / "_set_aside" / "1"
+    assert (moved / best).is_dir()
+    again.train(resume_from_checkpoint=str(moved / "checkpoint-12"))
+    assert again.record.finished
+    again.state.best_model_checkpoint = "nowhere/checkpoint-4"
+    again._load_best_model()
+    assert "nowhere/checkpoint-4, the best checkpoint, does not exist any more" in caplog.text
+
+
 def test_a_run_goes_on_under_another_name(config, tokenizer, tmp_path):
     """In another process the same adapter is loaded as `default`, which is what PEFT calls it."""
     named("mine").save_pretrained(tmp_path / "start", selected_adapters=["mine"])

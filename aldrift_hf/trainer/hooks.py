@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,8 @@ from .config import ALDRIFTConfig
 from .interrupt import Interrupt
 from .optimizer import schedule_kwargs
 from .run import Run
+
+logger = logging.getLogger(__name__)
 
 
 class HookedTrainer(Trainer):
@@ -146,10 +149,11 @@ class HookedTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self._saves_adapters():
-            adapters.load_active(
-                self.model, Path(str(self.state.best_model_checkpoint)), self.checkpointer.adapter_name
-            )
+        best = Path(str(self.state.best_model_checkpoint))
+        if not best.is_dir():  # newer versions of Transformers do not call this then
+            logger.warning(f"{best}, the best checkpoint, does not exist any more: the last model is kept.")
+        elif self._saves_adapters():
+            adapters.load_active(self.model, best, self.checkpointer.adapter_name)
         else:
             super()._load_best_model()
 
