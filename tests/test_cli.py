@@ -68,6 +68,7 @@ def here(tmp_path, monkeypatch, no_report):
     tiny_gpt2().save_pretrained(tmp_path / "model")
     word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")
     (tmp_path / "costs.py").write_text(COSTS)
+    monkeypatch.delitem(sys.modules, "costs", raising=False)  # another test's
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield tmp_path

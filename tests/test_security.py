@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import sys
 import zipfile
 from pathlib import Path
 
@@ -157,6 +158,7 @@ def with_code(tmp_path, trace, monkeypatch):
     described |= {"model_type": "own", "auto_map": {"AutoConfig": "code.OwnConfig", "AutoModelForCausalLM": "code.Own"}}
     (folder / "config.json").write_text(json.dumps(described))
     (tmp_path / "costs.py").write_text(COSTS)
+    monkeypatch.delitem(sys.modules, "costs", raising=False)  # another test's
     monkeypatch.chdir(tmp_path)
     return folder
 
