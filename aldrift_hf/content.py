@@ -163,16 +163,16 @@ def _finish(component: list[_Node]) -> None:
     """Digest nodes of which each leads to every other one, or a single node.
 
     Where they lead back to themselves, each begins as its header and takes in its parts' colours, round by round, until
-    no more nodes are told apart. Equal colours then mean that the graphs are alike.
+    no more nodes can be distinguished. Equal colours then mean that the graphs are alike.
     """
     (first, *others) = component
     if not others and not any(part is first for part in first.parts):
         first.digest = _combined(first, first.header, {})
         return
     colours = {id(node): node.header for node in component}
-    told_apart = 0
-    while len(set(colours.values())) > told_apart:
-        told_apart = len(set(colours.values()))
+    distinguished = 0
+    while len(set(colours.values())) > distinguished:
+        distinguished = len(set(colours.values()))
         colours = {id(node): _combined(node, colours[id(node)], colours) for node in component}
     whole = sorted(set(colours.values()))
     for node in component:

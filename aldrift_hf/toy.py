@@ -199,6 +199,11 @@ def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, d
     )
 
 
+def cache_root(cache_dir: str | Path | None = None) -> Path:
+    """The folder of everything that is cached: as given, `$ALDRIFT_CACHE`, or `~/.cache/aldrift_hf`."""
+    return Path(cache_dir or os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
+
+
 def cache_folder(cache_dir: str | Path | None, made_of: list[Any]) -> Path:
     """The folder of a cached prior.
 
@@ -206,9 +211,8 @@ def cache_folder(cache_dir: str | Path | None, made_of: list[Any]) -> Path:
         cache_dir: the folder of all cached priors, as in [`small_prior`].
         made_of: everything that the prior depends on, as JSON values.
     """
-    root = Path(cache_dir or os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
     fingerprint = hashlib.sha256(json.dumps([*made_of, torch.__version__], sort_keys=True).encode()).hexdigest()
-    return root / f"prior-{fingerprint[:16]}"
+    return cache_root(cache_dir) / f"prior-{fingerprint[:16]}"
 
 
 def store(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -86,7 +86,7 @@ class Programs:
 
     async def __call__(self, prompts: list, completions: list[str]) -> list[float]:
         """The cost of each program: log2(1 + |printed - 42|), at most 7; or 8 if it does not print a number in time."""
-        slots = asyncio.Semaphore(self.processes)  # so many at a time
+        slots = asyncio.Semaphore(self.processes)  # the most that run at a time
         return [cost_of(printed) for printed in await asyncio.gather(*(self.run(text, slots) for text in completions))]
 
     async def run(self, program: str, slots: asyncio.Semaphore) -> bytes:

@@ -74,6 +74,16 @@ class ALDRIFTTrainer(aldrift_hf.ALDRIFTTrainer):
         self.remove_callback(ReportWriter)
 
 
+def printed_by_two_processes(source: str) -> list[str]:
+    """What a program prints in two processes in which texts have other hashes, and sets another order."""
+    processes = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-c", source]
+        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
+    return [process.communicate()[0] for process in processes]
+
+
 @pytest.fixture
 def no_report(monkeypatch) -> None:
     """For commands and recipes that make their trainers themselves: nothing is drawn."""

@@ -6,9 +6,6 @@ import datetime
 import decimal
 import functools
 import io
-import os
-import subprocess
-import sys
 import threading
 import uuid
 from types import MappingProxyType
@@ -17,6 +14,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from conftest import printed_by_two_processes
 from datasets import Dataset, Features, Image, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
@@ -294,9 +292,5 @@ print(row_keys(data, list(data)), Content().digest([{"x", "y", ("z", frozenset("
 
 def test_digests_and_keys_are_the_same_in_every_process():
     """Also of sets, whose order changes from one process to the next, and of what leads back to itself."""
-    command, processes = [sys.executable, "-c", IN_ANOTHER_PROCESS], []
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-    one, other = (process.communicate()[0] for process in processes)
+    one, other = printed_by_two_processes(IN_ANOTHER_PROCESS)
     assert one == other != ""

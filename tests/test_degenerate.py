@@ -179,7 +179,7 @@ def test_a_prior_that_excludes_all_draws(make):
         trainer.train()
 
 
-# ---- Numbers that are none -------------------------------------------------------------------------------------------
+# ---- NaN and infinity ------------------------------------------------------------------------------------------------
 
 
 def never(prompts, completions):

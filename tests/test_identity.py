@@ -5,10 +5,8 @@ import functools
 import importlib.util
 import inspect
 import logging
-import os
 import re
 import sqlite3
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -17,7 +15,7 @@ from types import MappingProxyType
 import numpy as np
 import pytest
 import torch
-from conftest import count_a
+from conftest import count_a, printed_by_two_processes
 
 from aldrift_hf import from_reward
 from aldrift_hf.objective.identity import identity_of
@@ -335,9 +333,5 @@ print(identity_of([Problem("a", "b", "c", "d")]))
 
 def test_the_same_cost_in_another_process_is_the_same():
     """Also where it refers to a set, whose order changes from one process to the next."""
-    command, processes = [sys.executable, "-c", IN_ANOTHER_PROCESS], []
-    for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment))
-    one, other = (process.communicate()[0] for process in processes)
+    one, other = printed_by_two_processes(IN_ANOTHER_PROCESS)
     assert one == other != ""

@@ -1,4 +1,4 @@
-"""What is passed in as model and tokenizer: told apart in the constructor, before anything is loaded or drawn."""
+"""What is passed in as model and tokenizer: checked in the constructor, before anything is loaded or drawn."""
 
 import json
 import logging
@@ -117,7 +117,7 @@ def mixed():
         ),
         (lambda: ValueHead(tiny_gpt2()), "got ValueHead. Pass the model inside, its attribute pretrained_model"),
         (pipeline, "got TextGenerationPipeline. Pass the model inside, its attribute model"),
-        (mixed, "got PeftMixedModel, whose adapters cannot be told apart"),
+        (mixed, "got PeftMixedModel, whose adapters cannot be separated"),
         (
             lambda: get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"])),
             "got a PeftModel around Sequential",

@@ -208,8 +208,12 @@ class Named(LogVariance):
 class Boasting(SmoothedResampling):
     """A sampler that measures under a name of the package's."""
 
+    def __init__(self, name):
+        super().__init__()
+        self.name = name
+
     def metrics(self, pool, tau):
-        return {"ess": 1.0}
+        return {self.name: 1.0}
 
 
 @pytest.mark.parametrize("name", RESERVED)
@@ -219,7 +223,8 @@ def test_a_losss_columns_cannot_take_the_place_of_the_tokens(name, config, token
         trainer.train()
 
 
-def test_a_samplers_figures_cannot_take_the_place_of_the_runs(config, tokenizer):
-    trainer = trainer_of(config(), tokenizer, sampler=Boasting())
-    with pytest.raises(ValueError, match=r"Boasting\.metrics returns figures .*: ess"):
+@pytest.mark.parametrize("name", ["ess", "tau", "num_tokens", "loss"])
+def test_a_samplers_figures_cannot_take_the_place_of_the_runs(name, config, tokenizer):
+    trainer = trainer_of(config(), tokenizer, sampler=Boasting(name))
+    with pytest.raises(ValueError, match=rf"Boasting\.metrics returns figures .*: {name}"):
         trainer.train()

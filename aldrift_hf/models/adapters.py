@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -78,12 +77,13 @@ def add_frozen_copy(model: PeftModel) -> str:
     if any(layer.disable_adapters for layer in layers):
         raise ValueError("the PeftModel's adapter is switched off; call model.enable_adapter_layers() first.")
     taken = {*model.peft_config, *(part for path, _ in model.named_modules() for part in path.split("."))}
-    frozen_name = next(each for each in _names() if each not in taken)
+    numbered = (f"{FROZEN}{number}" for number in itertools.count(2))
+    frozen_name = next(each for each in itertools.chain([FROZEN], numbered) if each not in taken)
     if FROZEN in model.peft_config:
         logger.warning(
             f"the PeftModel already has an adapter called {FROZEN!r}, as after an earlier ALDRIFTTrainer. The prior of "
-            f"this run is the adapter {name!r} as it is now, with what it has been trained to. If that is not meant, "
-            "load the model again."
+            f"this run is the adapter {name!r} as it is now, after that training. If you meant the original, load "
+            "the model again."
         )
     config = copy.deepcopy(model.peft_config[name])
     config.inference_mode = True  # some kinds of adapters (AdaLoRA) allow one that is trained
@@ -108,8 +108,3 @@ def add_frozen_copy(model: PeftModel) -> str:
 def has_layers(model: nn.Module) -> bool:
     """Whether PEFT has put adapter layers into a model."""
     return any(isinstance(module, BaseTunerLayer) for module in model.modules())
-
-
-def _names() -> Iterator[str]:
-    yield FROZEN
-    yield from (f"{FROZEN}{number}" for number in itertools.count(2))

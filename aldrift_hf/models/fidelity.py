@@ -3,7 +3,7 @@
 The model scores the rows before anything is attached to it. Then the prior must give them the same log-probabilities,
 as the trainer will use it: at once, and after the trainable parameters have moved. And the policy must be the same
 model whether it is trained (called as a whole) or scored and sampled (its base model, adapter layers in place).
-Otherwise log-weights would be wrong without a sign: an adapter whose layers stay in effect when it is switched off,
+Otherwise log-weights would be silently wrong: an adapter whose layers stay in effect when it is switched off,
 layers that are repeated, base weights that are trained too, an adapter that looks at its input before it acts.
 """
 
@@ -25,7 +25,7 @@ from . import sharding
 from .causality import check_causal
 from .loading import context_length
 from .prior import Prior, base_model, split
-from .scoring import inference, label_logprobs, sequence_logprobs
+from .scoring import inference, join, label_logprobs, sequence_logprobs
 
 logger = logging.getLogger(__name__)
 
@@ -68,16 +68,11 @@ class Rows(NamedTuple):
 
     def logprobs(self, model: nn.Module) -> Tensor:
         """`[num_rows]` log-probabilities of the completions, as the training loss computes them, nats."""
-        rows = [[*prompt, *tokens] for prompt, tokens in zip(self.prompts, self.completions.tokens(), strict=True)]
-        labels = [
-            [-100] * len(prompt) + tokens
-            for prompt, tokens in zip(self.prompts, self.completions.tokens(), strict=True)
-        ]
+        ids, attention_mask, completion_mask = join(self.prompts, self.completions.tokens(), 0)
+        labels = ids.masked_fill(~completion_mask, -100)
         device = next(model.parameters()).device
-        ids = torch.tensor(rows, device=device)
-        outputs = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        targets = torch.tensor(labels, device=outputs.logits.device)
-        return label_logprobs(outputs.logits, targets).double().sum(-1).cpu()
+        logits = model(input_ids=ids.to(device), attention_mask=attention_mask.to(device), use_cache=False).logits
+        return label_logprobs(logits, labels.to(logits.device)).double().sum(-1).cpu()
 
 
 def split_checked(

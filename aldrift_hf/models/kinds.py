@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftMixedModel, PeftModel, TaskType
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from .prior import base_model
+from .prior import base_model, check_apart
 
 _OTHER_TASKS = re.compile(r"Classification|QuestionAnswering|MultipleChoice|Reward|NextSentence|ValueHead|Regression")
 """In the name of a class whose head gives scores and no tokens."""
@@ -38,8 +38,8 @@ def check_model(model: Any) -> None:
     check_config(model.config, {})
     if not type(model).can_generate() or model.get_output_embeddings() is None:
         raise ValueError(
-            f"{type(model).__name__} has no language-modelling head, so it is no distribution over texts. Pass a "
-            "causal language model, as AutoModelForCausalLM loads it."
+            f"{type(model).__name__} has no language-modelling head, so it does not define a distribution over texts. "
+            "Pass a causal language model, as AutoModelForCausalLM loads it."
         )
 
 
@@ -78,7 +78,7 @@ def check_loadable(config: PreTrainedConfig, init_kwargs: Mapping[str, Any]) -> 
     if architectures and all(map(_OTHER_TASKS.search, architectures)):
         raise ValueError(
             f"the checkpoint is of a {architectures[0]}, whose head gives scores and no tokens. Pass a causal language "
-            "model; a reward model belongs into the objective."
+            "model; a reward model belongs in the objective."
         )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or ())
     own_code = own_code and bool(init_kwargs.get("trust_remote_code"))
@@ -94,15 +94,12 @@ def check_adapter(config: PeftConfig) -> None:
     """Refuse a saved adapter that cannot be trained on as one of a causal language model.
 
     Raises:
-        ValueError: for one of another task or of virtual tokens, or that does not say which model it belongs to.
+        ValueError: for one of another task, one that [`check_apart`] refuses, or that does not say which model it
+            belongs to.
     """
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(f"the adapter was made for the task {str(config.task_type)!r}. Pass one for CAUSAL_LM.")
-    if config.is_prompt_learning:
-        raise ValueError(
-            f"the adapter ({config.peft_type}) prepends virtual tokens, which sequence log-probabilities do not "
-            "account for. Use LoRA or another adapter on the weights."
-        )
+    check_apart(config)
     if not config.base_model_name_or_path:
         raise ValueError(
             "the adapter does not say which model it belongs to (base_model_name_or_path). Load that model, and pass "
@@ -125,7 +122,7 @@ def _remedy(model: Any) -> str:
     if isinstance(model, os.PathLike):
         return ". Pass the path as text: str(path)."
     if isinstance(model, PeftMixedModel):
-        return ", whose adapters cannot be told apart. Pass a PeftModel with the one to train."
+        return ", whose adapters cannot be separated. Pass a PeftModel with the one to train."
     if isinstance(getattr(model, "_orig_mod", None), nn.Module):
         return ", a compiled model. Pass the model before torch.compile, and set torch_compile=True in args."
     if isinstance(model, nn.Module) and isinstance(getattr(model, "module", None), nn.Module):

@@ -51,8 +51,9 @@ class AdapterOff:
         config: the adapter's. Unless one of its `init_…` options is off, it changes nothing before its first update.
     """
 
+    row_scores: Tensor | None = None
+
     def __init__(self, config: PeftConfig) -> None:
-        self.row_scores: Tensor | None = None
         self.is_start = all(value is not False for name, value in vars(config).items() if name.startswith("init_"))
 
     @contextlib.contextmanager
@@ -70,10 +71,10 @@ class FrozenAdapter:
     """
 
     is_start = True
+    row_scores: Tensor | None = None
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.row_scores: Tensor | None = None
 
     @contextlib.contextmanager
     def active(self, policy: nn.Module) -> Iterator[PreTrainedModel]:
@@ -91,6 +92,7 @@ class FrozenCopy:
     """`L` is a copy of the model, made before the first update."""
 
     is_start = True
+    row_scores: Tensor | None = None
 
     def __init__(self, model: PreTrainedModel) -> None:
         if sharding.is_sharded(model):
@@ -98,7 +100,6 @@ class FrozenCopy:
                 "full fine-tuning keeps a frozen copy of the model, and this model was sharded over the processes as "
                 "it was loaded. Set zero3_init_flag: false, or train an adapter (peft_config)."
             )
-        self.row_scores: Tensor | None = None
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
 
     @contextlib.contextmanager
@@ -128,7 +129,7 @@ def split(
                 "adapter (a frozen copy of it is the prior), or pass model.merge_and_unload() with the peft_config."
             )
         for config in model.peft_config.values():
-            _check_apart(config)
+            check_apart(config)
         return model, FrozenAdapter(adapters.add_frozen_copy(model))
     if adapters.has_layers(model):
         raise ValueError(
@@ -179,7 +180,7 @@ def check_peft_config(config: PeftConfig) -> None:
     """
     if not isinstance(config, PeftConfig):
         raise TypeError(f"peft_config must be a peft.PeftConfig, as LoraConfig, got {type(config).__name__}")
-    _check_apart(config)
+    check_apart(config)
     if config.task_type not in (None, TaskType.CAUSAL_LM):
         raise ValueError(
             f"peft_config with task_type={str(config.task_type)!r} is for another kind of model. Use task_type="
@@ -193,7 +194,7 @@ def check_peft_config(config: PeftConfig) -> None:
         )
 
 
-def _check_apart(config: PeftConfig) -> None:
+def check_apart(config: PeftConfig) -> None:
     """Refuse an adapter that is not apart from the base model, or acts only where the whole model is called.
 
     Raises:

@@ -35,8 +35,8 @@ def render(row: Mapping[str, Any], index: int, tokenizer: PreTrainedTokenizerBas
         tokenizer: has the template.
 
     Raises:
-        ValueError: for a tokenizer without a template, messages with anything but text, tools that are none, or if the
-            template fails.
+        ValueError: for a tokenizer without a template, messages with anything but text, tools that are not schemas, or
+            if the template fails.
     """
     if tokenizer.chat_template is None:
         raise ValueError(

