@@ -275,7 +275,7 @@ OBJECTS = {
     "partial method": class_with_partialmethod,
     "metaclass": lambda n: Meta("Cost", (), {"n": n}),
     "code of a metaclass": lambda n: type("M", (type,), {"__call__": default(n)})("Cost", (), {}),
-    "abstract class": lambda n: a_class(n, abc.ABC, f=abc.abstractmethod(one)),
+    "abstract class": lambda n: a_class(n, abc.ABC, f=abc.abstractmethod(default(1))),
     "instance attribute": lambda n: vars(cost := Decorator(one, 1)).update(n=n) or cost,
     "mutable attribute": lambda n: Data(1, {"a", "b", n}),
     "object in an object": lambda n: Data(Data(Data(n))),
