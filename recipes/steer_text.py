@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Optional
 
 import numpy as np
-import torch
 from evaluation import gold as golden
 from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
@@ -27,10 +26,9 @@ from evaluation.tables import Comparison
 from problems.real_model import HUB_ID, real_model
 from problems.steering import TASKS
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import TrlParser
 
-from aldrift_hf.models.loading import NO_FOREIGN_CODE
+from aldrift_hf.models.loading import load_model, tokenizer_of
 from aldrift_hf.reporting.progress import ProgressBars
 
 GOLD = Path(__file__).parent / "gold"
@@ -81,12 +79,13 @@ def main() -> None:
 
 def make_gold(options: SteerArguments, paths: dict[str, Path]) -> None:
     """Draw what the files lack."""
+    given = options.model_name_or_path
     try:
-        name = options.model_name_or_path or str(real_model())
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **NO_FOREIGN_CODE)
-        tokenizer = AutoTokenizer.from_pretrained(name, **NO_FOREIGN_CODE)
-    except OSError as error:
-        sys.exit(f"the model cannot be loaded: {error}. Where there is a Hub: --model_name_or_path {HUB_ID}")
+        name = given or str(real_model())
+        tokenizer, model = tokenizer_of(name, None), load_model(name, None, adapter=False)
+    except (OSError, ValueError) as error:
+        # Where there is a Hub, the model need not come from the package.
+        sys.exit(f"--model_name_or_path {given}: {error}" if given else f"{error}; or --model_name_or_path {HUB_ID}")
     progress = ProgressBars(Console()).progress
     for name, path in paths.items():
         task = TASKS[name]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from problems.steering import SteeringTask
@@ -39,6 +40,7 @@ class GoldMaker:
     ) -> None:
         self.task, self.model, self.tokenizer, self.seed = task, model, tokenizer, seed
         self.prompts = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(task.rows)]
+        self.about = {"task": task.name, "max_completion_length": task.max_completion_length, "seed": seed}
         self.pad_token_id = pad_token_id(tokenizer, None)
         self.config = neutral_generation_config(
             max_completion_length=task.max_completion_length,
@@ -61,6 +63,8 @@ class GoldMaker:
             ValueError: if the file holds draws of another task, model or seed.
         """
         gold, total = self.stored(path), draws * len(self.prompts)
+        if len(gold) and not path.exists():
+            gold.write(path)
         with progress(f"gold of {self.task.name}", total, min(len(gold), total)) as advance:
             while len(gold) < total:
                 rows = range(len(gold), min(len(gold) + block, total))
@@ -70,24 +74,39 @@ class GoldMaker:
         return gold
 
     def stored(self, path: Path) -> Gold:
-        """The draws that a file holds, checked; none if there is no file."""
-        task = self.task
-        own = {"task": task.name, "max_completion_length": task.max_completion_length, "seed": self.seed}
-        if not path.exists():
-            return Gold(own, self.prompts, [], [], [])
-        gold = Gold.read(path)
-        wrong = [
-            ("settings", gold.about != own),
-            ("prompts", gold.prompts != self.prompts),
-            ("costs", gold.cost != self._costs(range(len(gold)), gold.completions)),
-            ("model", self._gap(gold) > MAX_GAP),
-        ]
-        if changed := [what for what, is_wrong in wrong if is_wrong]:
+        """The draws that a file holds, or else those of another task's file beside it, if the draws would be the same.
+
+        Draws are the prior's: only their costs depend on the task.
+        """
+        if path.exists():
+            return self._checked(Gold.read(path), path)
+        for other in sorted(path.parent.glob("*.json")):
+            gold = Gold.read(other)
+            if gold.prompts == self.prompts and {**gold.about, "task": self.task.name} == self.about:
+                costs = self._costs(range(len(gold)), gold.completions)
+                return self._checked(replace(gold, about=self.about, cost=costs), other)
+        return Gold(self.about, self.prompts, [], [], [])
+
+    def _checked(self, gold: Gold, path: Path) -> Gold:
+        if what := self._difference(gold):
             raise ValueError(
-                f"the draws in {path} have other {' and '.join(changed)} than this task, model and seed: move the file "
-                "away, or choose another --gold_dir"
+                f"the draws in {path} have other {what} than this task, model and seed: move the file away, or choose "
+                "another --gold_dir"
             )
         return gold
+
+    def _difference(self, gold: Gold) -> str | None:
+        """What a file does not share with this task, model and seed."""
+        if gold.about != self.about:
+            return "settings"
+        if gold.prompts != self.prompts:
+            return "prompts"
+        if gold.cost != self._costs(range(len(gold)), gold.completions):
+            return "costs"
+        count = min(CHECKED_DRAWS, len(gold))
+        scores = self._log_prior(gold.prompt_of_draws[:count], gold.completions[:count])
+        gaps = [abs(new - old) for new, old in zip(scores, gold.log_prior)]
+        return "log-probabilities" if max(gaps) > MAX_GAP else None
 
     def _extend(self, gold: Gold, rows: range) -> None:
         prompts = [self.prompts[row % len(self.prompts)] for row in rows]
@@ -111,10 +130,3 @@ class GoldMaker:
         columns = {name: [row[name] for row in asked] for name in self.task.columns}
         texts = self.tokenizer.batch_decode(completions, skip_special_tokens=True)
         return [round(cost, 6) for cost in self.task.cost([row["prompt"] for row in asked], texts, **columns)]
-
-    def _gap(self, gold: Gold) -> float:
-        """Most nats between a file's `log L` and the model's, on its first draws."""
-        count = min(CHECKED_DRAWS, len(gold))
-        prompts = [self.prompts[row % len(self.prompts)] for row in range(count)]
-        scores = self._log_prior(prompts, gold.completions[:count]) if count else []
-        return max((abs(new - old) for new, old in zip(scores, gold.log_prior)), default=0.0)

@@ -1,0 +1,129 @@
+"""The four tasks for a chat model: their costs, and the gold that is kept beside the recipe."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import tiny_gpt2
+from evaluation import gold as golden
+from evaluation.gold import Gold
+from problems import steering
+from problems.steering import TASKS
+
+from aldrift_hf import check_objective
+
+FILES = sorted((Path(__file__).parents[1] / "recipes" / "gold").glob("*.json"))
+TEXTS = (
+    "The food was amazing, and the dog ran to the beach.",
+    "A place to avoid: cold, slow and rude!",
+    "P.S. <<x>> *b*",
+)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tasks(name):
+    """Chat messages, columns for the cost, and a cost that batches and caches may rely on."""
+    task = TASKS[name]()
+    assert task.name == name
+    assert all([message["role"] for message in row["prompt"]] == ["user"] for row in task.rows)
+    assert all({*row} == {"prompt", *task.columns} for row in task.rows)
+    examples = [{**row, "completion": text} for row in task.rows[:4] for text in TEXTS]
+    check_objective(task.cost, examples, objective_range=task.worst_cost)
+
+
+def test_tone():
+    praise, blame = steering.positive([None] * 2, ["A wonderful, delicious dinner!", "Awful food and rude waiters."])
+    assert praise > 0.8
+    assert blame < 0.2
+    assert steering.positive([None], [""]) == [0.5]
+
+
+def test_a_rare_word():
+    texts = ["It was Amazing!", "amazingly good", "good", "an amazing\nplace", ""]
+    assert steering.lacks_amazing([None] * 5, texts) == [0.0, 1.0, 1.0, 0.0, 1.0]
+
+
+def test_two_keywords_and_a_length():
+    texts = [
+        "The dog ran along the beach.",
+        "Dogs on a beach",
+        "A cat " + "very " * 20,
+        "The dog and the beach" + " x" * 8,
+    ]
+    assert steering.unmet([None] * 4, texts, [["dog", "beach"]] * 4) == [0.0, 1.0, 3.0, 1.0]
+    assert len({tuple(row["keywords"]) for row in steering.keywords().rows}) == 16
+
+
+# ---- The gold beside the recipe --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_gold_is_whole(path):
+    """Enough draws for every prompt, costs in range, and lengths within the limit."""
+    gold, task = Gold.read(path), TASKS[path.stem]()
+    cost = gold.by_prompt(gold.cost)
+    assert gold.about == {"task": path.stem, "max_completion_length": task.max_completion_length, "seed": 0}
+    assert cost.size == len(gold) >= 2048
+    assert cost.shape[0] == len(gold.prompts) == len(task.rows)
+    assert ((cost >= 0) & (cost <= task.worst_cost)).all()
+    assert np.isfinite(gold.log_prior).all()
+    assert max(gold.log_prior) < 0
+    assert max(map(len, gold.completions)) <= task.max_completion_length
+    assert path.stat().st_size < 1_000_000
+    assert golden.effective_sample_size(cost, task.tau_max).mean() > 10
+
+
+def test_the_recipe_describes_gold(recipe_module):
+    gold = Gold({}, [[1]], [[0]] * 4, [-1.0] * 4, [0.0, 0.0, 1.0, 1.0])
+    table = recipe_module("steer_text").describe({"tone": gold})
+    rows = dict(table.rows)
+    half = np.log((1 + np.exp(-8.0)) / 2)
+    assert rows["log Z, nats"] == [f"{half:.3f}"]
+    assert rows["mean cost under the prior"] == ["0.500"]
+    assert rows["mean cost under the prior, ± standard error"] == [f"{0.5 / np.sqrt(3):.3f}"]
+    assert rows["draws per prompt"] == ["4"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tasks", "tune"], "--tasks tune: choose from tone, word, keywords"),
+        (["--draws", "0"], "--draws must be at least 1"),
+        (["--block", "-1"], "--block must be at least 1"),
+        (["--gold_dir", "nowhere", "--tasks", "tone"], "there is no nowhere/tone.json: make it with --make_gold"),
+        (["--make_gold", "--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: .*'nowhere'"),
+    ],
+)
+def test_bad_options_are_one_clear_line(recipe_module, monkeypatch, tmp_path, options, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["steer_text.py", *options])
+    with pytest.raises(SystemExit, match=message):
+        recipe_module("steer_text").main()
+
+
+@pytest.fixture
+def chat_model(tokenizer, tmp_path):
+    """The folder of a small model with a chat template."""
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (tiny_gpt2(n_positions=64), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_gold_on_the_command_line(recipe_module, monkeypatch, tmp_path, chat_model, capsys):
+    """Drawn for one task, and then known for another with the same prompt."""
+    line = ["steer_text.py", "--make_gold", "--tasks", "tone", "word", "--draws", "6", "--block", "4"]
+    line += ["--gold_dir", str(tmp_path / "gold"), "--model_name_or_path", str(chat_model)]
+    monkeypatch.setattr(sys, "argv", line)
+    recipe_module("steer_text").main()
+    out = capsys.readouterr().out
+    assert "mean cost under p_T" in out
+    tone, word = (Gold.read(tmp_path / "gold" / f"{name}.json") for name in ("tone", "word"))
+    assert len(tone) == 6
+    assert tone.completions == word.completions
+    assert tone.cost == [0.5] * 6, "words without a meaning are neutral"
+    assert word.cost == [1.0] * 6
+    monkeypatch.setattr(sys, "argv", [*line, "--seed", "1"])
+    with pytest.raises(SystemExit, match=r"tone\.json have other settings"):
+        recipe_module("steer_text").main()
