@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_gpt2
+from datasets import Dataset
 from evaluation import gold as golden
 from evaluation.gold import Gold
 from problems import steering
@@ -53,6 +54,49 @@ def test_two_keywords_and_a_length():
     ]
     assert steering.unmet([None] * 4, texts, [["dog", "beach"]] * 4) == [0.0, 1.0, 3.0, 1.0]
     assert len({tuple(row["keywords"]) for row in steering.keywords().rows}) == 16
+
+
+@pytest.mark.parametrize(
+    ("number", "followed", "not_followed"),
+    [
+        (0, "A cat is a cat.", "The feline sleeps."),
+        (3, "White and quiet.", "White and cold."),
+        (4, "Zebras hide there.", "Deer hide there."),
+        (6, "It keeps money.", "It keeps " + "money and " * 12),
+        (8, "Thank you! P.S. Come by.", "Thank you!"),
+        (11, "* Rome\n* Oslo\n* Lima", "* Rome\n* Oslo"),
+        (12, '"Never alone"', "Never alone"),
+        (14, "Loud and bright.", "Loud, bright."),
+    ],
+)
+def test_instructions(number, followed, not_followed):
+    """IFEval's checkers decide; the columns are those of its data set."""
+    task = TASKS["instruction"]()
+    row = task.rows[number]
+    columns = {name: [row[name]] * 3 for name in task.columns}
+    assert {*columns} == {"instruction_id_list", "kwargs"}
+    assert task.cost([row["prompt"]] * 3, [followed, not_followed, ""], **columns) == [0.0, 1.0, 1.0]
+
+
+def test_instructions_may_be_several_and_rows_a_data_set():
+    """In a data set, arguments of other rows are `None`; of two instructions one may be followed."""
+    both = {"instruction_id_list": ["punctuation:no_comma", "startend:quotation"], "kwargs": [{}, {}]}
+    task = TASKS["instruction"]()
+    rows = Dataset.from_list([*task.rows, {"prompt": task.rows[0]["prompt"], **both}])
+    texts = ['"A cat, and a cat"'] * len(rows)
+    costs = task.cost(rows["prompt"], texts, rows["instruction_id_list"], rows["kwargs"])
+    assert costs[-1] == 0.5
+    assert costs[0] == 0.0
+
+
+def test_the_words_of_an_instruction_are_the_checkers():
+    prompts = [row["prompt"][0]["content"] for row in TASKS["instruction"]().rows]
+    assert len({*prompts}) == 16
+    assert prompts[8] == (
+        "Thank a friend for a gift. At the end of your response, please explicitly add a postscript starting with P.S."
+    )
+    again = [row["prompt"][0]["content"] for row in TASKS["instruction"]().rows]
+    assert prompts == again, "nothing in them is drawn at random"
 
 
 # ---- The gold beside the recipe --------------------------------------------------------------------------------------

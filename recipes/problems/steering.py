@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from problems import instructions
+
 Row = dict[str, Any]
 """A row of a task's data set: `"prompt"` (chat messages), and the columns that the cost takes."""
 
@@ -113,5 +115,18 @@ def unmet(prompts: Sequence[Any], completions: Sequence[str], keywords: Sequence
     ]
 
 
-TASKS: dict[str, Callable[[], SteeringTask]] = {"tone": tone, "word": word, "keywords": keywords}
+# ---- An instruction --------------------------------------------------------------------------------------------------
+
+
+def instruction() -> SteeringTask:
+    """Answers that follow an instruction which a checker of IFEval decides, for 16 prompts."""
+    return SteeringTask("instruction", instructions.rows(), instructions.not_followed, 1.0, 6.0, 32)
+
+
+TASKS: dict[str, Callable[[], SteeringTask]] = {
+    "tone": tone,
+    "word": word,
+    "keywords": keywords,
+    "instruction": instruction,
+}
 """What makes each task, by its name."""
