@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ALDRIFTTrainer
 from peft import LoraConfig
-from problems.real_model import real_model
+from problems.real_model import real_gguf, real_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from aldrift_hf.models.prior import base_model
@@ -25,6 +25,14 @@ def folder():
         return str(real_model())
     except OSError as error:
         pytest.skip(f"the real model cannot be made here: {error}")
+
+
+@pytest.fixture(scope="module")
+def gguf():
+    try:
+        return str(real_gguf())
+    except OSError as error:
+        pytest.skip(f"the real model cannot be downloaded here: {error}")
 
 
 def long(prompts, completions):
@@ -82,3 +90,22 @@ def test_a_rung_from_the_prior_to_the_first_updates(dtype, folder, config):
     with inference(trainer.model):
         moved = sequence_logprobs(base_model(trainer.model), prompts, drawn.completions, pad_token_id=0, batch_size=4)
     assert (moved - expected).abs().max() > 1e-3
+
+
+def test_the_gguf_file_is_the_folders_model(folder, gguf, config):
+    """The folder was made from the file, in fp16."""
+    trainer = trainer_of(gguf, config, "float32")
+    from_folder = AutoTokenizer.from_pretrained(folder)
+    assert trainer.processing_class.chat_template == from_folder.chat_template
+    assert trainer.processing_class.get_vocab() == from_folder.get_vocab()
+    assert trainer.run.eos_token_ids == (from_folder.eos_token_id,)
+    assert trainer.record.settings["base_model"] == gguf
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    ours, theirs = base_model(trainer.model).config.to_dict(), plain.config.to_dict()
+    about_the_folder = {"dtype", "architectures", "_name_or_path", "transformers_version"}
+    assert {key for key in theirs if ours.get(key) != theirs[key]} <= about_the_folder
+    drawn = trainer.rollout.propose(trainer.inputs.prompts, 2, (1, 2))
+    prompts = trainer.inputs.prompts.token_ids * 2
+    with inference(plain):
+        expected = sequence_logprobs(plain, prompts, drawn.completions, pad_token_id=0, batch_size=2)
+    assert torch.allclose(drawn.log_prior.flatten(), expected, atol=0.05)  # weights rounded to fp16

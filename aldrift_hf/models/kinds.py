@@ -25,7 +25,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: for an object of another type.
-        ValueError: for a model without a language-modelling head, or that reads what comes after a token.
+        ValueError: for a model without a language-modelling head, or that reads what comes after a token; for one that
+            transformers has marked as quantized because it was read from a GGUF file.
     """
     if isinstance(model, str):
         return
@@ -35,6 +36,11 @@ def check_model(model: Any) -> None:
             f"{_described(model)}{_remedy(model)}"
         )
     model = base_model(model)
+    if getattr(model, "quantization_method", None) == "gguf":
+        raise ValueError(
+            "transformers reads a model from a GGUF file as a quantized one, which its Trainer does not take. Pass the "
+            "file's path as the model, 'FOLDER/FILE.gguf': its weights are then unpacked, and its tokenizer is found."
+        )
     check_config(model.config, {})
     if not type(model).can_generate() or model.get_output_embeddings() is None:
         raise ValueError(

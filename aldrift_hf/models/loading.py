@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import adapters, kinds
+from . import adapters, gguf_files, kinds
 from .configs import numbers, text_config
 from .prior import base_model
 
@@ -41,7 +41,7 @@ def own_device() -> dict[str, int] | None:
 
 
 def load_model(model_id: str, init_kwargs: InitKwargs, adapter: bool) -> PreTrainedModel | PeftModel:
-    """The model of an id or path; an `adapter` is loaded on its base model, ready to be trained on.
+    """The model of an id or path (also of a GGUF file); an `adapter` is loaded on its base model, to be trained on.
 
     Raises:
         OSError: if there is none.
@@ -62,7 +62,13 @@ def load_model(model_id: str, init_kwargs: InitKwargs, adapter: bool) -> PreTrai
 
 def _load_whole(model_id: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A model all of whose parameters come from its checkpoint."""
-    model, report = AutoModelForCausalLM.from_pretrained(model_id, output_loading_info=True, **kwargs)
+    gguf_files.check_kwargs(model_id, kwargs)
+    place, file = gguf_files.source(model_id)
+    with gguf_files.read(model_id):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            place, output_loading_info=True, **kwargs | file | gguf_files.unpacked(model_id)
+        )
+    gguf_files.name_after(model, model_id)
     unknown = {*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])}
     made_up = [name for name, _ in model.named_parameters() if name in unknown]  # tied weights are listed once
     if made_up:
@@ -160,6 +166,16 @@ def check_trainable(config: PreTrainedConfig, init_kwargs: InitKwargs, adapter: 
         )
 
 
+def check_source(model: str, init_kwargs: InitKwargs) -> None:
+    """Refuse a GGUF file that cannot be read, or not with these `model_init_kwargs`.
+
+    Raises:
+        ValueError: with what to change.
+    """
+    gguf_files.check_kwargs(model, mapping_of(init_kwargs))
+    gguf_files.source(model)
+
+
 def is_adapter(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs) -> bool:
     """Whether a model comes with an adapter on it.
 
@@ -168,6 +184,9 @@ def is_adapter(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs
     """
     if not isinstance(model, str):
         return isinstance(model, PeftModel)
+    check_source(model, init_kwargs)
+    if gguf_files.is_gguf(model):
+        return False
     with _found(model):
         return find_adapter_config_file(model, **_some(init_kwargs, *_PLACE)) is not None
 
@@ -182,8 +201,10 @@ def tokenizer_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwar
     kwargs = _some(init_kwargs, "revision", "trust_remote_code", "token", "cache_dir", "local_files_only")
     if not name:
         raise ValueError("the model does not say which tokenizer it belongs to; pass it as processing_class.")
+    place, file = gguf_files.source(name)
     try:
-        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **kwargs))
+        with gguf_files.read(name):
+            return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(place, **file, **kwargs))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no tokenizer could be loaded for {name!r}; pass it as processing_class. ({error})"
@@ -206,7 +227,9 @@ def config_of(model: str | PreTrainedModel | PeftModel, init_kwargs: InitKwargs,
             name = str(saved.base_model_name_or_path)
             place = {key: value for key, value in place.items() if key not in _PLACE_OF_ADAPTER}
             place |= _revision_of_base(saved)
-        return AutoConfig.from_pretrained(name, **place, **_some(init_kwargs, "trust_remote_code"))
+        folder, file = gguf_files.source(name)
+        with gguf_files.read(name):
+            return AutoConfig.from_pretrained(folder, **file, **place, **_some(init_kwargs, "trust_remote_code"))
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
@@ -225,6 +248,8 @@ def _found(model: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
+        if gguf_files.is_gguf(model):
+            raise
         raise ValueError(f"model {model!r} cannot be loaded, from a local folder or from the Hub: {error}") from error
 
 

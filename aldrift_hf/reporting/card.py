@@ -56,14 +56,16 @@ def model_card(
         folder: the folder that the card will lie in. The card shows [`FIGURE`] if it is there.
         repo: the model's id on the Hub, or the name of its folder.
         name: the card's title; `None` takes the last part of `repo`.
-        base_model: id of the base model; `None` takes the record's if that is an id.
+        base_model: id of the base model (of a GGUF file: `NAMESPACE/NAME/FILE.gguf`); `None` takes the record's if that
+            is an id.
         tags: tags in addition to those that follow from the record.
         metadata: further entries of the card's header, as [`huggingface_hub.ModelCardData`] takes them.
     """
     settings = record.settings
     adapter_name = settings["adapter_name"]
     adapter = adapter_name is not None
-    base_model = base_model or hub_id(settings["base_model"])
+    place_of_base, gguf_file = _place_of_base(base_model or settings["base_model"])
+    base_model = place_of_base if base_model else hub_id(place_of_base)
     prompt = record.draws[0]["prompt"] if record.draws else "text"
     card = ModelCard.from_template(
         _header(settings, base_model, [tags] if isinstance(tags, str) else tags or [], metadata),
@@ -85,6 +87,7 @@ def model_card(
         four_bit="4 bits" in settings["tuning"],
         base_model=base_model,
         base=base_model or PATH_TO_BASE_MODEL,
+        gguf_file=gguf_file,
         prompt="chat" if isinstance(prompt, list) else "text" if prompt else "none",
         max_completion_length=settings["max_completion_length"],
         costs=", ".join(f"`{cost}`" for cost in settings["objective"]),
@@ -102,6 +105,13 @@ def hub_id(name: str | None) -> str | None:
     except HFValidationError:
         return None
     return None if name is None or os.path.exists(name) else name
+
+
+def _place_of_base(name: str | None) -> tuple[str | None, str | None]:
+    """The base model's id or folder and, where it is a GGUF file, the file's name in it."""
+    if name is None or not name.lower().endswith(".gguf") or os.path.isdir(name):
+        return name, None
+    return os.path.dirname(name) or os.curdir, os.path.basename(name)
 
 
 def _header(

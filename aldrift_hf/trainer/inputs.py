@@ -95,6 +95,8 @@ def check_inputs(
         ValueError, TypeError: for what cannot work, with the remedy.
     """
     kinds.check_model(model)
+    if isinstance(model, str):
+        loading.check_source(model, args.model_init_kwargs)
     if peft_config is not None:
         prior.check_peft_config(peft_config)
     tokenizer = loading.tokenizer_of(model, args.model_init_kwargs) if tokenizer is None else tokenizer

@@ -69,7 +69,7 @@ class ALDRIFTTrainer(HookedTrainer):
             The prior `L` is exactly what you pass in: an id or path to load, a model (with `peft_config`: the prior is
             the model with the new adapter off; without: a frozen copy of it), or a `PeftModel` (a frozen copy of its
             active adapter is the prior, and the adapter itself is trained). The id or path of an adapter loads it on
-            its base model.
+            its base model; that of a GGUF file (`FOLDER/FILE.gguf`) unpacks its weights.
         objective (`Callable` or `list[Callable]`):
             Cost functions `cost(prompts, completions, **columns) -> list[float]`, sync or async, in `[0, D]`, lower is
             better. Several are summed with `args.objective_weights`. See [`aldrift_hf.objective`].

@@ -7,10 +7,10 @@ from typing import Optional, cast
 
 import numpy as np
 from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
-from aldrift_hf.models.loading import NO_FOREIGN_CODE, own_device
+from aldrift_hf.models.loading import load_model, tokenizer_of
 from aldrift_hf.models.prior import keep_four_bit_weights
 from aldrift_hf.toy import SmallPriorConfig, completion_ids, small_prior
 from problems.text_problem import TextProblem
@@ -66,18 +66,15 @@ def make_prior(
         return model, tokenizer, peft_config
     if peft_config is None:
         raise SystemExit("a model given by name is warmed up with LoRA: leave out --no_use_peft")
-    name = model_config.model_name_or_path
-    source = {"revision": model_config.model_revision, **NO_FOREIGN_CODE}
-    tokenizer = cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(name, **source))
-    quantization = get_quantization_config(model_config)
-    model = AutoModelForCausalLM.from_pretrained(
-        name,
-        **source,
-        dtype=model_config.dtype,
-        attn_implementation=model_config.attn_implementation,
-        quantization_config=quantization,
-        device_map=own_device() if quantization is not None else None,
-    )
+    name, revision = model_config.model_name_or_path, {"revision": model_config.model_revision}
+    kwargs = {
+        "dtype": model_config.dtype,
+        "attn_implementation": model_config.attn_implementation,
+        "quantization_config": get_quantization_config(model_config),
+    }
+    tokenizer = tokenizer_of(name, revision)
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    model = cast(PreTrainedModel, load_model(name, revision | given, adapter=False))
     keep_four_bit_weights(model)
     peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
     fitted = warm_up(
