@@ -39,11 +39,8 @@ class SteerArguments:
     """What is made and measured."""
 
     tasks: list[str] = field(default_factory=lambda: [*TASKS], metadata={"help": f"Tasks: {', '.join(TASKS)}."})
-    make_gold: bool = field(default=False, metadata={"help": "Draw gold until each file has --draws draws per prompt."})
-    draws: Optional[int] = field(
-        default=None,
-        metadata={"help": "Draws of the prior per prompt. None: 2,048 with one prompt, 256 with 16."},
-    )
+    make_gold: bool = field(default=False, metadata={"help": "Draw until each task's file has --draws draws."})
+    draws: int = field(default=2048, metadata={"help": "Draws of the prior per task, over all of its prompts."})
     block: int = field(
         default=128, metadata={"help": "Draws that are made at once, over all prompts; the file grows by as many."}
     )
@@ -58,8 +55,7 @@ class SteerArguments:
         if unknown := sorted({*self.tasks} - {*TASKS}):
             raise ValueError(f"--tasks {' '.join(unknown)}: choose from {', '.join(TASKS)}")
         for name in ("draws", "block"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
+            if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
 
 
@@ -79,6 +75,10 @@ def main() -> None:
 
 def make_gold(options: SteerArguments, paths: dict[str, Path]) -> None:
     """Draw what the files lack."""
+    tasks = {name: TASKS[name]() for name in paths}
+    for name, task in tasks.items():
+        if options.draws < 2 * len(task.rows):
+            sys.exit(f"--draws must be at least {2 * len(task.rows)} for {name}: two for each of its prompts")
     given = options.model_name_or_path
     try:
         name = given or str(real_model())
@@ -88,10 +88,8 @@ def make_gold(options: SteerArguments, paths: dict[str, Path]) -> None:
         sys.exit(f"--model_name_or_path {given}: {error}" if given else f"{error}; or --model_name_or_path {HUB_ID}")
     progress = ProgressBars(Console()).progress
     for name, path in paths.items():
-        task = TASKS[name]()
-        draws = options.draws or (2048 if len(task.rows) == 1 else 256)
         try:
-            GoldMaker(task, model, tokenizer, options.seed).make(path, draws, options.block, progress)
+            GoldMaker(tasks[name], model, tokenizer, options.seed).make(path, options.draws, options.block, progress)
         except ValueError as error:
             sys.exit(str(error))
 
@@ -102,7 +100,7 @@ def describe(golds: dict[str, Gold]) -> Comparison:
     rows: dict[str, dict[str, float]] = {}
     for name, gold in golds.items():
         cost, tau = gold.by_prompt(gold.cost), TASKS[name]().tau_max
-        ess = golden.effective_sample_size(cost, tau)
+        ess, solved = golden.effective_sample_size(cost, tau), (cost == 0).mean(-1)
         figures = {
             "T": tau,
             "prompts": cost.shape[0],
@@ -111,8 +109,10 @@ def describe(golds: dict[str, Gold]) -> Comparison:
             "mean cost under p_T": golden.mean_cost(cost, tau),
             "log Z, nats": golden.log_z(cost, tau),
             "KL(p_T‖L), nats": golden.kl_from_prior(cost, tau),
-            "ESS per prompt, mean": float(np.mean(ess)),
-            "ESS per prompt, least": float(np.min(ess)),
+            "ESS per prompt": np.mean(ess),
+            "ESS per prompt, least": np.min(ess),
+            "share of cost 0 under the prior": solved.mean(),
+            "share of cost 0 under the prior, least of a prompt": solved.min(),
         }
         for label, figure in figures.items():
             value, error = figure if isinstance(figure, tuple) else (figure, None)

@@ -104,7 +104,7 @@ def maker(tokenizer, model_seed=0, seed=0, **changes):
 
 def test_gold_is_of_the_prior(tokenizer, tmp_path):
     """Its log L is the model's, its costs are the texts', and its estimates are those of an enumeration."""
-    made = maker(tokenizer).make(tmp_path / "b.json", 1500, 512, no_progress)
+    made = maker(tokenizer).make(tmp_path / "b.json", 4500, 512, no_progress)
     assert len(made) == 3 * 1500
     every, model = every_completion(), tiny_gpt2()
     texts = tokenizer.batch_decode(every.tokens(), skip_special_tokens=True)
@@ -125,7 +125,7 @@ def test_gold_is_of_the_prior(tokenizer, tmp_path):
 def test_resumed_is_as_uninterrupted(tokenizer, tmp_path):
     """Whatever the blocks, and wherever it was stopped: within a turn of the prompts, too."""
     alone, parts = tmp_path / "alone.json", tmp_path / "new" / "parts.json"
-    maker(tokenizer).make(alone, 20, 1000, no_progress)
+    maker(tokenizer).make(alone, 60, 1000, no_progress)
     interrupted = maker(tokenizer)
     write, blocks = Gold.write, []
 
@@ -138,20 +138,20 @@ def test_resumed_is_as_uninterrupted(tokenizer, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Gold, "write", stopped)
         with pytest.raises(KeyboardInterrupt):
-            interrupted.make(parts, 20, 11, no_progress)
+            interrupted.make(parts, 60, 11, no_progress)
     assert len(Gold.read(parts)) == 22
-    maker(tokenizer).make(parts, 20, 7, no_progress)
+    maker(tokenizer).make(parts, 60, 7, no_progress)
     first, second = Gold.read(alone), Gold.read(parts)
     assert first.completions == second.completions
     assert first.cost == second.cost
     assert first.log_prior == pytest.approx(second.log_prior, abs=2e-4)
     before = parts.stat().st_mtime_ns
-    maker(tokenizer).make(parts, 15, 7, no_progress)
+    maker(tokenizer).make(parts, 45, 7, no_progress)
     assert parts.stat().st_mtime_ns == before, "there is nothing to draw"
 
 
 def test_progress_counts_what_was_there(tokenizer, tmp_path):
-    maker(tokenizer).make(tmp_path / "b.json", 4, 8, no_progress)
+    maker(tokenizer).make(tmp_path / "b.json", 12, 8, no_progress)
     seen = []
 
     class Bar:
@@ -164,24 +164,24 @@ def test_progress_counts_what_was_there(tokenizer, tmp_path):
         def __exit__(self, *exception):
             pass
 
-    maker(tokenizer).make(tmp_path / "b.json", 6, 4, Bar)
+    maker(tokenizer).make(tmp_path / "b.json", 18, 4, Bar)
     assert seen == [("gold of b", 18, 12), 4, 2]
 
 
 def test_another_task_with_the_same_prompts_needs_no_draws_of_its_own(tokenizer, tmp_path, monkeypatch):
-    made = maker(tokenizer).make(tmp_path / "b.json", 4, 8, no_progress)
+    made = maker(tokenizer).make(tmp_path / "b.json", 12, 8, no_progress)
 
     def never(prompts, completions, at_least):
         return [3.0] * len(completions)
 
     with monkeypatch.context() as patch:
         patch.setattr("evaluation.drawing_gold.generate", pytest.fail)
-        maker(tokenizer, name="never", cost=never).make(tmp_path / "never.json", 4, 8, no_progress)
+        maker(tokenizer, name="never", cost=never).make(tmp_path / "never.json", 12, 8, no_progress)
     stored = Gold.read(tmp_path / "never.json")
     assert (stored.completions, stored.log_prior) == (made.completions, made.log_prior)
     assert stored.about == made.about | {"task": "never"}
     assert stored.cost == [3.0] * 12
-    maker(tokenizer, name="short", length=2).make(tmp_path / "short.json", 4, 8, no_progress)
+    maker(tokenizer, name="short", length=2).make(tmp_path / "short.json", 12, 8, no_progress)
     assert Gold.read(tmp_path / "short.json").completions != made.completions
 
 
@@ -197,16 +197,16 @@ def test_another_task_with_the_same_prompts_needs_no_draws_of_its_own(tokenizer,
 )
 def test_draws_of_something_else_are_refused(tokenizer, tmp_path, changes, what):
     path = tmp_path / "b.json"
-    maker(tokenizer).make(path, 2, 8, no_progress)
+    maker(tokenizer).make(path, 6, 8, no_progress)
     before = path.read_text()
     with pytest.raises(ValueError, match=rf"b.json have other {what} than this task.*--gold_dir"):
-        maker(tokenizer, **changes).make(path, 4, 8, no_progress)
+        maker(tokenizer, **changes).make(path, 12, 8, no_progress)
     assert path.read_text() == before
 
 
 def test_the_file_is_json_with_a_draw_per_line(tokenizer, tmp_path):
     path = tmp_path / "b.json"
-    made = maker(tokenizer).make(path, 2, 8, no_progress)
+    made = maker(tokenizer).make(path, 6, 8, no_progress)
     stored = json.loads(path.read_text())
     assert stored["columns"] == ["cost", "log_prior", "token_ids"]
     assert stored["draws"][0] == [made.cost[0], made.log_prior[0], made.completions[0]]

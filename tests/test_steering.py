@@ -62,7 +62,7 @@ def test_two_keywords_and_a_length():
         (0, "A cat is a cat.", "The feline sleeps."),
         (3, "White and quiet.", "White and cold."),
         (4, "Zebras hide there.", "Deer hide there."),
-        (6, "It keeps money.", "It keeps " + "money and " * 12),
+        (6, "It keeps" + " money" * 12, "It keeps" + " money" * 13),
         (8, "Thank you! P.S. Come by.", "Thank you!"),
         (11, "* Rome\n* Oslo\n* Lima", "* Rome\n* Oslo"),
         (12, '"Never alone"', "Never alone"),
@@ -127,6 +127,7 @@ def test_the_recipe_describes_gold(recipe_module):
     assert rows["mean cost under the prior"] == ["0.500"]
     assert rows["mean cost under the prior, ± standard error"] == [f"{0.5 / np.sqrt(3):.3f}"]
     assert rows["draws per prompt"] == ["4"]
+    assert rows["share of cost 0 under the prior"] == ["0.500"]
 
 
 @pytest.mark.parametrize(
@@ -134,6 +135,7 @@ def test_the_recipe_describes_gold(recipe_module):
     [
         (["--tasks", "tune"], "--tasks tune: choose from tone, word, keywords"),
         (["--draws", "0"], "--draws must be at least 1"),
+        (["--draws", "31", "--make_gold"], "--draws must be at least 32 for keywords: two for each of its prompts"),
         (["--block", "-1"], "--block must be at least 1"),
         (["--gold_dir", "nowhere", "--tasks", "tone"], "there is no nowhere/tone.json: make it with --make_gold"),
         (["--make_gold", "--model_name_or_path", "nowhere"], "--model_name_or_path nowhere: .*'nowhere'"),

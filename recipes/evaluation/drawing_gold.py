@@ -49,25 +49,25 @@ class GoldMaker:
         )
 
     def make(self, path: Path, draws: int, block: int, progress: Progress) -> Gold:
-        """Draw until a file holds so many draws per prompt. What it holds stays; it is written after every block.
+        """Draw until a file holds so many draws. What it holds stays; it is written after every block.
 
         A draw depends on the seed and its number alone, so an interrupted run goes on as if it had not been.
 
         Args:
             path: the file.
-            draws: draws per prompt.
-            block: draws that are made at once, over all prompts.
+            draws: number of draws, over all prompts.
+            block: draws that are made at once.
             progress: shows how far it is.
 
         Raises:
             ValueError: if the file holds draws of another task, model or seed.
         """
-        gold, total = self.stored(path), draws * len(self.prompts)
+        gold = self.stored(path)
         if len(gold) and not path.exists():
             gold.write(path)
-        with progress(f"gold of {self.task.name}", total, min(len(gold), total)) as advance:
-            while len(gold) < total:
-                rows = range(len(gold), min(len(gold) + block, total))
+        with progress(f"gold of {self.task.name}", draws, min(len(gold), draws)) as advance:
+            while len(gold) < draws:
+                rows = range(len(gold), min(len(gold) + block, draws))
                 self._extend(gold, rows)
                 gold.write(path)
                 advance(len(rows))
