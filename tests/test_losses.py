@@ -12,8 +12,11 @@ from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.losses.generalized_kl import log_reference
 from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
+from aldrift_hf.models.head import projecting
+from aldrift_hf.models.passes import Padded
 from aldrift_hf.models.prior import base_model
-from aldrift_hf.models.scoring import label_logprobs, without_dropout
+from aldrift_hf.models.scoring import learning_pass, without_dropout
+from aldrift_hf.models.shared_prompts.attention import sharing
 from aldrift_hf.trainer.samples import SampleCollator
 
 PROMPT = [2, 3]
@@ -29,8 +32,9 @@ def batch(*completions, **densities):
 
 def forward(model, inputs):
     """Log-probabilities of the completions' tokens, as the trainer hands them to a loss."""
-    logits = model(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
-    return label_logprobs(logits, inputs["labels"])
+    rows = learning_pass(model, Padded(inputs["input_ids"], inputs["attention_mask"], inputs["labels"] != -100))
+    with sharing(model), projecting(model, rows.select, rows.targets) as projection:
+        return rows.table(projection.of(model(**rows.inputs).logits))
 
 
 def gradient(model, *values):
@@ -125,9 +129,9 @@ def test_it_pulls_towards_the_target_and_is_bounded(pair, above, reference):
     # One token of two, whose log-probability can be set at will.
     with torch.no_grad():
         logits[0, 0, 1] = math.log(math.expm1(-log_q))
-    labels = torch.tensor([[-100, 0]])
+    chosen = logits[:, :1].log_softmax(-1)[..., 0]
     target, log_r = torch.tensor([log_q + above]), torch.tensor([log_q + reference])
-    loss = generalized_kl(label_logprobs(logits, labels), 1, log_target=target, log_reference=log_r)
+    loss = generalized_kl(chosen, 1, log_target=target, log_reference=log_r)
     loss.backward()
     # d log q / d logit_0 = 1 - q
     factor = -logits.grad[0, 0, 0].item() / -math.expm1(log_q)

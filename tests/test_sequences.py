@@ -21,7 +21,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from aldrift_hf.models.generation import assert_neutral, generate, neutral_generation_config
 from aldrift_hf.models.head import projected_logprobs
-from aldrift_hf.models.scoring import completion_length, inference, join, sequence_logprobs
+from aldrift_hf.models.passes import join
+from aldrift_hf.models.scoring import completion_length, inference, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import stream_seed, uniforms
 from aldrift_hf.types import Completions

@@ -23,9 +23,12 @@ from transformers import PreTrainedModel
 from ..types import Completions
 from . import sharding
 from .causality import check_causal
+from .head import projecting
 from .loading import context_length
+from .passes import join
 from .prior import Prior, base_model, split
-from .scoring import inference, join, label_logprobs, sequence_logprobs
+from .scoring import inference, learning_pass, sequence_logprobs
+from .shared_prompts.attention import sharing
 
 logger = logging.getLogger(__name__)
 
@@ -68,11 +71,11 @@ class Rows(NamedTuple):
 
     def logprobs(self, model: nn.Module) -> Tensor:
         """`[num_rows]` log-probabilities of the completions, as the training loss computes them, nats."""
-        ids, attention_mask, completion_mask = join(self.prompts, self.completions.tokens(), 0)
-        labels = ids.masked_fill(~completion_mask, -100)
-        device = next(model.parameters()).device
-        logits = model(input_ids=ids.to(device), attention_mask=attention_mask.to(device), use_cache=False).logits
-        return label_logprobs(logits, labels.to(logits.device)).double().sum(-1).cpu()
+        forward = learning_pass(base_model(model), join(self.prompts, self.completions.tokens(), 0))
+        forward = forward.to(next(model.parameters()).device)
+        with sharing(base_model(model)), projecting(base_model(model), forward.select, forward.targets) as projection:
+            found = projection.of(model(**forward.inputs).logits)
+        return forward.table(found.double()).sum(-1).cpu()
 
 
 def split_checked(

@@ -33,6 +33,8 @@ from ..types import Completions, Draws
 from .head import LOGITS_BUDGET, contiguous_input
 from .numerics import check_logits
 from .scoring import completion_length
+from .shared_prompts.attention import sharing
+from .shared_prompts.cache import SharedPrompts, prefill
 
 MIN_ROWS_TO_SPLIT = 8
 """A smaller batch keeps its finished rows until all of them have ended."""
@@ -61,7 +63,8 @@ def generate(
 ) -> Draws:
     """One completion for every prompt, by ancestral sampling. No global random state is read or changed.
 
-    Whenever half of the rows of a batch have ended, generation continues with the others only.
+    Whenever half of the rows of a batch have ended, generation continues with the others only. A prompt of several rows
+    is computed, and its keys and values are kept, once for all of them where the model can do so.
 
     Args:
         model: in eval mode, without gradients, under the autocast in which it will be scored.
@@ -74,11 +77,13 @@ def generate(
     input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left(prompts, pad_token_id))
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
     log_probs = torch.zeros((len(prompts), width), dtype=torch.float64)
-    left, done, cache = torch.arange(len(prompts)), 0, None
+    left, done = torch.arange(len(prompts)), 0
+    cache: Any = prefill(model, prompts, input_ids, attention_mask, width)
     while len(left) and done < width:
         draw = _InverseTransform(numbers[left, done:].to(model.device), eos_token_ids)
         rest = _with(config, max_new_tokens=width - done, return_dict_in_generate=True)
-        with neutralised(model, rest), contiguous_input(model):
+        shared = sharing(model, cache) if isinstance(cache, SharedPrompts) else contextlib.nullcontext()
+        with neutralised(model, rest), contiguous_input(model), shared:
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -151,6 +156,9 @@ def _selected(cache: Any, rows: Tensor) -> Any:
 
     Models that mix attention with recurrence (Jamba, Qwen 3 Next, …) keep states in it that cannot be selected by row.
     """
+    if isinstance(cache, SharedPrompts):
+        cache.keep(rows)
+        return cache
     attention = (DynamicLayer, DynamicSlidingWindowLayer)
     if type(cache) is not DynamicCache or any(type(layer) not in attention for layer in cache.layers):
         return None

@@ -12,11 +12,12 @@ import contextlib
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from . import sharding
@@ -49,29 +50,91 @@ def projected_logprobs(
     """
     if model not in _known:
         _known[model] = _finish_of(model, targets)
-    finish = _known[model]
+    with projecting(model, select, targets) as projection:
+        return projection.of(model(**inputs).logits)
+
+
+class Projection:
+    """Log-probabilities of chosen tokens, from a forward pass within the `with` block of [`projecting`]."""
+
+    def __init__(self, select: Callable[[Tensor], Tensor], targets: Tensor) -> None:
+        self.select, self.targets = select, targets
+        self.chunks: list[Tensor] = []
+
+    def of(self, logits: Tensor) -> Tensor:
+        """`[N]`, fp32, with gradients if there are any. `logits` are those that the forward pass returned."""
+        if not self.chunks:
+            return _logprobs(self.select(logits), self.targets.to(logits.device))
+        # FSDP gathers its weights for the backward pass when that reaches what the forward pass has returned.
+        return torch.cat(self.chunks) + logits.flatten()[:0].sum()
+
+
+@contextlib.contextmanager
+def projecting(model: PreTrainedModel, select: Callable[[Tensor], Tensor], targets: Tensor) -> Iterator[Projection]:
+    """Within a `with` block a forward pass projects the selected hidden states alone, in chunks.
+
+    That needs to know what the model does to its logits, which [`projected_logprobs`] finds out; until then, and where
+    it is not known, the logits of the whole batch are computed.
+
+    Args:
+        model: a causal language model; it may be called by what wraps it, with or without gradients.
+        select, targets: see [`projected_logprobs`].
+    """
+    projection, finish, thread = Projection(select, targets), _known.get(model), threading.get_ident()
     if finish is None:
-        logits = select(model(**inputs).logits)
-        return _logprobs(logits, targets.to(logits.device))
-    found: list[Tensor] = []
-    thread = threading.get_ident()
+        yield projection
+        return
 
     def project(head: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if threading.get_ident() != thread:  # an objective in another thread runs the model too
             return args
         states = select(args[0])
         size = max(1, LOGITS_BUDGET // sharding.vocabulary_size(model))
-        # `forward`, not a call: a call would run this hook again.
         for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
-            found.append(_logprobs(finish(head.forward(chunk)), wanted.to(chunk.device)))
+            # `forward`, not a call: a call would run this hook again.
+            projection.chunks.append(_chunk_logprobs(head, finish, chunk, wanted.to(chunk.device)))
         return (args[0][0, -1].clone()[None, None],)  # of its own strides: see contiguous_input
 
     handle = model.get_output_embeddings().register_forward_pre_hook(project)
     try:
-        model(**inputs)
+        yield projection
     finally:
         handle.remove()
-    return torch.cat(found)
+
+
+def _chunk_logprobs(head: nn.Module, finish: Finish, states: Tensor, targets: Tensor) -> Tensor:
+    """`[N]` log-probabilities; for a backward pass, without keeping the logits."""
+
+    def logprobs(states: Tensor) -> Tensor:
+        return _logprobs(finish(head.forward(states)), targets)
+
+    if not (torch.is_grad_enabled() and states.requires_grad):
+        return logprobs(states)
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        return cast(Tensor, checkpoint(logprobs, states, use_reentrant=False))
+    return cast(Tensor, cast(Any, _FrozenHead).apply(states, logprobs))
+
+
+class _FrozenHead(torch.autograd.Function):
+    """A function of hidden states in which each row of the result depends on its own row alone.
+
+    The gradient of a row is then a number times a vector that is known in the forward pass, while the logits are there:
+    nothing is computed again in the backward pass, and only the vectors are kept.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.enable_grad():
+            leaf = states.detach().requires_grad_()
+            values = function(leaf)
+            (slopes,) = torch.autograd.grad(values.sum(), leaf)
+        ctx.save_for_backward(slopes)
+        return values.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (slopes,) = ctx.saved_tensors
+        return (gradients[0][:, None] * slopes).to(slopes.dtype), None
 
 
 @contextlib.contextmanager

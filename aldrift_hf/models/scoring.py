@@ -12,31 +12,20 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..types import Completions, pad_right
+from ..types import Completions
 from .head import projected_logprobs
+from .passes import Padded, Pass, apart, join
+from .shared_prompts import packing
+from .shared_prompts.attention import sharing
+from .shared_prompts.support import can_share_prompts
 
 Row = tuple[tuple[int, ...], tuple[int, ...]]
 """Token ids of a prompt and of its completion."""
-
-
-class Padded(NamedTuple):
-    """Prompts and completions joined to rows, padded on the right.
-
-    Attributes:
-        input_ids: `[n, width]`.
-        attention_mask: `[n, width]`, 1 on prompt and completion.
-        completion_mask: `[n, width]`, true on the completion's tokens.
-    """
-
-    input_ids: Tensor
-    attention_mask: Tensor
-    completion_mask: Tensor
 
 
 def completion_length(ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
@@ -46,19 +35,6 @@ def completion_length(ids: Tensor, eos_token_ids: Sequence[int]) -> Tensor:
     """
     is_eos = torch.isin(ids, torch.tensor(list(eos_token_ids), device=ids.device))
     return torch.where(is_eos.any(-1), is_eos.int().argmax(-1) + 1, ids.shape[-1])
-
-
-def join(prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], pad_token_id: int) -> Padded:
-    """Each row's prompt followed by its completion, padded on the right to the longest row.
-
-    Right padding needs no position ids in a causal model, because it never moves the tokens before it.
-    """
-    rows = [[*prompt, *completion] for prompt, completion in zip(prompts, completions, strict=True)]
-    input_ids = pad_right(rows, pad_token_id)
-    start = torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    end = torch.tensor([len(row) for row in rows])[:, None]
-    position = torch.arange(input_ids.shape[1])
-    return Padded(input_ids, (position < end).long(), (position >= start) & (position < end))
 
 
 def sequence_logprobs(
@@ -73,7 +49,8 @@ def sequence_logprobs(
     """`log p(completion | prompt)` of every row, in nats. The prior and the policy are scored by this function alone.
 
     Log-softmax is computed in fp32, whatever the model computes in (in bf16 it costs 0.1 to 0.2 nats per sequence), and
-    the sum over tokens in fp64. Equal rows are scored once. Logits are computed for completion tokens only, at most
+    the sum over tokens in fp64. Equal rows are scored once, and a prompt is computed once for all of its completions
+    where the model can do so. Logits are computed for completion tokens only, at most
     [`aldrift_hf.models.head.LOGITS_BUDGET`] at a time. Call it in eval mode, without gradients, and under the autocast
     in which the policy generates and trains.
 
@@ -83,8 +60,8 @@ def sequence_logprobs(
         completions: `n` completions.
         pad_token_id: fills the rows; its value has no effect.
         batch_size: most rows per forward pass.
-        batch_tokens: most tokens per forward pass (rows × width), unless a single row has more: this bounds the memory
-            of activations.
+        batch_tokens: most tokens per forward pass (rows × width, or those of one packed row), unless a single row has
+            more: this bounds the memory of activations.
 
     Returns:
         `[n]`, fp64, on the CPU.
@@ -96,51 +73,68 @@ def sequence_logprobs(
     ]
     scores = torch.empty(len(keys), dtype=torch.float64)
     # The longest rows first: there is little padding, and if rows do not fit into memory, it shows at once.
-    rows_left = sorted(keys.items(), key=lambda item: -_width(item[0]))
-    while rows_left:
-        size = max(1, min(batch_size, batch_tokens // _width(rows_left[0][0])))
-        batch, rows_left = rows_left[:size], rows_left[size:]
-        scores[[slot for _, slot in batch]] = _score([row for row, _ in batch], model, pad_token_id)
+    rows = sorted(keys, key=lambda row: -_width(row))
+    if packing.pays(*_columns(rows)) and can_share_prompts(model, _width(rows[0])):
+        with sharing(model):
+            for batch in _batches(_by_prompt(rows), batch_size, batch_tokens, shared=True):
+                scores[[keys[row] for row in batch]] = _score(model, packing.pack(*_columns(batch)))
+    else:
+        for batch in _batches(rows, batch_size, batch_tokens, shared=False):
+            padded = join(*_columns(batch), pad_token_id)
+            scores[[keys[row] for row in batch]] = _score(model, apart(padded, _keeps_logits(model)))
     return scores[where]
 
 
-def _score(batch: list[Row], model: PreTrainedModel, pad_token_id: int) -> Tensor:
-    """`[n]` log-probabilities of rows of similar length, from one forward pass."""
-    padded = join([prompt for prompt, _ in batch], [completion for _, completion in batch], pad_token_id)
-    input_ids, attention_mask, completion_mask = (tensor.to(model.device) for tensor in padded)
-    # Position t-1 predicts token t; the part that is prompt in every row is left out.
-    first = min(len(prompt) for prompt, _ in batch)
-    keep = input_ids.shape[1] - first + 1
-    predicted = completion_mask[:, first:]
-    token_logprobs = projected_logprobs(
-        model,
-        lambda hidden: hidden[:, -keep:-1][predicted.to(hidden.device)],
-        input_ids[:, first:][predicted],
-        input_ids=input_ids,
-        attention_mask=attention_mask,
-        use_cache=False,
-        **({"logits_to_keep": keep} if _keeps_logits(model) else {}),
-    )
-    scores = torch.zeros(predicted.shape, dtype=torch.float64)
-    scores[predicted.cpu()] = token_logprobs.double().cpu()
-    return scores.sum(-1)
+def _batches(rows: list[Row], batch_size: int, batch_tokens: int, shared: bool) -> Iterator[list[Row]]:
+    """Consecutive rows, as many as fit into a forward pass: padded to the first, or after one copy of each prompt."""
+    batch: list[Row] = []
+    used = 0
+    for row in rows:
+        new_prompt = not batch or row[0] != batch[-1][0]
+        tokens = (len(row[1]) + new_prompt * len(row[0])) if shared else _width(batch[0] if batch else row)
+        if batch and (len(batch) == batch_size or used + tokens > batch_tokens):
+            yield batch
+            batch, used, tokens = [], 0, _width(row)
+        batch.append(row)
+        used += tokens
+    if batch:
+        yield batch
 
 
-def label_logprobs(logits: Tensor, labels: Tensor) -> Tensor:
-    """Log-probabilities of the labels under a training batch's logits, in fp32; 0 where there is no label.
+def _by_prompt(rows: list[Row]) -> list[Row]:
+    """Rows of one prompt beside each other."""
+    groups: dict[tuple[int, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row[0], []).append(row)
+    return [row for group in groups.values() for row in group]
+
+
+def _columns(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Rows as their prompts and their completions."""
+    return [prompt for prompt, _ in rows], [completion for _, completion in rows]
+
+
+def _score(model: PreTrainedModel, forward: Pass) -> Tensor:
+    """`[n]` log-probabilities, from one forward pass."""
+    forward = forward.to(model.device)
+    found = projected_logprobs(model, forward.select, forward.targets, **forward.inputs)
+    return forward.table(found.double()).sum(-1).cpu()
+
+
+def learning_pass(model: PreTrainedModel, padded: Padded) -> Pass:
+    """A training step's forward pass, on the rows' device.
 
     Args:
-        logits: `[n, width, vocabulary]`.
-        labels: `[n, width]`, token ids, -100 where nothing is predicted.
-
-    Returns:
-        `[n, width - 1]`, nats, with gradients.
+        model: the language model inside the one that is trained.
+        padded: the rows of a micro-batch.
     """
-    shifted = logits[:, :-1].float()
-    nll = nn.functional.cross_entropy(
-        shifted.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="none"
-    )
-    return -nll.view(labels[:, 1:].shape)
+    start = padded.completion_mask.int().argmax(-1).tolist()
+    end = padded.attention_mask.sum(-1).tolist()
+    rows = [(tuple(ids[:a]), tuple(ids[a:b])) for ids, a, b in zip(padded.input_ids.tolist(), start, end, strict=True)]
+    # The model is not asked here what it can do: its weights may be spread over the processes.
+    if packing.pays(*_columns(rows)) and can_share_prompts(model, padded.input_ids.shape[1], find_out=False):
+        return packing.pack(*_columns(rows)).to(padded.input_ids.device)
+    return apart(padded)
 
 
 def without_dropout(model: nn.Module) -> None:

@@ -18,7 +18,11 @@ from transformers import Trainer, TrainerControl
 
 from ..algorithm.losses import Loss
 from ..models import adapters, numerics, sharding
-from ..models.scoring import label_logprobs
+from ..models.head import Projection, projecting
+from ..models.passes import Padded, Pass
+from ..models.prior import base_model
+from ..models.scoring import learning_pass
+from ..models.shared_prompts.attention import sharing
 from ..reporting.hub import HubPusher
 from ..reporting.record import RunRecord
 from .checkpoints import Checkpointer
@@ -55,11 +59,12 @@ class HookedTrainer(Trainer):
     # ---- Learning ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        columns = {
-            name: inputs.pop(name) for name in [*inputs] if name not in ("input_ids", "attention_mask", "labels")
-        }
-        self.compute_loss_func = functools.partial(rung_loss, self.run.loss, columns)
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        batch = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "labels")}
+        base = base_model(self._unwrapped())
+        forward = learning_pass(base, Padded(batch["input_ids"], batch["attention_mask"], batch["labels"] != -100))
+        with projecting(base, forward.select, forward.targets) as projection:
+            self.compute_loss_func = functools.partial(rung_loss, self.run.loss, inputs, forward, projection)
+            return super().compute_loss(model, forward.inputs | {"labels": batch["labels"]}, *args, **kwargs)
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -70,7 +75,8 @@ class HookedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
-        loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
+        with sharing(base_model(self._unwrapped())):  # also for layers that run again in the backward pass
+            loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         numerics.check_loss(value, self.args.learning_rate)
         self.run.learned(value)
@@ -235,7 +241,13 @@ class HookedTrainer(Trainer):
 
 
 def rung_loss(
-    loss: Loss, columns: dict[str, Tensor], outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int
+    loss: Loss,
+    columns: dict[str, Tensor],
+    forward: Pass,
+    projection: Projection,
+    outputs: Any,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int,
 ) -> Tensor:
     """The loss of a micro-batch, as the Trainer calls it."""
-    return loss(label_logprobs(outputs.logits, labels), num_items_in_batch, **columns)
+    return loss(forward.table(projection.of(outputs.logits)), num_items_in_batch, **columns)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..models.scoring import join
+from ..models.passes import join
 from ..types import Samples
 
 RESERVED = ("prompt", "completion", "input_ids", "attention_mask", "labels", "log_probs", "num_tokens")

@@ -1,0 +1,164 @@
+"""Attention of many completions to one copy of their prompt.
+
+It is an attention implementation of transformers. Models that look theirs up by name run it within a `with` block of
+[`sharing`]. A forward pass says what shares a prompt by an argument (`shared_prompts`, a [`Layout`]), and generation by
+its cache ([`aldrift_hf.models.shared_prompts.cache`]); any other call gets the implementation that the model had. The
+argument travels with the layers' inputs, so that gradient checkpointing, which runs layers again in the backward pass,
+finds it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+
+NAME = "aldrift_shared_prompts"
+REPLACED = "sdpa"
+"""The implementation whose place ours takes; models that use another one compute every copy of a prompt."""
+
+MIN_CHUNK = 128
+"""Least number of completion tokens that one call of the kernel attends from. It is larger where the prompt is longer:
+the call also computes products of tokens of different completions, which are discarded."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Consecutive tokens that one call of the kernel attends from.
+
+    Attributes:
+        tokens: their positions in the packed row.
+        prompt: the positions of the prompt that all of them attend to; empty where they are the prompt.
+        rows: `[tokens]`, the completion of each token; a token attends within its own.
+    """
+
+    tokens: slice
+    prompt: slice
+    rows: Tensor | None = None
+
+    def mask(self) -> Tensor | None:
+        """`[1, 1, tokens, prompt + tokens]`, true where a token attends; `None` for plain causal attention."""
+        if self.rows is None:
+            return None
+        own = (self.rows[:, None] == self.rows).tril()
+        before = own.new_ones((len(own), self.prompt.stop - self.prompt.start))
+        return torch.cat([before, own], dim=1)[None, None]
+
+
+@dataclass
+class Layout:
+    """What attends to what in a packed row: prompts, each followed by its completions.
+
+    Attributes:
+        blocks: in the row's order.
+        layers: the layers that have attended so.
+    """
+
+    blocks: list[Block]
+    layers: set[int] = field(default_factory=set)
+    _masks: list[Tensor | None] | None = None
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
+        """From the length of each prompt and those of its completions."""
+        blocks, start = [], 0
+        for prompt_length, lengths in groups:
+            prompt = slice(start, start + prompt_length)
+            blocks.append(Block(prompt, slice(0, 0)))
+            start, size, first = prompt.stop, max(MIN_CHUNK, prompt_length // 2), 0
+            while first < len(lengths):
+                last, tokens = first + 1, lengths[first]
+                while last < len(lengths) and tokens + lengths[last] <= size:
+                    tokens += lengths[last]
+                    last += 1
+                rows = torch.repeat_interleave(torch.arange(first, last), torch.tensor(lengths[first:last]))
+                if tokens:
+                    blocks.append(Block(slice(start, start + tokens), prompt, rows))
+                start, first = start + tokens, last
+        return cls(blocks)
+
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
+        """The layer's attention, `[1, tokens, heads, head_dim]`."""
+        self.layers.add(int(getattr(module, "layer_idx", -1)))
+        if self._masks is None:  # the same in all layers
+            self._masks = [None if mask is None else mask.to(query.device) for mask in map(Block.mask, self.blocks)]
+        parts = []
+        for block, mask in zip(self.blocks, self._masks, strict=True):
+            keys, values = (
+                torch.cat([states[:, :, block.prompt], states[:, :, block.tokens]], dim=2) if mask is not None else
+                states[:, :, block.tokens]
+                for states in (key, value)
+            )  # fmt: skip
+            parts.append(sdpa_attention_forward(module, query[:, :, block.tokens], keys, values, mask, **kwargs)[0])
+        return torch.cat(parts, dim=1)
+
+
+class Decoding(Protocol):
+    """A cache that holds prompts once."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+        """Attention from the newest token of each row to its prompt and to its own tokens."""
+        ...
+
+
+class _Current(threading.local):
+    """The cache that this thread decodes with: an objective in another thread may run the model too."""
+
+    cache: Decoding | None = None
+
+
+_current = _Current()
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """As transformers calls it: `[n, heads, tokens, head_dim]` to `[n, tokens, heads, head_dim]`."""
+    layout: Layout | None = kwargs.pop("shared_prompts", None)
+    if layout is not None:
+        return layout.attend(module, query, key, value, **kwargs), None
+    if _current.cache is not None:
+        layer = int(getattr(module, "layer_idx", -1))
+        return _current.cache.attend(layer, query, key, value, kwargs.get("scaling")), None
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return output, None
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[REPLACED])
+
+
+@contextlib.contextmanager
+def sharing(model: PreTrainedModel, cache: Decoding | None = None) -> Iterator[None]:
+    """Within a `with` block the model attends by [`attention`], and decodes with a cache of shared prompts if given."""
+    settings = {id(config): config for module in model.modules() for config in [getattr(module, "config", None)]}
+    replaced = [
+        config
+        for config in settings.values()
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation_internal == REPLACED
+    ]
+    before, _current.cache = _current.cache, cache
+    for config in replaced:
+        config._attn_implementation_internal = NAME
+    try:
+        yield
+    finally:
+        _current.cache = before
+        for config in replaced:
+            config._attn_implementation_internal = REPLACED
+
+
+def uses_replaced(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a model may attend by [`attention`] to this many tokens: it uses the implementation that ours replaces,
+    and none of its layers looks at a window that is shorter."""
+    config = model.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    return config._attn_implementation == REPLACED and all(not window or tokens <= window for window in windows)
