@@ -8,11 +8,14 @@ import pytest
 from conftest import tiny_gpt2
 from datasets import Dataset
 from evaluation import gold as golden
+from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
 from problems import steering
+from problems.real_model import real_model
 from problems.steering import TASKS
 
 from aldrift_hf import check_objective
+from aldrift_hf.models.loading import load_model, tokenizer_of
 
 FILES = sorted((Path(__file__).parents[1] / "recipes" / "gold").glob("*.json"))
 TEXTS = (
@@ -116,6 +119,29 @@ def test_gold_is_whole(path):
     assert max(map(len, gold.completions)) <= task.max_completion_length
     assert path.stat().st_size < 1_000_000
     assert golden.effective_sample_size(cost, task.tau_max).mean() > 10
+
+
+@pytest.fixture(scope="module")
+def chat():
+    """The real model and its tokenizer."""
+    try:
+        folder = str(real_model())
+    except OSError as error:
+        pytest.skip(f"the real model cannot be made here: {error}")
+    return load_model(folder, None, adapter=False), tokenizer_of(folder, None)
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_gold_is_the_real_models_and_its_costs_are_todays(path, chat):
+    """Prompts, costs, and the log-probabilities of the first draws; and the draws can be made again."""
+    maker = GoldMaker(TASKS[path.stem](), *chat, seed=0)
+    stored = maker.stored(path)
+    again = Gold(maker.about, maker.prompts, [], [], [])
+    maker.extend(again, range(2))
+    assert again.completions == stored.completions[:2]
+    assert again.log_prior == pytest.approx(stored.log_prior[:2], abs=1e-2)
 
 
 def test_the_recipe_describes_gold(recipe_module):

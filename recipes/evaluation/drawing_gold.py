@@ -68,7 +68,7 @@ class GoldMaker:
         with progress(f"gold of {self.task.name}", draws, min(len(gold), draws)) as advance:
             while len(gold) < draws:
                 rows = range(len(gold), min(len(gold) + block, draws))
-                self._extend(gold, rows)
+                self.extend(gold, rows)
                 gold.write(path)
                 advance(len(rows))
         return gold
@@ -108,7 +108,8 @@ class GoldMaker:
         gaps = [abs(new - old) for new, old in zip(scores, gold.log_prior)]
         return "log-probabilities" if max(gaps) > MAX_GAP else None
 
-    def _extend(self, gold: Gold, rows: range) -> None:
+    def extend(self, gold: Gold, rows: range) -> None:
+        """Append the draws with these numbers."""
         prompts = [self.prompts[row % len(self.prompts)] for row in rows]
         numbers = uniforms((self.seed, PURPOSE), rows, self.task.max_completion_length)
         with inference(self.model):

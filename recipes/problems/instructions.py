@@ -21,7 +21,7 @@ REQUESTS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("Name two fruits.", "detectable_format:number_bullet_lists", {"num_bullets": 2}),
     ("Name three cities.", "detectable_format:number_bullet_lists", {"num_bullets": 3}),
     ("Give me a motto for a football club.", "startend:quotation", {}),
-    ("Quote a proverb about time.", "startend:quotation", {}),
+    ("Give me a motto for a chess club.", "startend:quotation", {}),
     ("Describe a city in one sentence.", "punctuation:no_comma", {}),
     ("Describe a good breakfast in one sentence.", "punctuation:no_comma", {}),
 )
