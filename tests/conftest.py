@@ -114,24 +114,23 @@ def tiny_gpt2(seed: int = 0, dropout: float = 0.0, **overrides) -> GPT2LMHeadMod
     return GPT2LMHeadModel(GPT2Config(**{**config, **overrides})).eval()
 
 
-def tiny_llama(seed: int = 0, dropout: float = 0.0) -> LlamaForCausalLM:
+def tiny_llama(seed: int = 0, dropout: float = 0.0, **overrides) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            max_position_embeddings=16,
-            attention_dropout=dropout,
-            initializer_range=0.3,
-            bos_token_id=EOS,
-            eos_token_id=EOS,
-            pad_token_id=None,
-        )
-    ).eval()
+    config = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 16,
+        "attention_dropout": dropout,
+        "initializer_range": 0.3,
+        "bos_token_id": EOS,
+        "eos_token_id": EOS,
+        "pad_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**config | overrides)).eval()
 
 
 def lora(model: PreTrainedModel, dropout: float = 0.0, seed: int | None = None, scale: float = 0.3):
