@@ -1,0 +1,234 @@
+"""A prompt that is computed once for its completions gives them the probabilities that they have by themselves."""
+
+import copy
+
+import pytest
+import torch
+from conftest import ALDRIFTTrainer, every_completion, lora_config, tiny_gpt2, tiny_llama
+from peft import LoraConfig, get_peft_model
+
+from aldrift_hf.models import generation, head
+from aldrift_hf.models.head import projecting
+from aldrift_hf.models.passes import apart, join
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference, learning_pass, sequence_logprobs
+from aldrift_hf.models.shared_prompts import attention, cache, packing, support
+from aldrift_hf.models.shared_prompts.attention import Layout, sharing
+from aldrift_hf.streams import uniforms
+from aldrift_hf.types import Completions
+
+EOS = 0
+PROMPTS = [[2, 3, 4, 3], [3, 1], [4, 2, 2]]
+MODELS = {
+    "gpt2": lambda: tiny_gpt2(n_positions=32),
+    "llama": lambda: tiny_llama(max_position_embeddings=32),
+    "grouped heads": lambda: tiny_llama(max_position_embeddings=32, num_attention_heads=4, num_key_value_heads=2),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]().eval()
+
+
+def exact(model, prompt, completion):
+    """`log p(completion | prompt)`, by a pass over this row alone."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].double()
+    predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
+    return predicted.gather(-1, torch.tensor(completion)[:, None]).sum().item()
+
+
+def rows_of_all(completions):
+    """Every prompt with every completion, in an order in which no prompt follows itself."""
+    return [(prompt, completion) for completion in completions for prompt in PROMPTS]
+
+
+def passes_counted(model, counts):
+    """Count the tokens that go through the model's first layer."""
+    layers = model.transformer.h if hasattr(model, "transformer") else model.model.layers
+    return layers[0].register_forward_hook(lambda module, args, output: counts.append(args[0].shape[:2].numel()))
+
+
+@pytest.mark.parametrize("batch_tokens", [2**14, 40])
+def test_scores_are_those_of_each_row_alone(model, batch_tokens):
+    rows = rows_of_all(every_completion().tokens())
+    completions = Completions.of([completion for _, completion in rows], EOS)
+    counts: list[int] = []
+    with inference(model):
+        support.can_share_prompts(model, 10)
+        handle = passes_counted(model, counts)
+        found = sequence_logprobs(
+            model, [p for p, _ in rows], completions, pad_token_id=EOS, batch_size=1000, batch_tokens=batch_tokens
+        )
+        handle.remove()
+    expected = torch.tensor([exact(model, *row) for row in rows], dtype=torch.float64)
+    assert torch.allclose(found, expected, atol=2e-5)
+    separate = sum(len(prompt) + len(completion) for prompt, completion in rows)
+    assert sum(counts) < 0.75 * separate
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 128])
+def test_a_packed_row_attends_in_blocks_of_any_size(model, chunk, monkeypatch):
+    monkeypatch.setattr(attention, "MIN_CHUNK", chunk)
+    rows = rows_of_all([[1], [4, 3, 2, 0], [1, 2], [3, 3, 3, 3, 3]])
+    forward = packing.pack(*zip(*rows))
+    with inference(model), sharing(model):
+        logits = model(**forward.inputs).logits
+        found = head._logprobs(forward.select(logits), forward.targets)
+    expected = [exact(model, *row) for row in rows]
+    assert forward.table(found).sum(-1).tolist() == pytest.approx(expected, abs=2e-5)
+
+
+def test_blocks_cover_the_row_and_see_nothing_else():
+    layout = Layout.of([(3, [2, 0, 4]), (2, [1])])
+    assert [(b.tokens.start, b.tokens.stop) for b in layout.blocks] == [(0, 3), (3, 9), (9, 11), (11, 12)]
+    mask = layout.blocks[1].mask()[0, 0]
+    assert mask[:, :3].all()
+    assert mask[:, 3:].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [0, 0, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 1, 1, 0],
+        [0, 0, 1, 1, 1, 1],
+    ]
+
+
+def gradients(model, rows, shared):
+    """The gradient of `Σ weight·log p` over some rows, weights unlike each other, as the trainer computes it."""
+    padded = join(*zip(*rows), EOS)
+    forward = learning_pass(model, padded) if shared else apart(padded)
+    model.zero_grad()
+    with sharing(base_model(model)):
+        with projecting(base_model(model), forward.select, forward.targets) as projection:
+            values = forward.table(projection.of(model(**forward.inputs).logits)).sum(-1)
+        (values * torch.linspace(-1, 2, len(rows))).sum().backward()
+    return values.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", ["adapter", "head", "all"])
+def test_learning_has_the_gradients_of_separate_rows(model, trained, checkpointing, monkeypatch):
+    """Whatever is trained: through the prompt's keys and values, and through a head in chunks, frozen or not."""
+    monkeypatch.setattr(head, "LOGITS_BUDGET", 3 * 5)  # three tokens at once
+    rows = rows_of_all([[1], [4, 3, 2, 0], [1, 2], [3, 3, 0]])
+    with inference(model):
+        assert support.can_share_prompts(model, 10)
+        sequence_logprobs(model, [[2]], Completions.of([[1]], EOS), pad_token_id=EOS, batch_size=1)
+    plain = copy.deepcopy(model)
+    if trained != "all":
+        settings = LoraConfig(
+            target_modules=["lm_head"] if trained == "head" else "all-linear", init_lora_weights=False
+        )
+        model = get_peft_model(model, settings)
+        base = base_model(model)
+        with inference(base):  # layers were put into it
+            assert support.can_share_prompts(base, 10)
+    if checkpointing:
+        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads() if hasattr(model, "enable_input_require_grads") else None
+    model.train()
+    values, found = gradients(model, rows, shared=True)
+    other_values, expected = gradients(model, rows, shared=False)
+    assert torch.allclose(values, other_values, atol=2e-5)
+    assert found.keys() == expected.keys()
+    assert len(found) > 0
+    for name, gradient in expected.items():
+        assert torch.allclose(found[name], gradient, atol=1e-4, rtol=1e-3), name
+    if trained == "all":
+        whole = sum(w * plain_value for w, plain_value in zip(torch.linspace(-1, 2, len(rows)), logs(plain, rows)))
+        plain.zero_grad()
+        whole.backward()
+        for name, parameter in plain.named_parameters():
+            assert torch.allclose(found[name], parameter.grad, atol=1e-4, rtol=1e-3), name
+
+
+def logs(model, rows):
+    for prompt, completion in rows:
+        predicted = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        yield predicted.gather(-1, torch.tensor(completion)[:, None]).sum()
+
+
+def test_a_packed_pass_outside_of_sharing_fails(model):
+    forward = packing.pack(*zip(*rows_of_all([[1, 2], [3, 0]])))
+    with inference(model), pytest.raises(Exception, match=r"."):
+        model(**forward.inputs)
+
+
+@pytest.mark.parametrize("half_of_the_rows", [False, True])
+def test_draws_are_those_of_separate_prompts(model, half_of_the_rows, monkeypatch):
+    """The same tokens and log-probabilities, also after finished rows have left, and with prompts of unequal length."""
+    long = [[2, 3, 4, 3, 1, 2, 4] * 2, [3, 1, 4], [4]]
+    monkeypatch.setattr(cache, "MIN_PROMPT", 2)
+    monkeypatch.setattr(generation, "MIN_ROWS_TO_SPLIT", 2 if half_of_the_rows else 10**9)
+    prompts = [long[row % 3] for row in range(60)]
+    config = generation.neutral_generation_config(max_completion_length=6, eos_token_ids=[EOS, 1], pad_token_id=EOS)
+    numbers = uniforms((0,), range(60), 6)
+    used: list[int] = []
+    attend = cache.SharedPrompts.attend
+    monkeypatch.setattr(
+        cache.SharedPrompts, "attend", lambda self, *args: used.append(len(args[1])) or attend(self, *args)
+    )
+    with inference(model):
+        shared = generation.generate(model, prompts, config, numbers)
+        assert used
+        assert (min(used) < 60) == half_of_the_rows
+        alone = [generation.generate(model, [prompts[r]], config, numbers[r : r + 1]) for r in range(60)]
+    assert shared.completions.tokens() == [tokens for draw in alone for tokens in draw.completions.tokens()]
+    assert torch.allclose(shared.log_probs, torch.cat([draw.log_probs for draw in alone]), atol=2e-5)
+
+
+def test_models_that_cannot_share_prompts_compute_every_copy():
+    eager = tiny_llama().eval()
+    eager.config._attn_implementation = "eager"
+    assert not support.can_share_prompts(eager, 10)
+    windowed = tiny_llama().eval()
+    windowed.config.sliding_window = 8
+    assert support.can_share_prompts(windowed, 8)
+    assert not support.can_share_prompts(windowed, 9)
+
+
+def test_a_model_that_ignores_positions_is_found_out(monkeypatch):
+    """Its packed row would have other probabilities, so that it is computed apart."""
+    model = tiny_llama().eval()
+    forward = model.model.rotary_emb.forward
+    monkeypatch.setattr(
+        model.model.rotary_emb,
+        "forward",
+        lambda states, position_ids: forward(states, torch.arange(states.shape[1])[None]),
+    )
+    with inference(model):
+        assert not support.can_share_prompts(model, 10)
+
+
+def test_the_models_own_attention_is_back_afterwards(model):
+    with pytest.raises(KeyError), sharing(model):
+        assert model.config._attn_implementation == attention.NAME
+        raise KeyError
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_run_learns_the_same_with_and_without_sharing(config, tokenizer, monkeypatch):
+    """Draws, weights and updates of a whole run, to rounding."""
+
+    def run(max_share, min_prompt):
+        monkeypatch.setattr(packing, "MAX_SHARE", max_share)
+        monkeypatch.setattr(cache, "MIN_PROMPT", min_prompt)
+        trainer = ALDRIFTTrainer(
+            tiny_llama(),
+            lambda prompts, completions: [min(1.0, len(text) / 20) for text in completions],
+            config(num_rungs=2, num_generations=32, per_device_train_batch_size=16, updates_per_rung=3),
+            train_dataset=["a b a b", "b a"],
+            processing_class=tokenizer,
+            peft_config=lora_config(tiny_llama()),
+        )
+        trainer.train()
+        return trainer.record.rungs, [p.detach().clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    (rungs, weights), (other_rungs, other_weights) = run(0.8, 2), run(-1, 10**9)
+    for rung, other in zip(rungs, other_rungs, strict=True):
+        assert rung["loss"] == pytest.approx(other["loss"], rel=1e-3)
+        assert rung["log_z"] == pytest.approx(other["log_z"], abs=1e-4)
+    for one, other in zip(weights, other_weights, strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
