@@ -1,7 +1,5 @@
 """A prompt that is computed once for its completions gives them the probabilities that they have by themselves."""
 
-import copy
-
 import pytest
 import torch
 from conftest import ALDRIFTTrainer, every_completion, lora_config, tiny_gpt2, tiny_llama
@@ -31,14 +29,6 @@ def model(request):
     return MODELS[request.param]().eval()
 
 
-def exact(model, prompt, completion):
-    """`log p(completion | prompt)`, by a pass over this row alone."""
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *completion]]), use_cache=False).logits[0].double()
-    predicted = logits[len(prompt) - 1 : -1].log_softmax(-1)
-    return predicted.gather(-1, torch.tensor(completion)[:, None]).sum().item()
-
-
 def rows_of_all(completions):
     """Every prompt with every completion, in an order in which no prompt follows itself."""
     return [(prompt, completion) for completion in completions for prompt in PROMPTS]
@@ -62,8 +52,8 @@ def test_scores_are_those_of_each_row_alone(model, batch_tokens):
             model, [p for p, _ in rows], completions, pad_token_id=EOS, batch_size=1000, batch_tokens=batch_tokens
         )
         handle.remove()
-    expected = torch.tensor([exact(model, *row) for row in rows], dtype=torch.float64)
-    assert torch.allclose(found, expected, atol=2e-5)
+        expected = torch.stack([log_prob(model, *row) for row in rows])
+    assert torch.allclose(found, expected.double(), atol=2e-5)
     separate = sum(len(prompt) + len(completion) for prompt, completion in rows)
     assert sum(counts) < 0.75 * separate
 
@@ -76,7 +66,7 @@ def test_a_packed_row_attends_in_blocks_of_any_size(model, chunk, monkeypatch):
     with inference(model), sharing(model):
         logits = model(**forward.inputs).logits
         found = head._logprobs(forward.select(logits), forward.targets)
-    expected = [exact(model, *row) for row in rows]
+        expected = [log_prob(model, *row).item() for row in rows]
     assert forward.table(found).sum(-1).tolist() == pytest.approx(expected, abs=2e-5)
 
 
@@ -95,59 +85,50 @@ def test_blocks_cover_the_row_and_see_nothing_else():
     ]
 
 
-def gradients(model, rows, shared):
-    """The gradient of `Σ weight·log p` over some rows, weights unlike each other, as the trainer computes it."""
-    padded = join(*zip(*rows), EOS)
-    forward = learning_pass(model, padded) if shared else apart(padded)
+def weighted_gradient(model, log_probs):
+    """The gradient of `Σ weight·log p`, where the weights are unlike each other."""
     model.zero_grad()
-    with sharing(base_model(model)):
-        with projecting(base_model(model), forward.select, forward.targets) as projection:
-            values = forward.table(projection.of(model(**forward.inputs).logits)).sum(-1)
-        (values * torch.linspace(-1, 2, len(rows))).sum().backward()
-    return values.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    (log_probs * torch.linspace(-1, 2, len(log_probs))).sum().backward()
+    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("trained", ["adapter", "head", "all"])
-def test_learning_has_the_gradients_of_separate_rows(model, trained, checkpointing, monkeypatch):
+def test_learning_has_the_gradients_of_rows_alone(model, trained, shared, checkpointing, monkeypatch):
     """Whatever is trained: through the prompt's keys and values, and through a head in chunks, frozen or not."""
     monkeypatch.setattr(head, "LOGITS_BUDGET", 3 * 5)  # three tokens at once
     rows = rows_of_all([[1], [4, 3, 2, 0], [1, 2], [3, 3, 0]])
-    with inference(model):
-        assert support.can_share_prompts(model, 10)
-        sequence_logprobs(model, [[2]], Completions.of([[1]], EOS), pad_token_id=EOS, batch_size=1)
-    plain = copy.deepcopy(model)
     if trained != "all":
         settings = LoraConfig(
             target_modules=["lm_head"] if trained == "head" else "all-linear", init_lora_weights=False
         )
         model = get_peft_model(model, settings)
-        base = base_model(model)
-        with inference(base):  # layers were put into it
-            assert support.can_share_prompts(base, 10)
+    base = base_model(model)
+    with inference(base):  # what is known of it before it is trained
+        assert support.can_share_prompts(base, 10)
+        sequence_logprobs(base, [[2]], Completions.of([[1]], EOS), pad_token_id=EOS, batch_size=1)
     if checkpointing:
-        base_model(model).gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads() if hasattr(model, "enable_input_require_grads") else None
+        base.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
-    values, found = gradients(model, rows, shared=True)
-    other_values, expected = gradients(model, rows, shared=False)
-    assert torch.allclose(values, other_values, atol=2e-5)
-    assert found.keys() == expected.keys()
-    assert len(found) > 0
+    forward = learning_pass(base, join(*zip(*rows), EOS)) if shared else apart(join(*zip(*rows), EOS))
+    assert (len(forward.inputs["input_ids"]) == 1) == shared
+    with sharing(base):
+        with projecting(base, forward.select, forward.targets) as projection:
+            values = forward.table(projection.of(model(**forward.inputs).logits)).sum(-1)
+        found = weighted_gradient(model, values)
+    alone = torch.stack([log_prob(model, *row) for row in rows])
+    assert torch.allclose(values, alone, atol=2e-5)
+    expected = weighted_gradient(model, alone)
+    assert found.keys() == expected.keys() != set()
     for name, gradient in expected.items():
         assert torch.allclose(found[name], gradient, atol=1e-4, rtol=1e-3), name
-    if trained == "all":
-        whole = sum(w * plain_value for w, plain_value in zip(torch.linspace(-1, 2, len(rows)), logs(plain, rows)))
-        plain.zero_grad()
-        whole.backward()
-        for name, parameter in plain.named_parameters():
-            assert torch.allclose(found[name], parameter.grad, atol=1e-4, rtol=1e-3), name
 
 
-def logs(model, rows):
-    for prompt, completion in rows:
-        predicted = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        yield predicted.gather(-1, torch.tensor(completion)[:, None]).sum()
+def log_prob(model, prompt, completion):
+    """`log p(completion | prompt)`, from the logits of this row alone."""
+    predicted = model(torch.tensor([[*prompt, *completion]])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+    return predicted.gather(-1, torch.tensor(completion)[:, None]).sum()
 
 
 def test_a_packed_pass_outside_of_sharing_fails(model):
@@ -203,9 +184,15 @@ def test_a_model_that_ignores_positions_is_found_out(monkeypatch):
 
 
 def test_the_models_own_attention_is_back_afterwards(model):
-    with pytest.raises(KeyError), sharing(model):
-        assert model.config._attn_implementation == attention.NAME
+    used = []
+
+    def fails():
+        used.append(model.config._attn_implementation)
         raise KeyError
+
+    with pytest.raises(KeyError), sharing(model):
+        fails()
+    assert used == [attention.NAME]
     assert model.config._attn_implementation == "sdpa"
 
 
