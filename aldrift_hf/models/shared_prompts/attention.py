@@ -156,9 +156,10 @@ def sharing(model: PreTrainedModel, cache: Decoding | None = None) -> Iterator[N
             config._attn_implementation_internal = REPLACED
 
 
-def uses_replaced(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a model may attend by [`attention`] to this many tokens: it uses the implementation that ours replaces,
-    and none of its layers looks at a window that is shorter."""
+def may_share(model: PreTrainedModel, tokens: int) -> bool:
+    """Whether a model may attend by [`attention`] to this many tokens: it uses the implementation that ours replaces, or
+    does so at the moment, and none of its layers looks at a window that is shorter."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    return config._attn_implementation == REPLACED and all(not window or tokens <= window for window in windows)
+    in_place = config._attn_implementation in (REPLACED, NAME)
+    return in_place and all(not window or tokens <= window for window in windows)

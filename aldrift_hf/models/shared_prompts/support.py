@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from .. import sharding
 from ..head import projected_logprobs
 from ..passes import Pass, apart, join
-from .attention import sharing, uses_replaced
+from .attention import may_share, sharing
 from .packing import pack
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def can_share_prompts(model: PreTrainedModel, tokens: int, find_out: bool = True
         tokens: most tokens of a prompt and its completion.
         find_out: run the model if it is not known yet.
     """
-    if not uses_replaced(model, tokens):
+    if not may_share(model, tokens):
         return False
     if find_out and model not in _known:
         _known[model] = _gives_the_same(model)
