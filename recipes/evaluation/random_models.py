@@ -47,6 +47,15 @@ def _llama(**sizes: int) -> Callable[[int], PreTrainedConfig]:
     return lambda vocabulary: LlamaConfig(vocab_size=vocabulary, bos_token_id=END, eos_token_id=END, **sizes)
 
 
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+}
+"""The shape of SmolLM2-135M, the real model of other recipes (`problems.real_model`)."""
+
 SIZES = {
     "tiny": Size(_gpt2(n_embd=64, n_layer=2, n_head=4), 512, torch.float32, 512),
     "small": Size(
@@ -66,6 +75,8 @@ SIZES = {
         torch.float32,
         64,
     ),
+    "smollm2": Size(_llama(**SMOLLM2), 49_152, torch.float32, 128),
+    "smollm2-bf16": Size(_llama(**SMOLLM2), 49_152, torch.bfloat16, 128),
     # The shape of Llama 3.2 with 1.2 billion parameters.
     "1b": Size(
         _llama(

@@ -157,8 +157,8 @@ def sharing(model: PreTrainedModel, cache: Decoding | None = None) -> Iterator[N
 
 
 def may_share(model: PreTrainedModel, tokens: int) -> bool:
-    """Whether a model may attend by [`attention`] to this many tokens: it uses the implementation that ours replaces (or
-    ours, at the moment), and none of its layers looks at a window that is shorter."""
+    """Whether a model may attend by [`attention`] to this many tokens: it uses the implementation that ours replaces,
+    which may be in place now, and none of its layers looks at a window that is shorter."""
     config = model.config.get_text_config()
     windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     in_place = config._attn_implementation in (REPLACED, NAME)
