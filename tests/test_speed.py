@@ -24,7 +24,7 @@ def test_the_recipe_compares_side_by_side(run_recipe, capsys):
 
 
 def test_bad_options_are_one_clear_line(run_recipe):
-    with pytest.raises(SystemExit, match="--sizes huge: choose from tiny, small, wide, 1b"):
+    with pytest.raises(SystemExit, match="--sizes huge: choose from tiny, small, wide, smollm2"):
         run_recipe("speed", sizes="huge")
     with pytest.raises(SystemExit, match="--mean_length between 2 and --length"):
         run_recipe("speed", length=8, mean_length=9)
