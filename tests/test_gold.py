@@ -69,6 +69,17 @@ def test_errors_cover_the_truth():
         assert count / repetitions == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / repetitions)), name
 
 
+def test_two_models_are_compared_on_the_same_draws():
+    """Exactly where they differ by a constant factor, although neither distance is known well."""
+    seen = np.random.default_rng(0).integers(4, size=(2, 20))
+    cost, log_prior, log_model = (np.take_along_axis(table, seen, 1) for table in (COSTS, np.log(LAWS), np.log(MODELS)))
+    farther = golden.mean(log_model - (log_model - 0.5), cost, TAU)
+    assert farther == pytest.approx((0.5, 0.0))
+    near, far = (golden.kl_to_model(cost, TAU, log_prior, log_q) for log_q in (log_model, log_model - 0.5))
+    assert far.value - near.value == pytest.approx(farther.value)
+    assert near.error > 0.05
+
+
 def test_draws_of_the_target_are_in_its_proportions():
     seen = np.array([np.repeat(np.arange(4), np.round(10 * law).astype(int)) for law in LAWS])
     cost = np.take_along_axis(COSTS, seen, 1)

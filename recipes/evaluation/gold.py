@@ -119,9 +119,18 @@ def log_z(cost: Array, tau: float) -> Estimate:
     return _mean(np.zeros_like(cost), cost, tau, times_log_z=1.0)
 
 
+def mean(values: Array, cost: Array, tau: float) -> Estimate:
+    """The mean under `p_τ` of a number that each draw has, `[P, n]`.
+
+    That of `log q - log q'` is how much farther `p_τ` is from the model `q'` than from `q`: its error is smaller than
+    those of the two distances, because they have the draws in common.
+    """
+    return _mean(values, cost, tau)
+
+
 def mean_cost(cost: Array, tau: float) -> Estimate:
     """`E[d]` under `p_τ`; under the prior for `τ = 0`."""
-    return _mean(cost, cost, tau)
+    return mean(cost, cost, tau)
 
 
 def kl_from_prior(cost: Array, tau: float) -> Estimate:
@@ -151,9 +160,9 @@ def _mean(values: Array, cost: Array, tau: float, *, times_log_z: float = 0.0) -
     if n < 2:
         raise ValueError(f"there are {n} draws per prompt: an error needs at least two")
     relative = n * weights(cost, tau)
-    mean = (relative * values).mean(-1)
-    influence = relative * (values - mean[:, None]) + times_log_z * (relative - 1)
-    of_prompts = mean + times_log_z * (_log_sum(cost, tau) - np.log(n))
+    of_values = (relative * values).mean(-1)
+    influence = relative * (values - of_values[:, None]) + times_log_z * (relative - 1)
+    of_prompts = of_values + times_log_z * (_log_sum(cost, tau) - np.log(n))
     errors = influence.std(-1, ddof=1) / np.sqrt(n)
     return Estimate(float(of_prompts.mean()), float(np.sqrt((errors**2).sum()) / prompts))
 
