@@ -102,7 +102,7 @@ def test_the_gguf_file_is_the_folders_model(folder, gguf, config):
     assert trainer.record.settings["base_model"] == gguf
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     ours, theirs = base_model(trainer.model).config.to_dict(), plain.config.to_dict()
-    about_the_folder = {"dtype", "architectures", "_name_or_path", "transformers_version"}
+    about_the_folder = {"dtype", "architectures", "_name_or_path", "transformers_version", "use_cache"}
     assert {key for key in theirs if ours.get(key) != theirs[key]} <= about_the_folder
     drawn = trainer.rollout.propose(trainer.inputs.prompts, 2, (1, 2))
     prompts = trainer.inputs.prompts.token_ids * 2

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-import psutil
 import torch
-from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .configs import numbers, text_config
+from .footprint import Footprint, Work
+from .memory import GIB, free_memory
 
 logger = logging.getLogger(__name__)
 
@@ -22,8 +20,12 @@ Result = TypeVar("Result")
 
 MAX_BATCH_SIZE = 1024
 """Larger batches are no faster."""
-MEMORY_SHARE = 0.4
-"""Share of the free memory that generation may use for cached keys and values, and for logits."""
+MEMORY_SHARE = 0.5
+"""Share of the free memory that drawing and scoring may take; the rest is for updates, and for errors of estimates."""
+REMEDY = (
+    "Lower max_completion_length or shorten the prompts, load the model in a smaller precision (dtype='bfloat16', or "
+    "4 bits), or allow the process more memory."
+)
 
 
 @dataclass
@@ -31,7 +33,7 @@ class Batches:
     """The largest number of rows to work on at once.
 
     Attributes:
-        size: number of rows; halved permanently whenever a device runs out of memory.
+        size: number of rows; halved permanently whenever memory runs out.
         fixed: whether the user set it: then running out of memory is an error.
     """
 
@@ -43,6 +45,9 @@ class Batches:
 
         Like Accelerate's `find_executable_batch_size`, but it continues where memory ran out instead of starting over,
         and collects garbage (tens of milliseconds) only then.
+
+        Raises:
+            torch.OutOfMemoryError: where the size is fixed, or not even one row fits; with what to change.
         """
         results: list[Result] = []
         while rows:
@@ -50,8 +55,14 @@ class Batches:
                 results.append(work(rows[: self.size]))
                 rows = rows[self.size :]
             except Exception as error:
-                if self.fixed or self.size == 1 or not should_reduce_batch_size(error):
+                if not _out_of_memory(error):
                     raise
+                if self.fixed:
+                    raise torch.OutOfMemoryError(
+                        f"out of memory with per_device_generation_batch_size={self.size}: lower it, or leave it out."
+                    ) from error
+                if self.size == 1:
+                    raise torch.OutOfMemoryError(f"not even one completion fits into memory. {REMEDY}") from error
                 # The traceback keeps the tensors of the failed pass alive.
                 error.__traceback__ = None
                 clear_device_cache(garbage_collection=True)
@@ -60,33 +71,42 @@ class Batches:
         return results
 
 
-def fitting(model: PreTrainedModel, tokens: int) -> int:
-    """A guess at how many rows of `tokens` tokens can be generated at once, a power of two, from free memory.
+def _out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: of a device, of the host (under `ulimit`), or of Python itself."""
+    return isinstance(error, MemoryError) or should_reduce_batch_size(error)
 
-    Nothing depends on it but speed, so that it never fails: what a config does not say is guessed.
+
+def fitting(model: PreTrainedModel, work: Work, present: int | None = None) -> int:
+    """A guess at how many completions can be drawn and scored at once, a power of two, from free memory.
+
+    Nothing depends on it but speed, memory, and rounding.
+
+    Args:
+        model: the model.
+        work: what is drawn and scored.
+        present: the size that a run has worked with so far, to which it keeps as long as that fits at all: prompts may
+            have become longer, or other programs have taken memory. `None` before the first update.
+
+    Raises:
+        MemoryError: where not even one fits, so that a process whose memory is limited would be killed.
     """
-    config = text_config(model.config)
-    heads = _most(config, "num_attention_heads", 0)
-    if not heads:  # no attention, so no cache that grows
-        return MAX_BATCH_SIZE
-    head_dim = _most(config, "head_dim", 0) or _most(config, "hidden_size", 128 * heads) // heads
-    heads = _most(config, "num_key_value_heads", heads)
-    # The cache has the precision of the computation; the model's own is at least as large.
-    row = 2 * _most(config, "num_hidden_layers", 32) * heads * head_dim * model.dtype.itemsize * tokens
-    row += 12 * _most(config, "vocab_size", 2**17)  # a step's logits: generate's copy in fp32, and two more for drawing
-    rows = int(MEMORY_SHARE * _free_memory(model.device) / row)
-    return max(1, min(MAX_BATCH_SIZE, 1 << max(0, rows.bit_length() - 1)))
+    footprint, free = Footprint.of(model), free_memory(model.device)
+    if present is None:
+        free -= _to_come(model)
+    if footprint.needed(1, work) > free:
+        raise MemoryError(
+            f"a completion of up to {work.completion} tokens after a prompt of {work.prompt} needs about "
+            f"{footprint.needed(1, work) / GIB:.2f} GiB beside the model, and {max(0, free) / GIB:.2f} GiB are free. "
+            f"{REMEDY} Or set per_device_generation_batch_size=1, if you know that it fits: then nothing is estimated."
+        )
+    if present is not None and footprint.needed(present, work) <= free:
+        return present
+    rows = present or MAX_BATCH_SIZE
+    while rows > 1 and footprint.needed(rows, work) > MEMORY_SHARE * free:
+        rows //= 2
+    return rows
 
 
-def _most(config: PreTrainedConfig, name: str, guess: int) -> int:
-    """The largest number that a config has for any layer."""
-    return max(numbers(config, name), default=guess)
-
-
-def _free_memory(device: torch.device) -> int:
-    """Bytes. A device that cannot say how much is free is taken to share the host's memory, as Apple's do."""
-    # No such function, no such device, or a driver without the query.
-    with contextlib.suppress(AttributeError, RuntimeError):
-        free, _ = torch.get_device_module(device).mem_get_info(device)
-        return int(free)
-    return int(psutil.virtual_memory().available // PartialState().num_processes)
+def _to_come(model: PreTrainedModel) -> int:
+    """Bytes of gradients and of AdamW's two moments, which the first update adds."""
+    return sum(3 * parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)

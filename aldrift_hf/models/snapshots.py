@@ -8,12 +8,11 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import psutil
-from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from . import sharding
+from .memory import free_host_memory
 
 MEMORY_SHARE = 1 / 32
 """Share of the free memory above which a snapshot is kept on disk: a window of 16 then takes at most half of it."""
@@ -31,8 +30,7 @@ def take(model: nn.Module, folder: str | Path | None = None) -> dict[str, Tensor
     with sharding.writable(list(trained.values())):
         snapshot = {name: sharding.whole(parameter) for name, parameter in trained.items()}
     size = sum(tensor.nbytes for tensor in snapshot.values())
-    free = psutil.virtual_memory().available / PartialState().num_processes
-    return snapshot if folder is None or size < MEMORY_SHARE * free else _mapped(snapshot, Path(folder))
+    return snapshot if folder is None or size < MEMORY_SHARE * free_host_memory() else _mapped(snapshot, Path(folder))
 
 
 def _mapped(snapshot: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:

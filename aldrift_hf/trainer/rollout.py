@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,9 +20,12 @@ from ..algorithm.archive import Snapshot
 from ..models import snapshots
 from ..models.batching import Batches, fitting
 from ..models.engines import Engine
+from ..models.footprint import Work
 from ..models.numerics import check_scores, check_support
 from ..models.prior import Prior, base_model
 from ..models.scoring import inference, sequence_logprobs
+from ..models.shared_prompts.cache import MIN_PROMPT
+from ..models.shared_prompts.support import can_share_prompts
 from ..objective.objective import Objective
 from ..types import Completions, Progress, Prompts, Proposals
 from .config import ALDRIFTConfig
@@ -89,11 +93,24 @@ class Rollout:
         self.batches = None if size is None else Batches(size, fixed=True)
         self.seconds: dict[str, float] = {}
 
-    def propose(self, prompts: Prompts, per_prompt: int, stream: Sequence[int]) -> Proposals:
+    def propose(
+        self,
+        prompts: Prompts,
+        per_prompt: int,
+        stream: Sequence[int],
+        beginnings: Sequence[Sequence[int]] | None = None,
+    ) -> Proposals:
         """`per_prompt` draws for every prompt, scored and evaluated.
 
         What a row draws depends on its place in the stream, and not on how many rows or processes work at once. The
         objective evaluates one round of blocks while the next one is drawn.
+
+        Args:
+            prompts: what to draw for.
+            per_prompt: draws per prompt.
+            stream: the address of the random numbers.
+            beginnings: tokens with which each draw begins, fewer than a completion has at most; `None` for none. The
+                draws' `log q` is that of the whole completions all the same.
 
         Raises:
             FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
@@ -105,7 +122,7 @@ class Rollout:
         with self._objective_abandoned_on_error():
             with self._inference():
                 self.engine.sync(self.policy())
-                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream)):
+                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream, beginnings)):
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
@@ -157,7 +174,7 @@ class Rollout:
             rows: the prompt of each row.
             work: takes a range of rows and their prompts' token ids.
         """
-        args, batches = self.args, self._fitting(max(map(len, prompts.token_ids)))
+        args, batches = self.args, self._fitting(prompts, len(rows) // len(prompts))
         blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
         with self.runtime.progress(what, len(rows)) as advance:
             for first in range(0, len(blocks), args.world_size):
@@ -172,13 +189,41 @@ class Rollout:
                 advance(sum(map(len, blocks[first : first + args.world_size])))
                 yield together
 
-    def _draw(self, stream: Sequence[int], rows: range, token_ids: list[list[int]]) -> _Part:
+    def _draw(
+        self,
+        stream: Sequence[int],
+        beginnings: Sequence[Sequence[int]] | None,
+        rows: range,
+        token_ids: list[list[int]],
+    ) -> _Part:
+        address = (self.args.seed, *stream)
         with self._timed("seconds_propose"):
-            completions, log_model = self.engine.generate(token_ids, (self.args.seed, *stream), rows)
+            if beginnings is None:
+                completions, log_model = self.engine.generate(token_ids, address, rows)
+            else:
+                completions = self._continued(address, beginnings[rows.start : rows.stop], rows, token_ids)
+                log_model = self._score(base_model(self.policy()), token_ids, completions)
         with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
             log_prior = self._score(prior_model, token_ids, completions)
         check_scores(log_model, log_prior)
         return _Part(completions, self.decode(completions), log_model, log_prior)
+
+    def _continued(
+        self, address: Sequence[int], beginnings: Sequence[Sequence[int]], rows: range, token_ids: list[list[int]]
+    ) -> Completions:
+        """Completions that begin with these tokens and go on as the policy does."""
+        most = self.args.max_completion_length
+        drawn, _ = self.engine.generate(
+            [[*prompt, *beginning] for prompt, beginning in zip(token_ids, beginnings, strict=True)],
+            address,
+            rows,
+            [most - len(beginning) for beginning in beginnings],
+        )
+        whole = [[*beginning, *rest] for beginning, rest in zip(beginnings, drawn.tokens(), strict=True)]
+        ids = torch.full((len(whole), most), self.pad_token_id)
+        joined = Completions.of(whole, self.pad_token_id)
+        ids[:, : joined.ids.shape[1]] = joined.ids
+        return Completions(ids, joined.length)
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
         return sequence_logprobs(
@@ -190,10 +235,15 @@ class Rollout:
             batch_tokens=self.args.scoring_batch_tokens,
         )
 
-    def _fitting(self, prompt_length: int) -> Batches:
-        if self.batches is None:
-            tokens = prompt_length + self.args.max_completion_length
-            self.batches = Batches(fitting(base_model(self.policy()), tokens), fixed=False)
+    def _fitting(self, prompts: Prompts, per_prompt: int) -> Batches:
+        if self.batches is None or not self.batches.fixed:
+            model, present = base_model(self.policy()), None if self.batches is None else self.batches.size
+            work = Work(
+                max(map(len, prompts.token_ids)), self.args.max_completion_length, self.args.scoring_batch_tokens
+            )
+            if per_prompt > 1 and work.prompt >= MIN_PROMPT and can_share_prompts(model, work.width):
+                work = dataclasses.replace(work, per_prompt=per_prompt)
+            self.batches = Batches(fitting(model, work, present), fixed=False)
         # Blocks are the same for all: the process with the least memory decides.
         self.batches.size = min(gather_object([self.batches.size]))
         return self.batches
