@@ -116,6 +116,26 @@ class Proposals:
         prompts, n = self.objective.shape
         return (index + n * torch.arange(prompts)[:, None]).flatten()
 
+    def moved(self, mask: Tensor, other: Proposals) -> Proposals:
+        """These draws, with those of `other` where `mask`, `[P, n]`, is true."""
+        flat = mask.flatten()
+        texts = None
+        if self.texts is not None and other.texts is not None:
+            texts = [
+                new if moves else old for moves, new, old in zip(flat.tolist(), other.texts, self.texts, strict=True)
+            ]
+        return Proposals(
+            rows=self.rows,
+            completions=Completions(
+                torch.where(flat[:, None], other.completions.ids, self.completions.ids),
+                torch.where(flat, other.completions.length, self.completions.length),
+            ),
+            objective=torch.where(mask, other.objective, self.objective),
+            log_prior=torch.where(mask, other.log_prior, self.log_prior),
+            log_model=torch.where(mask, other.log_model, self.log_model),
+            texts=texts,
+        )
+
     def distinct_share(self, flat: Tensor | None = None) -> float:
         """Distinct (prompt, completion) pairs as a share of all, or of those at the `flat` positions."""
         rows, completions = self.rows, self.completions

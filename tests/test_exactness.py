@@ -223,3 +223,16 @@ def test_a_collapsed_model_is_found_out(config, tokenizer, caplog):
     assert metrics["eval_ess"] > 0.9
     assert exact > diagnostics.MISSING_MASS_WARNING
     assert "has lost" in caplog.text
+
+
+def test_suffix_chains_end_at_the_target(config, tokenizer):
+    """Also of two prompts of unequal length; without steps they are the model's draws, which are not."""
+    for prompts in (None, PROMPTS):
+        trainer, completions, cost, priors = fixed_model("gpt2-adapter-off", config, tokenizer, prompts, 0)
+        drawn = {steps: trainer.sample(1000, chain_length=steps, correction="suffix") for steps in (25, 1)}
+        for number, log_prior in enumerate(priors):
+            names, target = text_target(trainer, completions, (log_prior - TAU * cost).log_softmax(0))
+            for steps, rows in drawn.items():
+                texts = rows["completion"][number * 1000 : (number + 1) * 1000]
+                counts = torch.tensor([names.index(text) for text in texts]).bincount(minlength=len(names))
+                assert (chi_square_p(counts, target) > 1e-4) == (steps > 1)

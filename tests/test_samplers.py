@@ -1,5 +1,6 @@
 """The correction step against exact answers on a handful of states."""
 
+import itertools
 import math
 
 import hypothesis.strategies as st
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings, systematic_resample, top
+from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings, suffix_move, systematic_resample, top
 from aldrift_hf.selftest.exact import chi_square_p
 
 STATES = 6
@@ -154,3 +155,44 @@ def test_systematic_is_unbiased_and_batched():
 def test_nothing_can_be_resampled_from_weights_of_zero():
     with pytest.raises(ValueError, match="every weight of a row is zero"):
         systematic_resample(torch.full((2, 3), -math.inf), 2, torch.Generator())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_suffix_moves_leave_the_target_as_it_is(seed):
+    """Over all texts of up to three tokens, of which 0 ends one, with q and target at random."""
+    texts = [t for n in (1, 2, 3) for t in itertools.product(range(3), repeat=n) if 0 not in t[:-1]]
+    texts = [t for t in texts if t[-1] == 0 or len(t) == 3]
+    generator = torch.Generator().manual_seed(seed)
+    steps = {t[:n]: torch.rand(3, generator=generator, dtype=torch.float64) for t in texts for n in range(len(t))}
+    steps = {prefix: weights / weights.sum() for prefix, weights in steps.items()}
+
+    def q(text, start=0):
+        return math.prod(steps[text[:n]][text[n]].item() for n in range(start, len(text)))
+
+    target = torch.rand(len(texts), generator=generator, dtype=torch.float64) ** 3
+    target /= target.sum()
+    log_weight = target.log() - torch.tensor([q(text) for text in texts], dtype=torch.float64).log()
+    length = torch.tensor([len(text) for text in texts])
+    shape = (40_000, len(texts))
+    accepted = (
+        torch.stack(
+            [
+                suffix_move(w.expand(shape), log_weight.expand(shape), n.expand(shape), length.expand(shape), generator)
+                for w, n in zip(log_weight, length)
+            ]
+        )
+        .double()
+        .mean(1)
+    )
+    moved = torch.zeros_like(accepted)
+    for here, text in enumerate(texts):
+        for there, other in enumerate(texts):
+            shared = next((n for n, (a, b) in enumerate(zip(text, other)) if a != b), min(len(text), len(other)))
+            if here != there:
+                drawn = sum(q(other, start) for start in range(min(shared, len(text) - 1) + 1)) / len(text)
+                moved[here, there] = drawn * accepted[here, there]
+    # Detailed balance: six standard errors of a measured acceptance rate are at most 0.015.
+    flow = target[:, None] * moved
+    error = 0.015 * torch.where(accepted > 0, flow / accepted, 0.0)
+    assert ((flow - flow.T).abs() <= error + error.T).all()
+    assert (flow > 0).sum() > 50

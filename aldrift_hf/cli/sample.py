@@ -20,7 +20,7 @@ class SampleArguments:
 
     _argument_group_name = "samples"
     num_samples: int = field(default=16, metadata={"help": "Samples per prompt.", "aliases": ["-n"]})
-    correction: Literal["metropolis_hastings", "isir", "none"] = field(
+    correction: Literal["metropolis_hastings", "isir", "suffix", "none"] = field(
         default="metropolis_hastings",
         metadata={"help": "How the model's draws are turned into samples of p_T. none: they are not."},
     )

@@ -31,6 +31,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..types import Completions, Draws
 from .head import LOGITS_BUDGET, contiguous_input
+from .loading import context_length
 from .numerics import check_logits
 from .scoring import completion_length
 from .shared_prompts.attention import sharing
@@ -59,7 +60,11 @@ def neutral_generation_config(
 
 
 def generate(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig, numbers: Tensor
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    numbers: Tensor,
+    limits: Sequence[int] | None = None,
 ) -> Draws:
     """One completion for every prompt, by ancestral sampling. No global random state is read or changed.
 
@@ -71,17 +76,26 @@ def generate(
         prompts: `n` lists of token ids, each of at least one token; padded on the left for generation.
         config: from [`neutral_generation_config`].
         numbers: `[n, max_completion_length]` from [`aldrift_hf.streams.uniforms`], one for each token.
+        limits: most tokens of each row, where they are fewer.
     """
-    width, pad_token_id = cast(int, config.max_new_tokens), cast(int, config.pad_token_id)
+    most, pad_token_id = cast(int, config.max_new_tokens), cast(int, config.pad_token_id)
+    limit = torch.full((len(prompts),), most) if limits is None else torch.tensor(limits).clamp(max=most)
+    width = int(limit.max())
     eos_token_ids = torch.tensor(cast(list[int], config.eos_token_id), device=model.device)
     input_ids, attention_mask = (tensor.to(model.device) for tensor in _pad_left(prompts, pad_token_id))
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    log_probs = torch.zeros((len(prompts), width), dtype=torch.float64)
-    left, done = torch.arange(len(prompts)), 0
+    ids = torch.full((len(prompts), most), pad_token_id, dtype=torch.long)
+    log_probs = torch.zeros((len(prompts), most), dtype=torch.float64)
+    left, done, room = torch.arange(len(prompts)), 0, context_length(model.config) or math.inf
     cache: Any = prefill(model, prompts, input_ids, attention_mask, width)
     while len(left) and done < width:
-        draw = _InverseTransform(numbers[left, done:].to(model.device), eos_token_ids)
-        rest = _with(config, max_new_tokens=width - done, return_dict_in_generate=True)
+        rows = left.to(model.device)
+        draw = _InverseTransform(
+            numbers[left, done:].to(model.device), eos_token_ids, limit.to(model.device)[rows] - done
+        )
+        steps = width - done
+        if input_ids.shape[1] + steps > room:  # a row that is longer than others has come to its own limit before
+            steps = int(limit[left].min()) - done
+        rest = _with(config, max_new_tokens=steps, return_dict_in_generate=True)
         shared = sharing(model, cache) if isinstance(cache, SharedPrompts) else contextlib.nullcontext()
         with neutralised(model, rest), contiguous_input(model), shared:
             output = cast(Any, model).generate(
@@ -102,8 +116,8 @@ def generate(
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[going]
         cache = _selected(output.past_key_values, going)
     # After a finished row `generate` pads; a row that is cut at the limit has no end-of-text token and counts in full.
-    length = completion_length(ids, cast(list[int], config.eos_token_id))
-    ended = torch.arange(width) >= length[:, None]
+    length = torch.minimum(completion_length(ids, cast(list[int], config.eos_token_id)), limit)
+    ended = torch.arange(most) >= length[:, None]
     return Draws(Completions(ids.masked_fill(ended, pad_token_id), length), log_probs.masked_fill(ended, 0.0).sum(-1))
 
 
@@ -113,10 +127,11 @@ class _InverseTransform(LogitsProcessor):
     Args:
         numbers: `[n, steps]`, uniform in [0, 1).
         eos_token_ids: tokens that end a row.
+        limits: `[n]`, most tokens of each row.
     """
 
-    def __init__(self, numbers: Tensor, eos_token_ids: Tensor) -> None:
-        self.numbers, self.eos_token_ids = numbers, eos_token_ids
+    def __init__(self, numbers: Tensor, eos_token_ids: Tensor, limits: Tensor) -> None:
+        self.numbers, self.eos_token_ids, self.limits = numbers, eos_token_ids, limits
         self.log_probs: list[Tensor] = []
         self.ended = torch.zeros(len(numbers), dtype=torch.bool, device=numbers.device)
 
@@ -126,7 +141,7 @@ class _InverseTransform(LogitsProcessor):
         parts = [_draw(*part) for part in zip(torch.split(scores, size), torch.split(numbers, size), strict=True)]
         tokens, log_probs = (torch.cat(column) for column in zip(*parts, strict=True))
         self.log_probs.append(log_probs)
-        self.ended |= torch.isin(tokens, self.eos_token_ids)
+        self.ended |= torch.isin(tokens, self.eos_token_ids) | (self.limits <= len(self.log_probs))
         return torch.full_like(scores, -math.inf).scatter_(1, tokens[:, None], 0.0)
 
     def half_ended(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 from dataclasses import dataclass
 
+import torch
 from datasets import Dataset
 from torch import Tensor
 
@@ -12,12 +15,12 @@ from ..algorithm import diagnostics
 from ..algorithm.metrics import proposal_metrics, success_share
 from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
-from ..algorithm.samplers.kernels import isir, metropolis_hastings
+from ..algorithm.samplers.kernels import isir, metropolis_hastings, suffix_move
 from ..types import Prompts, Proposals
 from .run import Run
 
 KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
-"""Corrections of fresh draws; `"archive"` takes draws of the run instead."""
+"""Corrections of fresh draws, all made in advance; `"suffix"` draws as its chains go on, and `"archive"` not at all."""
 
 
 def measure(run: Run, prompts: Prompts, step: int) -> tuple[dict[str, float], Proposals]:
@@ -56,11 +59,13 @@ class CorrectedDraws:
         proposals: the draws.
         selection: the samples among them.
         prompts: what was drawn for.
+        fresh: draws of the model, or of the archive's mixture, on which the diagnostics are measured.
     """
 
     proposals: Proposals
     selection: Selection
     prompts: Prompts
+    fresh: Proposals
 
     @property
     def chosen(self) -> Tensor:
@@ -69,13 +74,13 @@ class CorrectedDraws:
 
     def metrics(self, tau: float, best: float) -> dict[str, float]:
         """Diagnostics of the draws, and cost and variety of the samples."""
-        measured = proposal_metrics(self.proposals, tau, best)
+        measured = proposal_metrics(self.fresh, tau, best)
         picked = self.proposals.objective.flatten()[self.chosen]
         return {
             "acceptance_rate": self.selection.acceptance_rate,
             "ess": measured["ess"],
             "khat": measured["khat"],
-            "log_z": diagnostics.log_z(self.proposals.log_weight(tau)).mean().item(),
+            "log_z": diagnostics.log_z(self.fresh.log_weight(tau)).mean().item(),
             "objective": picked.mean().item(),
             "success": success_share(picked, best),
             "distinct": self.proposals.distinct_share(self.chosen),
@@ -125,12 +130,46 @@ def draw_corrected(
                 "correction='archive' takes samples from the proposals of the run: train with a sampler that keeps "
                 "them (sampler='archive') first, and leave prompts out."
             )
-        return CorrectedDraws(pool, run.sampler.select(pool, tau, tau, num_samples, generator), prompts)
+        return CorrectedDraws(pool, run.sampler.select(pool, tau, tau, num_samples, generator), prompts, pool)
+    if correction == "suffix":
+        return _suffix_chains(run, prompts, num_samples, steps, address, generator)
     if correction not in KERNELS:
-        raise ValueError(f"correction must be one of {', '.join(KERNELS)} or archive, got {correction!r}")
+        raise ValueError(f"correction must be one of {', '.join(KERNELS)}, suffix or archive, got {correction!r}")
     proposals = run.rollout.propose(prompts, num_samples * steps, address)
     selection = run_chains(proposals.log_weight(tau), num_samples, generator, KERNELS[correction])
-    return CorrectedDraws(proposals, selection, prompts)
+    return CorrectedDraws(proposals, selection, prompts, proposals)
+
+
+def _suffix_chains(
+    run: Run, prompts: Prompts, num_samples: int, steps: int, address: tuple[int, ...], generator: torch.Generator
+) -> CorrectedDraws:
+    """Chains that begin at a draw of the model and redraw a suffix of their state in every further step."""
+    engine = run.rollout.engine
+    if "limits" not in inspect.signature(engine.generate).parameters:
+        raise ValueError(
+            f"correction='suffix' continues texts, and generate() of {type(engine).__name__} has no argument `limits` "
+            "to end them in time. Add it (see aldrift_hf.models.engines.Engine), or choose another correction."
+        )
+    tau = run.args.tau_max
+    state = fresh = run.rollout.propose(prompts, num_samples, address)
+    accepted = []
+    for step in range(1, steps):
+        length = state.completions.length
+        kept = (torch.rand(len(length), generator=generator, dtype=torch.float64) * length).long().tolist()
+        prefixes = [tokens[:end] for tokens, end in zip(state.completions.tokens(), kept, strict=True)]
+        proposed = run.rollout.propose(prompts, num_samples, (*address, step), prefixes)
+        moves = suffix_move(
+            state.log_weight(tau),
+            proposed.log_weight(tau),
+            length.view_as(state.objective),
+            proposed.completions.length.view_as(state.objective),
+            generator,
+        )
+        accepted.append(moves.double().mean().item())
+        state = state.moved(moves, proposed)
+    rate = sum(accepted) / len(accepted) if accepted else math.nan
+    every = torch.arange(num_samples).expand(len(prompts), -1)
+    return CorrectedDraws(state, Selection(every, rate), prompts, fresh)
 
 
 def decoded(run: Run, draws: CorrectedDraws) -> list[str]:

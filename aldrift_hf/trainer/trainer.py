@@ -316,7 +316,9 @@ class ALDRIFTTrainer(HookedTrainer):
         last states are returned: Metropolis-Hastings chains, or one step of i-SIR
         ([`aldrift_hf.algorithm.samplers.kernels.isir`]), which takes one of a chain's proposals by their weights. With
         `chain_length=1` no correction is made: the draws are the model's own. With `correction="archive"` nothing is
-        drawn and the objective is not called: the samples are resampled by weight from all proposals of the run.
+        drawn and the objective is not called: the samples are resampled by weight from all proposals of the run. With
+        `correction="suffix"` the steps of a chain after its first draw keep the beginning of its text and draw the rest
+        anew ([`aldrift_hf.algorithm.samplers.kernels.suffix_move`]): for long texts, more moves are accepted.
 
         Diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of distinct
         samples. Chains can only reach what the model draws: mass that it has lost (missing mass) is missing here too.
@@ -325,8 +327,8 @@ class ALDRIFTTrainer(HookedTrainer):
             num_samples: samples per prompt.
             prompts: a data set with the objective's columns, or a list of prompts; `None` takes the training prompts.
             chain_length: proposals per chain; `None` takes `args.chain_length`. Longer chains come closer to `p_T`.
-            correction: `"metropolis_hastings"`, `"isir"` or, on the training prompts after training with a sampler that
-                keeps the run's proposals, `"archive"`.
+            correction: `"metropolis_hastings"`, `"isir"`, `"suffix"` or, on the training prompts after training with a
+                sampler that keeps the run's proposals, `"archive"`.
 
         Returns:
             A data set of `num_samples` rows per prompt, ordered by prompt, with `prompt`, `completion`, `objective`,

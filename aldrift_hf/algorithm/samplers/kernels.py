@@ -87,6 +87,36 @@ def isir(log_weight: Tensor, generator: torch.Generator) -> Chains:
     return Chains(chosen, torch.full_like(chosen, torch.nan, dtype=torch.float) if alone else (chosen > 0).float())
 
 
+def suffix_move(
+    log_weight: Tensor, proposed: Tensor, length: Tensor, proposed_length: Tensor, generator: torch.Generator
+) -> Tensor:
+    """Whether chains move to completions of which a suffix was drawn anew: Metropolis-Hastings within a text (QUEST,
+    arXiv 2406.00049).
+
+    A chain at `s` keeps its tokens before a position that is uniform on the |s| positions, and draws the others from
+    `q`: `ŝ`. The way back begins at the same position, which has probability 1/|ŝ| there, and what was kept has the
+    same factors in `L` and `q` of both. So the ratio of the move is `exp(ℓ(ŝ) - ℓ(s))·|s|/|ŝ|` with the log-weights
+    `ℓ(s) = log L(s) - τ·d(s) - log q(s)` of whole completions. Because a suffix is shorter than a text, its weight
+    varies less, and more moves are accepted than between independent draws.
+
+    Args:
+        log_weight, proposed: of the states and the proposals, nats, any shape.
+        length, proposed_length: tokens of the completions, with the end-of-text token.
+        generator: source of the acceptance variates.
+
+    Returns:
+        Booleans of the same shape.
+
+    Raises:
+        ValueError: if a log-weight is NaN or `+inf`.
+    """
+    _refuse_unusable(log_weight)
+    _refuse_unusable(proposed)
+    log_u = torch.rand(log_weight.shape, generator=generator, dtype=log_weight.dtype, device=log_weight.device).log()
+    # NaN, where both are excluded by the target, compares as false: the chain stays.
+    return log_u < proposed - log_weight + length.log() - proposed_length.log()
+
+
 def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
     """The `m` proposals of lowest cost; ties go to the higher prior (TOPIFT, the paper's heuristic).
 

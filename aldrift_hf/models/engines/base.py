@@ -53,7 +53,13 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Sequence[int]], address: Sequence[int], rows: range) -> Draws:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        address: Sequence[int],
+        rows: range,
+        limits: Sequence[int] | None = None,
+    ) -> Draws:
         """One completion per prompt.
 
         What a row draws depends on its own random numbers alone, and not on the batch it is drawn in: derive them from
@@ -63,4 +69,6 @@ class Engine(ABC):
             prompts: `n` lists of token ids, each of at least one token.
             address: the address of the random stream.
             rows: the `n` rows' numbers in the stream.
+            limits: most tokens of each completion; `None` for `max_completion_length`. Only
+                `sample(correction="suffix")` asks for others, and needs an engine that has this argument.
         """

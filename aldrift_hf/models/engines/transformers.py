@@ -47,7 +47,13 @@ class TransformersEngine(Engine):
     def sync(self, policy: nn.Module) -> None:
         self._model = base_model(policy)  # the module itself: its weights are always the present ones
 
-    def generate(self, prompts: Sequence[Sequence[int]], address: Sequence[int], rows: range) -> Draws:
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        address: Sequence[int],
+        rows: range,
+        limits: Sequence[int] | None = None,
+    ) -> Draws:
         """See [`Engine.generate`].
 
         Raises:
@@ -61,7 +67,7 @@ class TransformersEngine(Engine):
             assert_neutral(self._model, prompts[0], self.generation_config)
             self._checked = True
         numbers = uniforms(address, rows, self.settings.max_completion_length)
-        draws = generate(self._model, prompts, self.generation_config, numbers)
+        draws = generate(self._model, prompts, self.generation_config, numbers, limits)
         return draws._replace(log_probs=self._log_q(self._model, prompts, draws))
 
     def _log_q(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]], draws: Draws) -> Tensor:
