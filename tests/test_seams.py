@@ -228,3 +228,9 @@ def test_a_samplers_figures_cannot_take_the_place_of_the_runs(name, config, toke
     trainer = trainer_of(config(), tokenizer, sampler=Boasting(name))
     with pytest.raises(ValueError, match=rf"Boasting\.metrics returns figures .*: {name}"):
         trainer.train()
+
+
+def test_an_engine_that_cannot_continue_texts_is_not_asked_to(config, tokenizer):
+    trainer = trainer_of(config(**SETTINGS), tokenizer, engine=uniform_table(every_completion()))
+    with pytest.raises(ValueError, match="TableEngine has no argument `limits`"):
+        trainer.sample(2, correction="suffix")
