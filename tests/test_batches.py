@@ -91,7 +91,7 @@ def test_the_footprint_of_a_tiny_llama_by_hand():
     assert footprint.attended == 2 * (1 + 2) * 8 * 4
     assert footprint.activations == (6 * 32 + 4 * 16 + 6 * 16) * 4
     work = Work(prompt=5, completion=3, scoring_batch_tokens=16)
-    step = 10 * 5 * (4 + 4 + 4 + 4 + 4 + 8)
+    step = 10 * 5 * (4 + 4 + 4 + 4 + 4 + 4 + 8)
     prefill = 10 * 5 * (footprint.activations + 5 * 5)
     assert footprint.drawing(10, work) == 10 * 8 * 128 + max(prefill, 10 * 8 * footprint.attended + step)
     rows = 2  # in a forward pass of 16 tokens

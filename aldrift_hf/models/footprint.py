@@ -99,13 +99,13 @@ class Footprint:
         """Bytes in which `rows` completions are drawn at once."""
         tokens = work.prompts(rows) * work.prompt
         prefill = tokens * (self.activations + work.prompt * self.mask)
-        # A step's logits, generate's copy in fp32 and the scores in which one token is left; and for some rows at a
-        # time, their exponentials, differences, and sums in fp64.
+        # A step's logits, generate's copy in fp32 and the scores in which one token is left, those of the step before
+        # too; and for some rows at a time, their exponentials, differences, and sums in fp64.
         chosen = min(rows * self.vocabulary, max(LOGITS_BUDGET // 2, self.vocabulary)) * (2 * FP32 + FP64)
-        logits = rows * self.vocabulary * (self.itemsize + 2 * FP32) + chosen
+        logits = rows * self.vocabulary * (self.itemsize + 3 * FP32) + chosen
         attention = (tokens + rows * work.completion) * self.attended
         if work.per_prompt > 1:  # to the prompt by plain products, in fp32
-            attention += 3 * rows * work.prompt * self.heads * FP32
+            attention += 5 * rows * work.prompt * self.heads * FP32
         kept = rows * self.state + (tokens + rows * work.completion) * self.cached
         return kept + max(prefill, attention + logits)
 
