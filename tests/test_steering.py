@@ -105,6 +105,10 @@ def test_the_words_of_an_instruction_are_the_checkers():
 # ---- The gold beside the recipe --------------------------------------------------------------------------------------
 
 
+def test_every_task_has_gold():
+    assert {path.stem for path in FILES} == {*TASKS}
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_gold_is_whole(path):
     """Enough draws for every prompt, costs in range, and lengths within the limit."""
