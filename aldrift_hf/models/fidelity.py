@@ -29,6 +29,7 @@ from .passes import join
 from .prior import Prior, base_model, split
 from .scoring import inference, learning_pass, sequence_logprobs
 from .shared_prompts.attention import sharing
+from .shared_prompts.support import can_share_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,8 @@ def split_checked(
         rows, prior.row_scores = reference
         try:
             _check(rows, prior.row_scores, policy, prior)
+            with inference(policy):  # found out now, so that a resumed run learns just as its first part did
+                can_share_prompts(base_model(policy), tokens=1)
         except ValueError as caught:
             error = caught
     # Not every process may have the weights: all hear of an error, and agree on whether the first model is the prior.
