@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "aldrift_shared_prompts"
 REPLACED = "sdpa"
 """The implementation whose place ours takes; models that use another one compute every copy of a prompt."""
+
+_replaced: Callable[..., tuple[Tensor, None]] = AttentionInterface()[REPLACED]
 
 MIN_CHUNK = 128
 """Least number of completion tokens that one call of the kernel attends from. It is larger where the prompt is longer:
@@ -97,7 +97,7 @@ class Layout:
                 states[:, :, block.tokens]
                 for states in (key, value)
             )  # fmt: skip
-            parts.append(sdpa_attention_forward(module, query[:, :, block.tokens], keys, values, mask, **kwargs)[0])
+            parts.append(_replaced(module, query[:, :, block.tokens], keys, values, mask, **kwargs)[0])
         return torch.cat(parts, dim=1)
 
 
@@ -128,12 +128,12 @@ def attention(
     if _current.cache is not None:
         layer = int(getattr(module, "layer_idx", -1))
         return _current.cache.attend(layer, query, key, value, kwargs.get("scaling")), None
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    output, _ = _replaced(module, query, key, value, attention_mask, **kwargs)
     return output, None
 
 
 AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS[REPLACED])
+AttentionMaskInterface.register(NAME, AttentionMaskInterface()[REPLACED])
 
 
 @contextlib.contextmanager
