@@ -43,6 +43,9 @@ class LongPromptArguments:
     max_completion_length: int = field(default=32, metadata={"help": "Largest number of tokens per completion."})
     model_name_or_path: Optional[str] = field(default=None, metadata={"help": "None: SmolLM2-135M-Instruct."})
     dtype: str = field(default="float32", metadata={"help": "Precision of the weights."})
+    gradient_checkpointing: bool = field(
+        default=True, metadata={"help": "Compute layers again in the backward pass, as TRL's trainers do by default."}
+    )
     output_dir: str = field(default="out/long_prompts", metadata={"help": "Folder of figures and table."})
     one: Optional[str] = field(default=None, metadata={"help": "Only for the command itself: measure this, now."})
 
@@ -92,7 +95,7 @@ def aldrift(model, tokenizer, text, lora, folder, proposals, options):
         chain_length=1, max_objective_calls=proposals, updates_per_rung=proposals // batch,
         per_device_train_batch_size=batch, max_completion_length=options.max_completion_length,
         per_device_generation_batch_size=proposals, learning_rate=1e-4, save_strategy="no", report_to="none",
-        disable_tqdm=True, use_cpu=True,
+        disable_tqdm=True, use_cpu=True, gradient_checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
     return ALDRIFTTrainer(
         model, lambda prompts, completions: cost(completions), args, train_dataset=[text], processing_class=tokenizer,
@@ -111,6 +114,7 @@ def rloo(model, tokenizer, text, lora, folder, proposals, options):
         steps_per_generation=proposals // batch, max_steps=proposals // batch,
         max_completion_length=options.max_completion_length, temperature=1.0, top_k=0, learning_rate=1e-4, bf16=False,
         save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True,
+        gradient_checkpointing=options.gradient_checkpointing,
     )  # fmt: skip
     rows = Dataset.from_dict({"prompt": [text] * proposals})
     return RLOOTrainer(
@@ -121,11 +125,13 @@ def rloo(model, tokenizer, text, lora, folder, proposals, options):
 
 def in_a_process(method: str, length: int, proposals: int, options: LongPromptArguments) -> dict[str, float]:
     """The figures of one method: kept ones, or measured in a process of its own."""
-    kept = Path(options.output_dir) / f"{method}_{length}_{proposals}_{options.max_completion_length}.json"
+    about = (method, length, proposals, options.max_completion_length, options.dtype, options.gradient_checkpointing)
+    kept = Path(options.output_dir) / ("_".join(map(str, about)) + ".json")
     if not kept.exists():
         command = [
             sys.executable, __file__, "--one", f"{method}:{length}:{proposals}", "--dtype", options.dtype,
             "--max_completion_length", str(options.max_completion_length),
+            "--gradient_checkpointing", str(options.gradient_checkpointing),
             *(["--model_name_or_path", options.model_name_or_path] if options.model_name_or_path else []),
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
