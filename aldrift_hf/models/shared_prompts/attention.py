@@ -64,7 +64,7 @@ class Layout:
 
     blocks: list[Block]
     layers: set[int] = field(default_factory=set)
-    _masks: list[Tensor | None] | None = None
+    _masks: dict[torch.device, list[Tensor | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, groups: Sequence[tuple[int, Sequence[int]]]) -> Layout:
@@ -88,17 +88,19 @@ class Layout:
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **kwargs: Any) -> Tensor:
         """The layer's attention, `[1, tokens, heads, head_dim]`."""
         self.layers.add(int(getattr(module, "layer_idx", -1)))
-        if self._masks is None:  # the same in all layers
-            self._masks = [None if mask is None else mask.to(query.device) for mask in map(Block.mask, self.blocks)]
         parts = []
-        for block, mask in zip(self.blocks, self._masks, strict=True):
+        for block, mask in zip(self.blocks, self._masks_on(query.device), strict=True):
             keys, values = (
-                torch.cat([states[:, :, block.prompt], states[:, :, block.tokens]], dim=2) if mask is not None else
-                states[:, :, block.tokens]
-                for states in (key, value)
-            )  # fmt: skip
+                torch.cat([states[:, :, block.prompt], states[:, :, block.tokens]], dim=2) for states in (key, value)
+            )
             parts.append(_replaced(module, query[:, :, block.tokens], keys, values, mask, **kwargs)[0])
         return torch.cat(parts, dim=1)
+
+    def _masks_on(self, device: torch.device) -> list[Tensor | None]:
+        """The blocks' masks: the same for all layers, which may lie on several devices."""
+        if device not in self._masks:
+            self._masks[device] = [mask if mask is None else mask.to(device) for mask in map(Block.mask, self.blocks)]
+        return self._masks[device]
 
 
 class Decoding(Protocol):

@@ -80,7 +80,7 @@ class SharedPrompts(DynamicCache):
         queries = query.reshape(n, key.shape[1], -1, width).float()
         queries = queries * (width**-0.5 if scaling is None else scaling)
         # [U, key heads, rows of the prompt × heads per key head, head_dim]
-        grouped = queries[self._rows].transpose(1, 2).flatten(2, 3)
+        grouped = queries[self._rows.to(query.device)].transpose(1, 2).flatten(2, 3)
         shared, log_shared = _part(grouped, prompt.prompt_keys, prompt.prompt_values, self._padding)
         # Back to a row of its own for each: [n, key heads, heads per key head, …]
         shared, log_shared = (
