@@ -213,6 +213,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
     own = {  # the other recipes have all options of ALDRIFT and TRL
         "coarse_learnability": (),  # theory without a model
         "speed": ("--sizes", "--rungs", "--mean_length"),
+        "long_prompts": ("--lengths", "--proposals", "--proposals_apart"),
         "memory": ("--limits_gib", "--ways", "--max_completion_length"),
         "steer_text": ("--tasks", "--make_gold", "--draws", "--gold_dir"),
         "external_objective": (
