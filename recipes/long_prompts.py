@@ -37,7 +37,7 @@ class LongPromptArguments:
         default_factory=lambda: [256, 128, 128], metadata={"help": "Proposals of a rung, for each length."}
     )
     proposals_apart: list[int] = field(
-        default_factory=lambda: [256, 32, 8],
+        default_factory=lambda: [256, 16, 4],
         metadata={"help": "The same where every copy of the prompt is computed, and for RLOO."},
     )
     max_completion_length: int = field(default=32, metadata={"help": "Largest number of tokens per completion."})
