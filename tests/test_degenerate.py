@@ -204,7 +204,7 @@ def test_impossible_log_probabilities_are_refused_before_the_draws_are_evaluated
         trainer = make(never, adapter=False)
         model = trainer.model if broken == "policy" else trainer.rollout.prior.model
         with torch.no_grad():
-            model.transformer.wpe.weight[3] = math.nan  # of the third token
+            model.transformer.wpe.weight[2] = math.nan  # where the third token is predicted
         with pytest.raises(FloatingPointError, match=f"probability nan under {who}, so they cannot be weighted"):
             trainer.train()
 
