@@ -475,21 +475,23 @@ def test_a_frozen_head_is_one_product_for_the_batch(make):
     assert seen.products, "the model's own way is no slower: the test shows nothing"
 
 
+@pytest.mark.parametrize("ends", [EOS, VOCABULARY])
 @pytest.mark.parametrize("positions", [7, 16])
-def test_limits_cut_draws_and_nothing_else(positions):
-    """Each row is the beginning of what it would have been; none goes on beyond the positions that the model has."""
+def test_limits_cut_draws_and_nothing_else(positions, ends):
+    """Each row is the beginning of what it would have been; none goes on beyond the positions that the model has, also
+    where most rows of a batch go on (no token is called `VOCABULARY`)."""
     model = tiny_gpt2(n_positions=16)
     small = tiny_gpt2(n_positions=positions)
     small.load_state_dict(
         {name: tensor[:positions] if "wpe" in name else tensor for name, tensor in model.state_dict().items()}
     )
-    length = 5
-    prompts = [[2, 3, 4][: 1 + row % 3] + [1] * (row % 2) for row in range(40)]
+    length, config = 5, neutral(5, eos=(ends,))
+    prompts = [[2, 3, 4, 1] if row % 8 == 0 else [2, 3][: 1 + row % 2] for row in range(40)]
     limits = [min(length, 7 - len(prompt)) for prompt in prompts]
     numbers = uniforms((0,), range(len(prompts)), length)
     with inference(model, small):
-        whole = [generate(model, [p], neutral(length), numbers[r : r + 1]) for r, p in enumerate(prompts)]
-        found = generate(small, prompts, neutral(length), numbers, limits)
+        whole = [generate(model, [p], config, numbers[r : r + 1]) for r, p in enumerate(prompts)]
+        found = generate(small, prompts, config, numbers, limits)
         scores = sequence_logprobs(small, prompts, found.completions, pad_token_id=EOS, batch_size=64)
     expected = [draw.completions.tokens()[0][:limit] for draw, limit in zip(whole, limits)]
     assert found.completions.tokens() == expected
