@@ -102,11 +102,9 @@ def _batches(rows: list[Row], batch_size: int, batch_tokens: int, shared: bool) 
 
 
 def _by_prompt(rows: list[Row]) -> list[Row]:
-    """Rows of one prompt beside each other."""
-    groups: dict[tuple[int, ...], list[Row]] = {}
-    for row in rows:
-        groups.setdefault(row[0], []).append(row)
-    return [row for group in groups.values() for row in group]
+    """Rows of one prompt beside each other, prompts in the order in which they first come."""
+    first: dict[tuple[int, ...], int] = {}
+    return sorted(rows, key=lambda row: first.setdefault(row[0], len(first)))
 
 
 def _columns(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:

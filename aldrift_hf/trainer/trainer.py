@@ -317,8 +317,8 @@ class ALDRIFTTrainer(HookedTrainer):
         ([`aldrift_hf.algorithm.samplers.kernels.isir`]), which takes one of a chain's proposals by their weights. With
         `chain_length=1` no correction is made: the draws are the model's own. With `correction="archive"` nothing is
         drawn and the objective is not called: the samples are resampled by weight from all proposals of the run. With
-        `correction="suffix"` the steps of a chain after its first draw keep the beginning of its text and draw the rest
-        anew ([`aldrift_hf.algorithm.samplers.kernels.suffix_move`]): for long texts, more moves are accepted.
+        `correction="suffix"` each step of a chain after its first draw keeps the beginning of its text and redraws the
+        rest ([`aldrift_hf.algorithm.samplers.kernels.suffix_move`]).
 
         Diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of distinct
         samples. Chains can only reach what the model draws: mass that it has lost (missing mass) is missing here too.

@@ -49,7 +49,7 @@ class GoldMaker:
         )
 
     def make(self, path: Path, draws: int, block: int, progress: Progress) -> Gold:
-        """Draw until a file holds so many draws. What it holds stays; it is written after every block.
+        """Add draws to a file until it holds as many as asked for; it is written after every block.
 
         A draw depends on the seed and its number alone, so an interrupted run goes on as if it had not been.
 

@@ -57,7 +57,7 @@ def not_followed(
         prompts: chat messages, or text.
         completions: the texts.
         instruction_id_list: for each row, the names of its instructions.
-        kwargs: for each row, the arguments of its instructions; those that are `None` are none.
+        kwargs: for each row, the arguments of its instructions; `None` where there is none.
     """
     ifeval, costs = _ifeval(), []
     for prompt, text, names, arguments in zip(prompts, completions, instruction_id_list, kwargs, strict=True):

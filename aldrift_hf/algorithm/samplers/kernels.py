@@ -90,14 +90,13 @@ def isir(log_weight: Tensor, generator: torch.Generator) -> Chains:
 def suffix_move(
     log_weight: Tensor, proposed: Tensor, length: Tensor, proposed_length: Tensor, generator: torch.Generator
 ) -> Tensor:
-    """Whether chains move to completions of which a suffix was drawn anew: Metropolis-Hastings within a text (QUEST,
-    arXiv 2406.00049).
+    """Whether chains move to completions whose suffix was redrawn: Metropolis-Hastings within a text (QUEST, arXiv
+    2406.00049).
 
-    A chain at `s` keeps its tokens before a position that is uniform on the |s| positions, and draws the others from
-    `q`: `ŝ`. The way back begins at the same position, which has probability 1/|ŝ| there, and what was kept has the
-    same factors in `L` and `q` of both. So the ratio of the move is `exp(ℓ(ŝ) - ℓ(s))·|s|/|ŝ|` with the log-weights
-    `ℓ(s) = log L(s) - τ·d(s) - log q(s)` of whole completions. Because a suffix is shorter than a text, its weight
-    varies less, and more moves are accepted than between independent draws.
+    A chain at `s` keeps its tokens before a position that is uniform on the |s| positions, and redraws the others
+    from `q`: `ŝ`. The way back begins at the same position, which has probability 1/|ŝ| there, and what was kept has
+    the same factors in `L` and `q` of both. So the ratio of the move is `exp(ℓ(ŝ) - ℓ(s))·|s|/|ŝ|` with the log-weights
+    `ℓ(s) = log L(s) - τ·d(s) - log q(s)` of whole completions.
 
     Args:
         log_weight, proposed: of the states and the proposals, nats, any shape.
