@@ -182,6 +182,21 @@ def test_checkpoints_are_pushed_by_strategy_and_no_token_with_them(hub, config, 
         assert TOKEN.encode() not in data, name
 
 
+def test_nothing_is_deleted_once_a_push_has_begun(hub, config, tmp_path, monkeypatch):
+    """The client lists output_dir in a thread, and a folder that goes meanwhile is an error there."""
+    trainer = trainer_on(config(push_to_hub=True, hub_model_id="me/dice", save_strategy="epoch", save_total_limit=1))
+    push, seen = trainer._push_from_checkpoint, []
+
+    def look_and_push(checkpoint):
+        if trainer.checkpointer.staging is None:
+            seen.append([folder.name for folder in (tmp_path / "out").glob("checkpoint-*")])
+        push(checkpoint)
+
+    monkeypatch.setattr(trainer, "_push_from_checkpoint", look_and_push)
+    trainer.train()
+    assert seen == [["checkpoint-4"], ["checkpoint-8"], ["checkpoint-12"]]
+
+
 def test_a_token_is_neither_shown_nor_pickled(config):
     args = config(hub_token=TOKEN, model_init_kwargs=json.dumps({"token": TOKEN}))
     assert args.hub_token == args.model_init_kwargs["token"] == copy.deepcopy(args).hub_token == TOKEN

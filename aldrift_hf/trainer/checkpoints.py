@@ -146,15 +146,15 @@ class Checkpointer:
         wait()
 
     def _finish(self, folder: str, trainer: Any) -> None:
-        """Move a written checkpoint into place, push it, and delete the oldest."""
+        """Move a written checkpoint into place, delete the oldest, and push it."""
         state = trainer.state
         if state.best_model_checkpoint == folder:
             state.best_model_checkpoint = os.path.join(self.output_dir, os.path.basename(folder))
             state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
         final = commit(folder, self.output_dir)
-        if trainer.args.push_to_hub:
-            trainer._push_from_checkpoint(final)
         rotate_checkpoints(self.output_dir, self.save_total_limit, state.best_model_checkpoint)
+        if trainer.args.push_to_hub:  # last: its thread lists output_dir, and fails where a folder goes meanwhile
+            trainer._push_from_checkpoint(final)
 
     def write(self, folder: str) -> None:
         """Write our files into a checkpoint's folder; the first process calls it."""
