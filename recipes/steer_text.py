@@ -2,7 +2,8 @@
 
     python recipes/steer_text.py --make_gold                    # gold of all tasks: hours on one core
     python recipes/steer_text.py --make_gold --tasks tone       # of one: 25 minutes
-    python recipes/steer_text.py                                # what the gold says
+    python recipes/steer_text.py                                # what the gold says, and the runs that are there
+    python recipes/steer_text.py --run aldrift rloo --tasks tone --calls 2048 --learning_rates 5e-5 1e-4 2e-4
 
 The tasks (recipes/problems/steering.py): *tone*, a restaurant review that is not full of praise; *word*, a text with a
 rare word; *keywords*, short sentences with two given words, for 16 prompts; *instruction*, 16 prompts with an
@@ -11,17 +12,26 @@ instruction that a checker of IFEval decides.
 Gold is made once and kept beside this file (recipes/gold/TASK.json): draws of the prior L with log L and cost. Weighted
 by exp(-T·d), they are draws of p_T. So the mean cost under p_T, log Z and the distance KL(p_T‖q) of any model q are
 means over gold, with standard errors. An interrupted --make_gold goes on from the file when it is run again.
+
+--run compares methods with the same prior, adapter, calls and learning rates: aldrift; TRL's rloo and grpo, with
+beta = 1/T; expert_iteration; dpg (distributional policy gradients); and, without learning, rejection and suffix_mh.
+Each run has a process of its own, and its result is kept in --output_dir: run the command again to go on where it was
+interrupted, or to see the tables of all results. At its end there is a table per task, and a figure.
 """
 
+import functools
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
+import yaml
 from evaluation import gold as golden
+from evaluation import steering_runs, steering_table
 from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
+from evaluation.steering_setting import METHODS
 from evaluation.tables import Comparison
 from problems.real_model import HUB_ID, real_model
 from problems.steering import TASKS
@@ -48,15 +58,81 @@ class SteerArguments:
     gold_dir: str = field(default=str(GOLD), metadata={"help": "Folder of the gold."})
     model_name_or_path: Optional[str] = field(
         default=None,
-        metadata={"help": f"The prior, in fp32. None: {HUB_ID}, made from a package on PyPI where it is not cached."},
+        metadata={"help": f"The prior. None: {HUB_ID}, made from a package on PyPI where it is not cached."},
     )
+    run: list[str] = field(
+        default_factory=list,
+        metadata={"help": f"Methods to run, each at every learning rate: {', '.join(METHODS)}. Results are kept."},
+    )
+    calls: list[int] = field(
+        default_factory=lambda: [2048], metadata={"help": "Completions whose cost a run evaluates, over all prompts."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [5e-5, 1e-4, 2e-4],
+        metadata={"help": "Learning rates, constant; tables show each method's best by KL(p_T‖q) of the first seed."},
+    )
+    seeds: list[int] = field(default_factory=lambda: [0], metadata={"help": "Random seeds of the runs."})
+    aldrift: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings of ALDRIFTConfig for the method aldrift, as NAME=VALUE: loss_type=nll sampler=reweight "
+            "num_rungs=8. Tables have a row for each set of them."
+        },
+    )
+    batch_size: int = field(default=32, metadata={"help": "Completions per update, of all methods."})
+    lora_alpha: int = field(default=32, metadata={"help": "α of the adapter, whose rank is 16."})
+    dtype: str = field(
+        default="float32",
+        metadata={"choices": ["float32", "bfloat16"], "help": "Precision of the model's weights in --run."},
+    )
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute layers again in the backward pass: less memory, a third more time."}
+    )
+    keep: float = field(default=0.25, metadata={"help": "Share of the draws that expert iteration learns from."})
+    chain_length: int = field(default=32, metadata={"help": "Draws per chain of suffix_mh."})
+    fresh_draws: int = field(
+        default=256, metadata={"help": "Draws of a trained model that it is measured on, over all prompts."}
+    )
+    gold_share: float = field(
+        default=0.99,
+        metadata={
+            "help": "A trained model scores the gold draws that carry this share of each prompt's weight under p_T; "
+            "for the others the average of log q - log L is taken."
+        },
+    )
+    threads: int = field(default=1, metadata={"help": "Threads of a run's process."})
+    keep_models: bool = field(default=False, metadata={"help": "Keep the trained adapters beside the results."})
+    output_dir: str = field(default="out/steer_text", metadata={"help": "Folder of results, tables and figure."})
 
     def __post_init__(self) -> None:
-        if unknown := sorted({*self.tasks} - {*TASKS}):
-            raise ValueError(f"--tasks {' '.join(unknown)}: choose from {', '.join(TASKS)}")
-        for name in ("draws", "block"):
+        for option, given, known in (("tasks", self.tasks, TASKS), ("run", self.run, METHODS)):
+            if unknown := sorted({*given} - {*known}):
+                raise ValueError(f"--{option} {' '.join(unknown)}: choose from {', '.join(known)}")
+        for name in ("draws", "block", "batch_size", "lora_alpha", "chain_length", "fresh_draws", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
+        for name in ("keep", "gold_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"--{name} must be a share: above 0, and at most 1")
+        if any(calls % self.batch_size or calls < 2 * self.batch_size for calls in self.calls):
+            raise ValueError(f"--calls must be multiples of --batch_size {self.batch_size}, and at least two of them")
+        if any(rate <= 0 for rate in self.learning_rates):
+            raise ValueError("--learning_rates must be above 0")
+        if wrong := [item for item in self.aldrift if "=" not in item]:
+            raise ValueError(f"--aldrift {' '.join(wrong)}: write settings as NAME=VALUE")
+
+    @property
+    def aldrift_settings(self) -> dict[str, Any]:
+        """Settings for the method `aldrift`."""
+        return {name: number(value) for name, _, value in (item.partition("=") for item in self.aldrift)}
+
+
+def number(text: str) -> Any:
+    """A value as YAML reads it; also 1e-4, which YAML takes for text."""
+    try:
+        return float(text) if "e" in text.lower() else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
 
 
 def main() -> None:
@@ -70,7 +146,51 @@ def main() -> None:
     missing = [str(path) for path in paths.values() if not path.exists()]
     if missing:
         sys.exit(f"there is no {' and no '.join(missing)}: make it with --make_gold, or leave the task out of --tasks")
-    describe({name: Gold.read(path) for name, path in paths.items()}).print()
+    golds = {name: Gold.read(path) for name, path in paths.items()}
+    describe(golds).print()
+    failures = run(options) if options.run else []
+    compare(golds, Path(options.output_dir))
+    if failures:
+        sys.exit("\n".join(failures))
+
+
+def run(options: SteerArguments) -> list[str]:
+    """Make the runs asked for that are not there; a line for each that failed."""
+    shared = ("dtype", "threads", "batch_size", "lora_alpha", "gradient_checkpointing", "fresh_draws")
+    shared += ("gold_share", "keep", "chain_length")
+    try:
+        settings = steering_runs.grid(
+            options.run,
+            options.tasks,
+            options.learning_rates,
+            options.calls,
+            options.seeds,
+            options.aldrift_settings,
+            model=options.model_name_or_path or str(real_model()),
+            **{name: getattr(options, name) for name in shared},
+        )
+        folders = (Path(options.output_dir), Path(options.gold_dir))
+        return steering_runs.make(settings, *folders, options.keep_models, functools.partial(print, flush=True))
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
+
+
+def compare(golds: dict[str, Gold], folder: Path) -> None:
+    """Print and write the tables and the figure of all results that are there."""
+    found = {name: steering_runs.results(folder, [name]) for name in golds}
+    found = {name: results for name, results in found.items() if results}
+    if not found:
+        return
+    tau = {name: TASKS[name]().tau_max for name in found}
+    blocks = []
+    for name, results in found.items():
+        table = steering_table.table(name, results, golds[name], tau[name])
+        table.print()
+        table.write_markdown(folder / "steer_text.md")
+        blocks.append((folder / "steer_text.md").read_text())
+    (folder / "steer_text.md").write_text("\n".join(blocks))
+    steering_table.draw(folder / "steer_text.png", found, golds, tau)
+    print(f"figure and tables: {folder}/steer_text.*")
 
 
 def make_gold(options: SteerArguments, paths: dict[str, Path]) -> None:

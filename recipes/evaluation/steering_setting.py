@@ -1,0 +1,68 @@
+"""What one run of the comparison of `recipes/steer_text.py` is: a task, a method, and all that its result depends on."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+LEARNING = ("aldrift", "rloo", "grpo", "expert_iteration", "dpg")
+"""Methods that train a model, by their names."""
+TEST_TIME = ("rejection", "suffix_mh")
+"""Methods that sample from the prior without learning."""
+METHODS = (*LEARNING, *TEST_TIME)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One run.
+
+    Attributes:
+        task, method: names.
+        learning_rate: constant; 0 for a method that does not learn.
+        calls: completions whose cost is evaluated, over all prompts.
+        seed: random seed.
+        model: folder of the prior.
+        dtype: precision of its weights.
+        threads: threads of the run's process; the result does not depend on them.
+        batch_size: completions per update.
+        lora_alpha: the adapter's α: its product is multiplied by α / 16, for its rank is 16.
+        gradient_checkpointing: whether layers are computed again in the backward pass.
+        fresh_draws: draws of the trained model that it is measured on, over all prompts.
+        gold_share: share of p_T's weight that the gold draws which the model scores must have.
+        keep: share of each prompt's draws that expert iteration learns from.
+        chain_length: draws per chain of suffix Metropolis-Hastings.
+        aldrift: settings of `ALDRIFTConfig`, beside those of [`evaluation.steering_trainers.aldrift_config`].
+    """
+
+    task: str
+    method: str
+    learning_rate: float
+    calls: int
+    seed: int
+    model: str
+    dtype: str = "float32"
+    threads: int = 1
+    batch_size: int = 32
+    lora_alpha: int = 32
+    gradient_checkpointing: bool = False
+    fresh_draws: int = 256
+    gold_share: float = 0.99
+    keep: float = 0.25
+    chain_length: int = 32
+    aldrift: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The method, with what was set for it."""
+        return " ".join([self.method, *(f"{name}={value}" for name, value in self.aldrift.items())])
+
+    def result(self, folder: Path) -> Path:
+        """The file of the run's result."""
+        rate = f"_lr{self.learning_rate:g}" if self.learning_rate else ""
+        name = f"{self.label}{rate}_calls{self.calls}_seed{self.seed}.json"
+        return folder / self.task / name.replace(" ", ",").replace("/", "-")
+
+    def identity(self) -> dict[str, Any]:
+        """All that the result depends on. Another folder may hold the same prior: gold is compared with it."""
+        return {name: value for name, value in asdict(self).items() if name not in ("model", "threads")}

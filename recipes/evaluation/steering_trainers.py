@@ -1,0 +1,191 @@
+"""Steering tasks by trainers: ALDRIFT's, and TRL's policy gradients with `beta = 1/T`, whose optimum is p_T as well."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from problems.steering import SteeringTask
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from evaluation.baselines import TRL
+from evaluation.steering_setting import Setting
+
+RUNG = 512
+"""Calls per rung of ALDRIFT."""
+GENERATIONS = 8
+"""Completions per prompt in an update, at least, of methods that compare those of one prompt."""
+
+
+@dataclass
+class Job:
+    """A run at work.
+
+    Attributes:
+        setting: what it is.
+        task: the task.
+        model: the prior, without an adapter.
+        tokenizer: its tokenizer.
+        folder: for checkpoints.
+    """
+
+    setting: Setting
+    task: SteeringTask
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The adapter that every method trains. α and the rank are those of TRL's command line."""
+        return LoraConfig(
+            task_type="CAUSAL_LM",
+            r=16,
+            lora_alpha=self.setting.lora_alpha,
+            lora_dropout=0.0,
+            target_modules="all-linear",
+            fan_in_fan_out=self.model.config.model_type == "gpt2",
+        )
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of `TrainingArguments` that the trainers share."""
+        setting = self.setting
+        return {
+            "output_dir": str(self.folder),
+            "learning_rate": setting.learning_rate,
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": setting.batch_size,
+            "max_completion_length": self.task.max_completion_length,
+            "gradient_checkpointing": setting.gradient_checkpointing,
+            "max_grad_norm": 1.0,
+            "seed": setting.seed,
+            "bf16": False,  # no autocast: the weights' precision is the setting's dtype
+            "report_to": "none",
+            "disable_tqdm": True,
+            "logging_strategy": "no",
+            "use_cpu": not torch.accelerator.is_available(),
+        }
+
+
+def generations(job: Job) -> int:
+    """Completions per prompt in an update."""
+    size = job.setting.batch_size
+    return max(size // len(job.task.rows), min(size, GENERATIONS))
+
+
+# ---- ALDRIFT ---------------------------------------------------------------------------------------------------------
+
+
+def aldrift_config(job: Job) -> ALDRIFTConfig:
+    """ALDRIFT's settings: equal steps to T, which the last rung reaches, and an update per batch of calls.
+
+    Those of `--aldrift` come last. The number of proposals and updates follows from theirs where they are not set.
+    """
+    setting, prompts = job.setting, len(job.task.rows)
+    rungs = int(setting.aldrift.get("num_rungs", max(2, setting.calls // RUNG)))
+    per_prompt = int(setting.aldrift.get("num_generations", setting.calls // (rungs * prompts)))
+    settings = {
+        **job.training,
+        "tau_max": job.task.tau_max,
+        "objective_range": job.task.worst_cost,
+        "tau_step": job.task.tau_max / rungs,
+        "num_rungs": rungs,
+        "num_generations": per_prompt,
+        "chain_length": 1,
+        "updates_per_rung": max(1, per_prompt * prompts // setting.batch_size),
+        # The run ends with its last rung, without fresh draws to measure the model, also where a few draws are equal.
+        "max_objective_calls": max(1, setting.calls - per_prompt * prompts + 1),
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+    }
+    return ALDRIFTConfig(**settings | setting.aldrift)
+
+
+def aldrift_trainer(job: Job) -> ALDRIFTTrainer:
+    """The trainer, before its first rung."""
+    rows = Dataset.from_list(list(job.task.rows))
+    return ALDRIFTTrainer(
+        job.model,
+        job.task.cost,
+        aldrift_config(job),
+        train_dataset=rows,
+        processing_class=job.tokenizer,
+        peft_config=job.lora,
+        callbacks=[TimeSpent(job.folder)],
+    )
+
+
+def aldrift(job: Job) -> tuple[PeftModel, int]:
+    """Train with ALDRIFT, or go on from the last checkpoint; the model and its number of calls."""
+    trainer = aldrift_trainer(job)
+    trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
+    return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["proposals"])
+
+
+class TimeSpent(TrainerCallback):
+    """Keeps the CPU time of a run at each checkpoint, for the time of an interrupted run is that of its parts."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "spent.json"
+        self.began, self.before = time.process_time(), cpu_seconds_before(folder)
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.path.write_text(json.dumps(self.before + time.process_time() - self.began))
+
+
+def cpu_seconds_before(folder: Path) -> float:
+    """CPU time of a run up to the checkpoint that it goes on from."""
+    path = folder / "spent.json"
+    return float(json.loads(path.read_text())) if path.exists() else 0.0
+
+
+# ---- TRL -------------------------------------------------------------------------------------------------------------
+
+
+def policy_gradient(job: Job) -> tuple[PeftModel, int]:
+    """Train with one of TRL's trainers, with one update per batch of completions; the model and its number of calls."""
+    trainer_class, config_class, own_settings = TRL[job.setting.method]
+    updates = job.setting.calls // job.setting.batch_size
+    args = config_class(
+        **job.training,
+        beta=1 / job.task.tau_max,
+        num_generations=generations(job),
+        max_steps=updates,
+        disable_dropout=True,
+        save_strategy="no",
+        **own_settings,
+    )
+    tokenizer = job.tokenizer
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    trainer = trainer_class(
+        job.model,
+        reward_of(job.task.cost),
+        args=args,
+        train_dataset=Dataset.from_list(list(job.task.rows)),
+        processing_class=tokenizer,
+        peft_config=job.lora,
+    )
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model), updates * job.setting.batch_size
+
+
+def reward_of(cost: Callable[..., list[float]]) -> Callable[..., list[float]]:
+    """TRL's reward function `-d`. TRL passes a chat's answers as messages, and more columns than the cost takes."""
+    names = [name for name in inspect.signature(cost).parameters if name not in ("prompts", "completions")]
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = [answer if isinstance(answer, str) else answer[0]["content"] for answer in completions]
+        return [-value for value in cost(prompts, texts, **{name: columns[name] for name in names})]
+
+    return reward
