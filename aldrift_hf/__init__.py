@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
-    from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, Top
+    from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SuffixChains, Top
     from .models.engines import Engine, TransformersEngine
     from .objective.calling import ObjectiveError
     from .objective.rewards import from_reward
@@ -42,6 +42,7 @@ __all__ = [
     "RunCallback",
     "RunRecord",
     "Sampler",
+    "SuffixChains",
     "Top",
     "TransformersEngine",
     "check_objective",
@@ -51,7 +52,7 @@ __all__ = [
 _EXPORTS = {
     "algorithm.ladders": ("AdaptiveLadder", "Ladder", "LinearLadder"),
     "algorithm.losses": ("GeneralizedKL", "Loss", "MaximumLikelihood"),
-    "algorithm.samplers": ("ArchiveSampler", "MetropolisHastings", "Reweight", "Sampler", "Top"),
+    "algorithm.samplers": ("ArchiveSampler", "MetropolisHastings", "Reweight", "Sampler", "SuffixChains", "Top"),
     "models.engines": ("Engine", "TransformersEngine"),
     "objective.calling": ("ObjectiveError",),
     "objective.rewards": ("from_reward",),

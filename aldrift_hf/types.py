@@ -116,6 +116,18 @@ class Proposals:
         prompts, n = self.objective.shape
         return (index + n * torch.arange(prompts)[:, None]).flatten()
 
+    def select(self, index: Tensor) -> Proposals:
+        """The draws `index` (`[P, m]`, into each prompt's `n`)."""
+        flat = self.flat(index)
+        return Proposals(
+            rows=self.rows[flat],
+            completions=self.completions.select(flat),
+            objective=self.objective.gather(1, index),
+            log_prior=self.log_prior.gather(1, index),
+            log_model=self.log_model.gather(1, index),
+            texts=None if self.texts is None else [self.texts[row] for row in flat.tolist()],
+        )
+
     def moved(self, mask: Tensor, other: Proposals) -> Proposals:
         """These draws, with those of `other` where `mask`, `[P, n]`, is true."""
         flat = mask.flatten()

@@ -73,7 +73,7 @@ def config(tmp_path):
         ({"model_init_kwargs": "kwargs.json"}, "model_init_kwargs must be a mapping"),
         ({"model_init_kwargs": {1: 2}}, "model_init_kwargs must be"),
         ({"model_init_kwargs": []}, r"model_init_kwargs must be of type Union\[dict\[str, Any\], str\], got \[\]"),
-        ({"sampler": "gibbs"}, "sampler must be one of archive, metropolis_hastings, top, reweight, got 'gibbs'"),
+        ({"sampler": "gibbs"}, "sampler must be one of archive, metropolis_hastings, suffix, top, reweight, got 'gibbs'"),
         ({"sampler": 3}, "sampler must be of type str, got 3"),
         ({"ladder": "snake"}, "ladder must be one of linear, adaptive, got 'snake'"),
         ({"loss_type": "hinge"}, "loss_type must be one of nll, generalized_kl, got 'hinge'"),
@@ -100,6 +100,16 @@ def test_bad_settings_are_refused(config, settings, message):
         ({"ladder": "adaptive", "tau_step": 0.5}, "tau_step=0.5 has no meaning for ladder='adaptive'"),
         ({"tau_max": 1e12, "tau_step": 1e-12}, "at most 100,000 are allowed. Set a larger tau_step"),
         ({"tau_max": 1e12, "objective_range": 1e12}, "at most 100,000 are allowed. Set a larger tau_step"),
+        ({"loss_type": "generalized_kl", "sampler": "suffix"}, "sampler='suffix' does not draw by weight"),
+        ({"pareto_smoothing": True, "sampler": "suffix"}, "sampler='suffix' does not draw by weight. Leave it off"),
+        (
+            {"sampler": "suffix", "num_generations": 30, "chain_length": 8},
+            "num_generations must be a multiple of chain_length=8, .* Set it to 24, or change chain_length",
+        ),
+        (
+            {"sampler": "suffix", "chain_length": 1},
+            "chain_length=1 leaves the chains of sampler='suffix' without a move, .* Set chain_length to at least 2",
+        ),
         (
             {"sampler": "metropolis_hastings", "num_generations": 30, "chain_length": 8},
             "num_generations must be a multiple of chain_length=8, .* Set it to 24, or change chain_length",
@@ -270,7 +280,7 @@ def test_help_explains_every_setting(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "T, the inverse temperature of the target" in text
     assert "M, proposals per Metropolis-Hastings chain" in text
-    assert "--sampler {archive,metropolis_hastings,top,reweight}" in text
+    assert "--sampler {archive,metropolis_hastings,suffix,top,reweight}" in text
     assert "--loss_type {nll,generalized_kl}" in text
 
 

@@ -45,6 +45,7 @@ def check_finite(trainer, infinite=()):
     [
         ("metropolis_hastings", "linear"),
         ("metropolis_hastings", "adaptive"),
+        ("suffix", "linear"),
         ("archive", "adaptive"),
         ("reweight", "linear"),
         ("top", "linear"),
@@ -151,7 +152,7 @@ def test_a_token_of_probability_zero_under_model_and_prior(make, sampler, loss_t
     assert not any("b" in draw["completion"] for draw in trainer.record.draws)
 
 
-@pytest.mark.parametrize("sampler", ["metropolis_hastings", "archive", "reweight"])
+@pytest.mark.parametrize("sampler", ["metropolis_hastings", "suffix", "archive", "reweight"])
 def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     trainer = make(adapter=False, sampler=sampler, chain_length=16, learning_rate=1e-3)
     mask(trainer.rollout.prior.model, [3])

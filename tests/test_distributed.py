@@ -41,7 +41,7 @@ config = ALDRIFTConfig(
     max_completion_length=3, per_device_generation_batch_size=None if "--short" in sys.argv else 16,
     per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
     use_cpu=True, save_strategy="steps", save_steps=6,
-    sampler="archive" if "--archive" in sys.argv else "metropolis_hastings",
+    sampler=next((name for name in ("archive", "suffix") if f"--{{name}}" in sys.argv), "metropolis_hastings"),
 )
 trainer = ALDRIFTTrainer(
     model, cost, config, train_dataset=["", "a b"], processing_class=word_tokenizer(["a", "b", "c"], " "),
@@ -84,7 +84,7 @@ def launch(folder: Path, processes: int, *extra: str) -> subprocess.CompletedPro
     return accelerate_launch(config, str(script), str(folder), str(processes), *extra)
 
 
-@pytest.fixture(scope="module", params=["metropolis_hastings", "archive"])
+@pytest.fixture(scope="module", params=["metropolis_hastings", "archive", "suffix"])
 def runs(request, tmp_path_factory):
     """The same run on one process and on two."""
     root = tmp_path_factory.mktemp("distributed")

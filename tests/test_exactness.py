@@ -20,6 +20,7 @@ from conftest import (
 
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.ladders import LadderState
+from aldrift_hf.algorithm.samplers import Selection, SuffixChains
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 
@@ -236,3 +237,43 @@ def test_suffix_chains_end_at_the_target(config, tokenizer):
                 texts = rows["completion"][number * 1000 : (number + 1) * 1000]
                 counts = torch.tensor([names.index(text) for text in texts]).bincount(minlength=len(names))
                 assert (chi_square_p(counts, target) > 1e-4) == (steps > 1)
+
+
+class FromTheModel(SuffixChains):
+    """Without chains over whole texts before: the suffixes alone must lead to the target."""
+
+    def select(self, pool, tau_before, tau, size, generator):
+        return Selection(torch.arange(self.num_chains).expand(len(pool.objective), -1))
+
+
+def learned_from(trainer, completions):
+    """How often each completion is among a rung's samples, for each prompt."""
+    samples = trainer.run.samples.samples
+    index = {tuple(tokens): row for row, tokens in enumerate(completions.tokens())}
+    drawn = torch.tensor([index[tuple(tokens)] for tokens in samples.completions.tokens()])
+    return [drawn[samples.rows == row].bincount(minlength=len(index)) for row in range(len(PROMPTS))]
+
+
+@pytest.mark.parametrize("kind", [SuffixChains, FromTheModel])
+def test_samples_are_from_the_target(kind, config, tokenizer):
+    """For several prompts, on a later rung; the model's own draws are not."""
+    chains = 500
+    trainer, completions, cost, priors = fixed_model(
+        "gpt2-adapter-off",
+        config,
+        tokenizer,
+        PROMPTS,
+        sampler="suffix",
+        num_generations=chains * STEPS,
+        chain_length=STEPS,
+    )
+    trainer.run.sampler = kind(chains, STEPS)
+    trainer.run.state.ladder = replace(trainer.run.state.ladder, taus=(0.5,))
+    trainer.run.begin_rung()
+    assert trainer.run.state.ladder.tau == TAU
+    for ids, counts, log_prior in zip(
+        trainer.inputs.prompts.token_ids, learned_from(trainer, completions), priors, strict=True
+    ):
+        assert counts.sum() == chains
+        assert chi_square_p(counts, (log_prior - TAU * cost).softmax(0)) > 1e-4
+        assert chi_square_p(counts, log_probs(base_model(trainer.model), ids, completions).exp()) < 1e-6

@@ -84,6 +84,17 @@ def test_resumed_with_the_archive(kind, config, tokenizer, tmp_path):
         assert_same(outcome(resumed), outcome(whole))
 
 
+def test_resumed_with_suffix_chains(config, tokenizer, tmp_path):
+    """In mid-rung, and from a rung's last update, after which further proposals are drawn."""
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "sampler": "suffix"}
+    whole = trainer_of("adapter-off", config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
+    whole.train()
+    for step in (3, 4, 6, 8, 11):
+        resumed = trainer_of("adapter-off", config(output_dir=str(tmp_path / f"from-{step}"), **save), tokenizer)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert_same(outcome(resumed), outcome(whole))
+
+
 def test_resumed_with_gradient_accumulation(config, tokenizer, tmp_path):
     save = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": None, "gradient_accumulation_steps": 2}
     whole = trainer_of("adapter-off", config(output_dir=str(tmp_path / "whole"), **save), tokenizer)

@@ -178,8 +178,8 @@ def test_no_name_of_a_part_is_compared_outside_the_registries():
             if isinstance(node, ast.Compare):
                 compared = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
                 found += [(path.name, ast.unparse(node))] if compared & names else []
-    # `correction` is an argument of sample(), which happens to share two names with samplers.
-    assert found == [("evaluation.py", "correction == 'archive'")]
+    # `correction` is an argument of sample(), which happens to share three names with samplers.
+    assert found == [("evaluation.py", f"correction == {name!r}") for name in ("archive", "suffix")]
 
 
 def test_each_is_under_forty_lines():
@@ -232,5 +232,7 @@ def test_a_samplers_figures_cannot_take_the_place_of_the_runs(name, config, toke
 
 def test_an_engine_that_cannot_continue_texts_is_not_asked_to(config, tokenizer):
     trainer = trainer_of(config(**SETTINGS), tokenizer, engine=uniform_table(every_completion()))
-    with pytest.raises(ValueError, match="TableEngine has no argument `limits`"):
+    with pytest.raises(ValueError, match="TableEngine has no argument `limits` .* choose another correction"):
         trainer.sample(2, correction="suffix")
+    with pytest.raises(ValueError, match="TableEngine has no argument `limits` .* choose another sampler"):
+        ALDRIFTTrainer("no/model", count_a, config(sampler="suffix"), engine=uniform_table(every_completion()))

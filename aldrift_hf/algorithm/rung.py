@@ -8,7 +8,9 @@ Nothing here reads a file, holds a model or knows of a trainer. The model is beh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -29,6 +31,10 @@ class Rollout(Policy, Protocol):
         """A rung's proposals: draws `s ~ q` with `log q(s)`, `log L(s)` and the cost `d(s)`."""
         ...
 
+    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        """Further draws of a rung, which begin with these tokens: see [`Redraw`]."""
+        ...
+
 
 @dataclass(frozen=True)
 class Rung:
@@ -37,9 +43,11 @@ class Rung:
     Attributes:
         before: where the ladder stood.
         state: where it stands now.
-        proposals: the rung's own draws, `n` per prompt.
-        pool: the draws that the samples were chosen from, with the density that they were drawn from.
+        proposals: the rung's independent draws, `n` per prompt.
+        pool: the draws that the samples were chosen from; with the density that they were drawn from, unless the
+            sampler moved them.
         selection: which draws of the pool the sampler chose.
+        redrawn: draws that the sampler made to move its samples; not independent.
         samples: what is learned from.
     """
 
@@ -48,7 +56,13 @@ class Rung:
     proposals: Proposals
     pool: Proposals
     selection: Selection
+    redrawn: tuple[Proposals, ...]
     samples: Samples
+
+    @property
+    def drawn(self) -> tuple[Proposals, ...]:
+        """All draws of the rung."""
+        return (self.proposals, *self.redrawn)
 
 
 def run_rung(
@@ -69,11 +83,12 @@ def run_rung(
     tau = ladder.next_tau(state, pool)
     log_z = sampler.log_z(pool, state, tau)
     size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
-    selection = sampler.select(pool, state.tau, tau, size, streams.generator(seed, streams.CORRECT, rung))  # 2. correct
-    shuffle = streams.generator(seed, streams.SHUFFLE, rung)
-    samples = _lay_out(pool, selection.index, loss, tau, log_z, num_rows, shuffle)
+    chance, shuffle = (streams.generator(seed, purpose, rung) for purpose in (streams.CORRECT, streams.SHUFFLE))
+    selection = sampler.select(pool, state.tau, tau, size, chance)  # 2. correct
+    moved = sampler.move(pool, selection, tau, partial(rollout.redraw, rung), chance)
+    samples = _lay_out(moved.pool, moved.selection.index, loss, tau, log_z, num_rows, shuffle)
     reached = replace(state, taus=(*state.taus, tau), log_z=log_z)
-    return Rung(state, reached, proposals, pool, selection, samples)  # 3. learn: the loss on the samples
+    return Rung(state, reached, proposals, **vars(moved), samples=samples)  # 3. learn: the loss on the samples
 
 
 def _lay_out(

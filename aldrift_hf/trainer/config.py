@@ -64,10 +64,13 @@ class ALDRIFTConfig(TrainingArguments):
             How proposals become samples of the rung's target. `"archive"`: importance resampling from every proposal of
             the run so far, weighted against the mixture of all models that drew them. `"metropolis_hastings"`: the
             paper's, independence Metropolis-Hastings chains over the rung's own proposals, which takes several times as
-            many objective calls. `"top"`: TOPIFT, the proposals of lowest cost, without a correction. `"reweight"`: the
-            ablation, resampling by `exp(-Δτ·d)` (Δτ is the rung's step), without a correction.
+            many objective calls. `"suffix"`: these chains, of which each then keeps the beginning of its text and
+            redraws the rest, M - 1 times; for long texts, of which whole ones are rarely accepted. `"top"`: TOPIFT, the
+            proposals of lowest cost, without a correction. `"reweight"`: the ablation, resampling by `exp(-Δτ·d)` (Δτ
+            is the rung's step), without a correction.
         num_generations (`int`, *optional*, defaults to `1024`):
-            n, the number of proposals per prompt per rung.
+            n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
+            `chain_length`.
         chain_length (`int`, *optional*, defaults to `8`):
             M, the number of proposals per Metropolis-Hastings chain. A rung has `m = n/M` chains per prompt (so n must
             be a multiple of M), and one sample per chain. `None` is the paper's M = m². For the other samplers n/M,
@@ -202,8 +205,9 @@ class ALDRIFTConfig(TrainingArguments):
         metadata={
             "choices": SAMPLERS,
             "help": "How proposals become samples: archive (importance resampling from every proposal of the run so "
-            "far), metropolis_hastings (the paper's: chains over the rung's proposals), top (TOPIFT: the proposals of "
-            "lowest cost, no correction), reweight (the ablation: resampling by exp(-step d), no correction).",
+            "far), metropolis_hastings (the paper's: chains over the rung's proposals), suffix (these, which then "
+            "keep the beginning of their text and redraw the rest), top (TOPIFT: the proposals of lowest cost, no "
+            "correction), reweight (the ablation: resampling by exp(-step d), no correction).",
         },
     )
     num_generations: Count = field(default=1024, metadata={"help": "n, the number of proposals per prompt per rung."})

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +14,10 @@ from ..algorithm import diagnostics
 from ..algorithm.metrics import proposal_metrics, success_share
 from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
-from ..algorithm.samplers.kernels import isir, metropolis_hastings, suffix_move
+from ..algorithm.samplers.kernels import isir, metropolis_hastings
+from ..algorithm.samplers.suffix import suffix_chains
 from ..types import Prompts, Proposals
+from .parts import check_continues
 from .run import Run
 
 KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
@@ -144,32 +145,14 @@ def _suffix_chains(
     run: Run, prompts: Prompts, num_samples: int, steps: int, address: tuple[int, ...], generator: torch.Generator
 ) -> CorrectedDraws:
     """Chains that begin at a draw of the model and redraw a suffix of their state in every further step."""
-    engine = run.rollout.engine
-    if "limits" not in inspect.signature(engine.generate).parameters:
-        raise ValueError(
-            f"correction='suffix' continues texts, and generate() of {type(engine).__name__} has no argument `limits` "
-            "to end them in time. Add it (see aldrift_hf.models.engines.Engine), or choose another correction."
-        )
-    tau = run.args.tau_max
-    state = fresh = run.rollout.propose(prompts, num_samples, address)
-    accepted = []
-    for step in range(1, steps):
-        length = state.completions.length
-        kept = (torch.rand(len(length), generator=generator, dtype=torch.float64) * length).long().tolist()
-        prefixes = [tokens[:end] for tokens, end in zip(state.completions.tokens(), kept, strict=True)]
-        proposed = run.rollout.propose(prompts, num_samples, (*address, step), prefixes)
-        moves = suffix_move(
-            state.log_weight(tau),
-            proposed.log_weight(tau),
-            length.view_as(state.objective),
-            proposed.completions.length.view_as(state.objective),
-            generator,
-        )
-        accepted.append(moves.double().mean().item())
-        state = state.moved(moves, proposed)
-    rate = sum(accepted) / len(accepted) if accepted else math.nan
-    every = torch.arange(num_samples).expand(len(prompts), -1)
-    return CorrectedDraws(state, Selection(every, rate), prompts, fresh)
+    check_continues(run.rollout.engine, "correction")
+    fresh = run.rollout.propose(prompts, num_samples, address)
+
+    def redraw(step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        return run.rollout.propose(prompts, num_samples, (*address, step), beginnings)
+
+    moved = suffix_chains(fresh, steps, run.args.tau_max, redraw, generator)
+    return CorrectedDraws(moved.pool, moved.selection, prompts, fresh)
 
 
 def decoded(run: Run, draws: CorrectedDraws) -> list[str]:

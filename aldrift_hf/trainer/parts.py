@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -10,7 +11,7 @@ from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES, Engine, EngineSettings
 from .config import ALDRIFTConfig
-from .validation import check_parts
+from .validation import check_parts, name_of
 
 Part = TypeVar("Part")
 
@@ -24,12 +25,15 @@ class Parts:
     loss: Loss
 
 
-def parts_of(args: ALDRIFTConfig, sampler: Sampler | None, ladder: Ladder | None, loss: Loss | None) -> Parts:
+def parts_of(
+    args: ALDRIFTConfig, sampler: Sampler | None, ladder: Ladder | None, loss: Loss | None, engine: Engine | None
+) -> Parts:
     """The parts of a run.
 
     Args:
         args: its settings, which name the parts that are not given.
         sampler, ladder, loss: instances; `None` takes the one that `args` names.
+        engine: likewise; it must suit the sampler.
 
     Raises:
         TypeError: for an instance of the wrong class.
@@ -39,6 +43,8 @@ def parts_of(args: ALDRIFTConfig, sampler: Sampler | None, ladder: Ladder | None
     ladder = LADDERS[args.ladder].from_settings(args) if ladder is None else _checked("ladder", ladder, Ladder)
     loss = LOSSES[args.loss_for(sampler)]() if loss is None else _checked("loss", loss, Loss)
     check_parts(args, sampler, ladder, loss)
+    if sampler.redraws:
+        check_continues(ENGINES[args.engine] if engine is None else _checked("engine", engine, Engine), "sampler")
     return Parts(sampler, ladder, loss)
 
 
@@ -49,6 +55,23 @@ def engine_of(args: ALDRIFTConfig, settings: EngineSettings, engine: Engine | No
         TypeError: for an instance of the wrong class.
     """
     return ENGINES[args.engine].from_settings(settings) if engine is None else _checked("engine", engine, Engine)
+
+
+def check_continues(engine: Engine | type[Engine], asked_by: str) -> None:
+    """Check that an engine can continue texts.
+
+    Args:
+        engine: the engine, or its class.
+        asked_by: what asks for it: `"sampler"` or `"correction"`.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    if "limits" not in inspect.signature(engine.generate).parameters:
+        raise ValueError(
+            f"{asked_by}='suffix' continues texts, and generate() of {name_of(engine, {})} has no argument `limits` to "
+            f"end them in time. Add it (see aldrift_hf.models.engines.Engine), or choose another {asked_by}."
+        )
 
 
 def _checked(name: str, part: Part, wanted: type) -> Part:

@@ -289,11 +289,19 @@ class TrainingRollout:
         self._ahead: Proposals | None = None
 
     def propose(self, rung: int) -> Proposals:
-        """A rung's proposals."""
+        """A rung's independent proposals."""
         drawn, self._ahead = self._ahead, None
         if drawn is not None:
             return drawn
         return self.rollout.propose(self.prompts, self.num_generations, (streams.PROPOSE, rung))
+
+    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
+        before = self.rollout.seconds
+        per_prompt = len(beginnings) // len(self.prompts)
+        drawn = self.rollout.propose(self.prompts, per_prompt, (streams.PROPOSE, rung, step), beginnings)
+        self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}
+        return drawn
 
     def draw_ahead(self) -> Proposals:
         """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""

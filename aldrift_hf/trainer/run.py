@@ -90,8 +90,8 @@ class Run:
         )
         self.samples.fill(rung.samples)
         state.ladder, state.phase = rung.state, Phase.DRAWN
-        state.proposals += len(rung.proposals)
-        state.num_tokens += self._tokens(rung.proposals)
+        state.proposals += sum(map(len, rung.drawn))
+        state.num_tokens += sum(map(self._tokens, rung.drawn))
         state.loss_sum, state.updates, state.learn_seconds = 0.0, 0, 0.0
         metrics = {
             "rung": state.rung,

@@ -128,7 +128,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if not isinstance(args, ALDRIFTConfig):
             raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
         check_writable(str(args.output_dir))
-        parts = parts_of(args, sampler, ladder, loss)
+        parts = parts_of(args, sampler, ladder, loss, engine)
         train = check_dataset(train_dataset, "train_dataset")
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.events = Events(self)

@@ -178,6 +178,11 @@ def check_parts(
     """
     if sampler.uses_chains:
         _check_chains(settings)
+        if sampler.redraws and settings.steps_per_chain == 1:
+            raise ValueError(
+                f"chain_length=1 leaves the chains of sampler={name_of(sampler, SAMPLERS)!r} without a move, and so "
+                "nothing would be corrected. Set chain_length to at least 2."
+            )
     if loss.needs_weighted_draws and not sampler.draws_by_weight:
         raise ValueError(
             f"loss_type={name_of(loss, LOSSES)!r} needs samples drawn in proportion to known weights, and "

@@ -1,15 +1,29 @@
 """Samplers by their names in the settings. A new one is one file here, and one line below."""
 
 from .archive import ArchiveSampler
-from .base import Policy, Sampler, Selection
+from .base import Moved, Policy, Redraw, Sampler, Selection
 from .chains import MetropolisHastings
+from .suffix import SuffixChains
 from .uncorrected import Reweight, Top
 
 SAMPLERS: dict[str, type[Sampler]] = {
     "archive": ArchiveSampler,
     "metropolis_hastings": MetropolisHastings,
+    "suffix": SuffixChains,
     "top": Top,
     "reweight": Reweight,
 }
 
-__all__ = ["SAMPLERS", "ArchiveSampler", "MetropolisHastings", "Policy", "Reweight", "Sampler", "Selection", "Top"]
+__all__ = [
+    "SAMPLERS",
+    "ArchiveSampler",
+    "MetropolisHastings",
+    "Moved",
+    "Policy",
+    "Redraw",
+    "Reweight",
+    "Sampler",
+    "Selection",
+    "SuffixChains",
+    "Top",
+]

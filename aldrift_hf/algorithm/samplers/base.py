@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -29,11 +29,29 @@ class Policy(Protocol):
         ...
 
 
+class Redraw(Protocol):
+    """Draws of the present model that begin with given tokens, scored and evaluated."""
+
+    def __call__(self, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        """`[P, k]` draws for `P·k` beginnings, ordered by prompt; their `log q` is that of the whole completions.
+
+        Args:
+            step: which draws of the rung these are, from 1: part of the address of their random numbers.
+            beginnings: tokens of each, fewer than a completion has at most.
+        """
+        ...
+
+
 class SamplerSettings(Protocol):
     """What a sampler may read of a run's settings (`ALDRIFTConfig`)."""
 
     archive_window: int
     pareto_smoothing: bool
+
+    @property
+    def steps_per_chain(self) -> int:
+        """M, proposals per chain."""
+        ...
 
     @property
     def num_chains(self) -> int:
@@ -54,6 +72,22 @@ class Selection:
     acceptance_rate: float = math.nan
 
 
+@dataclass(frozen=True)
+class Moved:
+    """Samples after a sampler has moved them on.
+
+    Attributes:
+        pool: the draws that the samples are chosen from. Of moved ones `log_model` is `log q` under the present model,
+            and not the density that they have.
+        selection: the samples among them.
+        redrawn: the proposals that were drawn for it. They depend on the samples, so no weights are made of them.
+    """
+
+    pool: Proposals
+    selection: Selection
+    redrawn: tuple[Proposals, ...] = ()
+
+
 class Sampler(ABC):
     """Turns proposals into samples of `p_τ`.
 
@@ -62,11 +96,13 @@ class Sampler(ABC):
         draws_by_weight: whether it resamples in proportion to the pool's weights, so that its samples are draws of
             `p_τ` whose density is known.
         uses_chains: whether `num_generations` proposals must divide into chains of `chain_length`.
+        redraws: whether [`move`] asks the model for draws, and so needs an engine that can continue texts.
     """
 
     corrects: ClassVar[bool] = True
     draws_by_weight: ClassVar[bool] = False
     uses_chains: ClassVar[bool] = False
+    redraws: ClassVar[bool] = False
 
     @classmethod
     def from_settings(cls, settings: SamplerSettings) -> Sampler:
@@ -90,6 +126,19 @@ class Sampler(ABC):
             size: samples per prompt that the rung's updates take in. Fewer are learned from several times.
             generator: the source of all random numbers.
         """
+
+    def move(
+        self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
+    ) -> Moved:
+        """Move the samples on by a Markov kernel that leaves `p_τ` as it is. Default: they stay.
+
+        Args:
+            pool, selection: as given to and by [`select`].
+            tau: the rung's inverse temperature.
+            redraw: draws from the model.
+            generator: the source of all other random numbers.
+        """
+        return Moved(pool, selection)
 
     def log_z(self, pool: Proposals, state: LadderState, tau: float) -> Tensor:
         """`[P]`, the ladder's estimate of `log Z_τ`, nats: by default step by step, from one rung to the next."""

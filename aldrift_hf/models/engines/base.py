@@ -69,6 +69,6 @@ class Engine(ABC):
             prompts: `n` lists of token ids, each of at least one token.
             address: the address of the random stream.
             rows: the `n` rows' numbers in the stream.
-            limits: most tokens of each completion; `None` for `max_completion_length`. Only
-                `sample(correction="suffix")` asks for others, and needs an engine that has this argument.
+            limits: most tokens of each completion; `None` for `max_completion_length`. Only `sampler="suffix"` and
+                `sample(correction="suffix")` ask for others, and need an engine that has this argument.
         """

@@ -1,0 +1,80 @@
+"""Metropolis-Hastings within texts: chains that keep the beginning of their text and redraw the rest."""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import torch
+
+from ...types import Proposals
+from .base import Moved, Redraw, SamplerSettings, Selection
+from .chains import MetropolisHastings
+from .kernels import suffix_move
+
+
+def suffix_chains(start: Proposals, steps: int, tau: float, redraw: Redraw, generator: torch.Generator) -> Moved:
+    """Chains of `M` states, of which each is one [`suffix_move`] away from the one before.
+
+    Args:
+        start: the first state of each chain, `[P, m]`, with `log q` of the present model.
+        steps: M.
+        tau: the inverse temperature of the target `p_τ`.
+        redraw: draws from the model.
+        generator: the source of the positions and of the acceptance variates.
+
+    Returns:
+        The chains' last states (all of them are selected), their acceptance rate (NaN if M = 1), and the `M - 1`
+        proposals of each chain.
+    """
+    state, redrawn, accepted = start, [], []
+    for step in range(1, steps):
+        length = state.completions.length
+        kept = (torch.rand(len(length), generator=generator, dtype=torch.float64) * length).long().tolist()
+        beginnings = [tokens[:end] for tokens, end in zip(state.completions.tokens(), kept, strict=True)]
+        proposed = redraw(step, beginnings)
+        moves = suffix_move(
+            state.log_weight(tau),
+            proposed.log_weight(tau),
+            length.view_as(state.objective),
+            proposed.completions.length.view_as(state.objective),
+            generator,
+        )
+        state = state.moved(moves, proposed)
+        redrawn.append(proposed)
+        accepted.append(moves.double().mean().item())
+    rate = sum(accepted) / len(accepted) if accepted else math.nan
+    prompts, chains = state.objective.shape
+    return Moved(state, Selection(torch.arange(chains).expand(prompts, -1), rate), tuple(redrawn))
+
+
+class SuffixChains(MetropolisHastings):
+    """Chains over a rung's own proposals, as the paper's, which then redraw a suffix of their text M - 1 times.
+
+    Where whole texts are rarely accepted, because their weights vary too much, parts of them still are. Each move is
+    one more proposal, of which only the suffix is drawn, and one more call of the objective.
+
+    Args:
+        num_chains: m.
+        steps: M, proposals per chain of either kind.
+    """
+
+    redraws: ClassVar[bool] = True
+
+    def __init__(self, num_chains: int, steps: int) -> None:
+        super().__init__(num_chains)
+        self.steps = steps
+        self._of_whole_texts = math.nan
+
+    @classmethod
+    def from_settings(cls, settings: SamplerSettings) -> SuffixChains:
+        return cls(settings.num_chains, settings.steps_per_chain)
+
+    def move(
+        self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
+    ) -> Moved:
+        self._of_whole_texts = selection.acceptance_rate
+        return suffix_chains(pool.select(selection.index), self.steps, tau, redraw, generator)
+
+    def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
+        return {"acceptance_rate_of_whole_texts": self._of_whole_texts}
