@@ -184,10 +184,10 @@ def compare(golds: dict[str, Gold], folder: Path) -> None:
     tau = {name: TASKS[name]().tau_max for name in found}
     blocks = []
     for name, results in found.items():
-        table = steering_table.table(name, results, golds[name], tau[name])
-        table.print()
-        table.write_markdown(folder / "steer_text.md")
-        blocks.append((folder / "steer_text.md").read_text())
+        for table in steering_table.tables(name, results, golds[name], tau[name]):
+            table.print()
+            table.write_markdown(folder / "steer_text.md")
+            blocks.append((folder / "steer_text.md").read_text())
     (folder / "steer_text.md").write_text("\n".join(blocks))
     steering_table.draw(folder / "steer_text.png", found, golds, tau)
     print(f"figure and tables: {folder}/steer_text.*")

@@ -148,4 +148,4 @@ def suffix_mh(job: Job) -> dict[str, float]:
 def to_accelerator(job: Job) -> None:
     """Move the model where it learns; trainers do so by themselves."""
     if torch.accelerator.is_available():
-        job.model.to(torch.accelerator.current_accelerator())  # type: ignore[arg-type]
+        job.model.to(torch.accelerator.current_accelerator())

@@ -89,7 +89,7 @@ def learned(job: Job, gold: Gold) -> dict[str, float]:
     adapter, spent = job.folder / "adapter", job.folder / "learned.json"
     if spent.exists():
         model = PeftModel.from_pretrained(job.model, adapter)
-        cost = json.loads(spent.read_text())
+        cost: dict[str, float] = json.loads(spent.read_text())
     else:
         began = Clock(cpu_seconds_before(job.folder))
         model, calls = LEARN[job.setting.method](job)
@@ -146,9 +146,9 @@ def main() -> None:
     given, output_dir, gold_dir, keep_model = sys.argv[1:]
     setting = Setting(**json.loads(given))
     path = setting.result(Path(output_dir))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix("").mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(path.with_suffix(".lock"), timeout=0):
+        with FileLock(path.with_suffix("") / "lock", timeout=0):
             if not path.exists():
                 run(setting, Path(output_dir), Path(gold_dir), keep_model == "keep_model")
     except Timeout:

@@ -36,9 +36,9 @@ def grid(
         for task in tasks:
             for number in calls:
                 for method in methods:
-                    own = {"aldrift": aldrift} if method == "aldrift" else {}
                     for rate in learning_rates if method in LEARNING else [0.0]:
-                        yield Setting(task, method, rate, number, seed, **shared, **own)
+                        own = aldrift if method == "aldrift" else {}
+                        yield Setting(task, method, rate, number, seed, aldrift=own, **shared)
 
 
 def make(

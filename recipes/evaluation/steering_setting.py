@@ -1,4 +1,4 @@
-"""What one run of the comparison of `recipes/steer_text.py` is: a task, a method, and all that its result depends on."""
+"""What a run of the comparison of `recipes/steer_text.py` is: a task, a method, and all that its result depends on."""
 
 from __future__ import annotations
 

@@ -17,24 +17,27 @@ from evaluation.gold import Gold
 from evaluation.steering_setting import Setting
 from evaluation.tables import Comparison
 
-COLUMNS = {
+CLOSENESS = {
     "KL(p_T‖q)": ("kl", ".2f"),
     "mean cost": ("cost", ".3f"),
+    "corrected mean cost": ("corrected_cost", ".3f"),
     "KL(q‖L)": ("kl_prior", ".2f"),
-    "acceptance": ("acceptance", ".2g"),
-    "acceptance, 99 % of p_T": ("acceptance_quantile", ".2g"),
     "log Z above": ("log_z_lower", ".2f"),
     "log Z below": ("log_z_upper", ".2f"),
     "ESS/n": ("ess", ".2f"),
-    "corrected mean cost": ("corrected_cost", ".3f"),
     "distinct": ("distinct", ".2f"),
+}
+COSTS = {
+    "acceptance": ("acceptance", ".2g"),
+    "acceptance, 99 % of p_T": ("acceptance_quantile", ".2g"),
     "tokens per exact draw": ("tokens_per_exact_draw", ",.0f"),
     "calls": ("calls", ",.0f"),
     "CPU s": ("cpu_seconds", ",.0f"),
     "s": ("seconds", ",.0f"),
     "MiB": ("peak_memory", ",.0f"),
 }
-"""The tables' columns: for each, the measure that it shows and the format of its numbers."""
+"""The columns of the two tables: for each, the measure that it shows and the format of its numbers."""
+WITH_ERRORS = ("kl", "cost", "corrected_cost", "acceptance")
 
 Result = dict[str, Any]
 """A run's measures, and under `setting` what it was."""
@@ -69,25 +72,29 @@ def _best_rate(rates: Mapping[float, Group]) -> Group:
     return min(rates.values(), key=kl)
 
 
-def table(task: str, results: Sequence[Result], gold: Gold, tau: float) -> Comparison:
-    """One task's table: what p_T has, by gold, and a row for each method and number of calls."""
-    cost = gold.by_prompt(gold.cost)
-    exact: dict[str, tuple[float, float]] = {
-        "cost": golden.mean_cost(cost, tau),
-        "kl_prior": golden.kl_from_prior(cost, tau),
-        "log_z_lower": golden.log_z(cost, tau),
-        "log_z_upper": golden.log_z(cost, tau),
-        "corrected_cost": golden.mean_cost(cost, tau),
-    }
-    made = Comparison(f"{task}: means ± standard errors", [*COLUMNS])
-    as_run = {name: value for name, (value, _) in exact.items()}
-    as_run |= {f"{name}_error": error for name, (_, error) in exact.items()}
-    made.rows.append(("p_T, by gold", [_cell([as_run], *column) for column in COLUMNS.values()]))
-    for (_, label), group in best(results).items():
-        rate, seeds = group[0]["setting"]["learning_rate"], len(group)
-        name = label + (f", lr {rate:g}" if rate else "") + (f", {seeds} seeds" if seeds > 1 else "")
-        made.rows.append((name, [_cell(group, *column) for column in COLUMNS.values()]))
+def tables(task: str, results: Sequence[Result], gold: Gold, tau: float) -> list[Comparison]:
+    """One task's two tables: what p_T has, by gold, and a row for each method and number of calls."""
+    made = []
+    for title, columns in ((f"{task}: closeness to p_T", CLOSENESS), (f"{task}: sampling p_T, and costs", COSTS)):
+        made.append(Comparison(title, [*columns]))
+        if columns is CLOSENESS:
+            made[-1].rows.append(
+                ("p_T, by gold", [_cell([of_target(gold, tau)], *column) for column in columns.values()])
+            )
+        for (_, label), group in best(results).items():
+            rate, seeds = group[0]["setting"]["learning_rate"], len(group)
+            name = label + (f", lr {rate:g}" if rate else "") + (f", {seeds} seeds" if seeds > 1 else "")
+            made[-1].rows.append((name, [_cell(group, *column) for column in columns.values()]))
     return made
+
+
+def of_target(gold: Gold, tau: float) -> Result:
+    """The measures that p_T itself would have."""
+    cost = gold.by_prompt(gold.cost)
+    mean, error = golden.mean_cost(cost, tau)
+    log_z = golden.log_z(cost, tau).value
+    bounds = {"log_z_lower": log_z, "log_z_upper": log_z}
+    return {"kl": 0.0, "cost": mean, "cost_error": error, "kl_prior": golden.kl_from_prior(cost, tau).value, **bounds}
 
 
 def _cell(group: Group, name: str, spec: str) -> str:
@@ -95,13 +102,11 @@ def _cell(group: Group, name: str, spec: str) -> str:
     values = [run[name] for run in group if name in run]
     if not values:
         return ""
-    spread = None
+    error = group[0].get(f"{name}_error")
     if len(values) > 1:
-        spread = statistics.stdev(values) / math.sqrt(len(values))
-    elif f"{name}_error" in group[0]:
-        spread = group[0][f"{name}_error"]
+        error = statistics.stdev(values) / math.sqrt(len(values))
     mean = format(statistics.mean(values), spec)
-    return mean if spread is None or name in ("calls", "peak_memory") else f"{mean} ± {format(spread, spec)}"
+    return mean if error is None or name not in WITH_ERRORS else f"{mean} ± {format(error, spec)}"
 
 
 def draw(

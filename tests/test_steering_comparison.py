@@ -1,0 +1,449 @@
+"""The comparison of steering methods: its measures and gradients against enumeration, and whole runs that resume."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import every_completion, lora, tiny_gpt2
+from evaluation import gold as golden
+from evaluation import steering_measures, steering_methods, steering_run, steering_runs, steering_table
+from evaluation import steering_trainers as trainers
+from evaluation.drawing_gold import GoldMaker
+from evaluation.gold import Gold
+from evaluation.steering_measures import ScoredGold
+from evaluation.steering_model import Drawn, Learner, Steered
+from evaluation.steering_setting import LEARNING, METHODS, Setting
+from problems.steering import TASKS, SteeringTask
+from test_gold import COSTS, LAWS, MODELS, TAU, count_b, exact
+
+from aldrift_hf.models.shared_prompts.attention import sharing
+from aldrift_hf.toy import word_tokenizer
+from aldrift_hf.types import no_progress
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def in_proportion(laws):
+    """Ten draws of each prompt in exactly these proportions: positions `[P, 10]`."""
+    return np.array([np.repeat(np.arange(4), np.round(10 * law).astype(int)) for law in laws])
+
+
+def pick(table, seen):
+    return np.take_along_axis(table, seen, 1)
+
+
+def enumerated_gold():
+    seen = in_proportion(LAWS)
+    return ScoredGold(
+        pick(COSTS, seen), np.log(pick(LAWS, seen)), np.log(pick(MODELS, seen)), np.ones_like(seen, dtype=bool)
+    )
+
+
+def enumerated_draws():
+    seen = in_proportion(MODELS)
+    names = [str(position) for row in seen for position in row]
+    return Drawn(
+        [[0] * (1 + int(name)) for name in names],
+        names,
+        pick(COSTS, seen),
+        np.log(pick(MODELS, seen)),
+        np.log(pick(LAWS, seen)),
+    )
+
+
+def test_measures_are_those_of_an_enumeration():
+    gold, drawn = enumerated_gold(), enumerated_draws()
+    bound, quantile = steering_measures.log_bounds(gold, TAU)
+    found = steering_measures.of_gold(gold, TAU) | steering_measures.of_draws(drawn, TAU, bound, quantile)
+    truth, weight = exact(), LAWS * np.exp(-TAU * COSTS) / MODELS
+    z = (LAWS * np.exp(-TAU * COSTS)).sum(-1, keepdims=True)
+    p = LAWS * np.exp(-TAU * COSTS) / z
+    accepted = (MODELS * weight / weight.max(-1, keepdims=True)).sum(-1)
+    tokens = (MODELS * np.arange(1, 5)).sum(-1)
+    expected = {
+        "kl": truth["kl_to_model"],
+        "log_z_upper": truth["log_z"] + truth["kl_to_model"],
+        "log_z_lower": truth["log_z"] - (MODELS * np.log(MODELS / p)).sum(-1).mean(),
+        "cost": (MODELS * COSTS).sum(-1).mean(),
+        "kl_prior": (MODELS * np.log(MODELS / LAWS)).sum(-1).mean(),
+        "acceptance": accepted.mean(),
+        "acceptance_quantile": accepted.mean(),
+        "ess": (1 / (MODELS * (weight / z) ** 2).sum(-1)).mean(),
+        "corrected_cost": truth["mean_cost"],
+        "distinct": 8 / 20,
+        "tokens_per_draw": tokens.mean(),
+        "tokens_per_exact_draw": (tokens / accepted).mean(),
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-9)
+    assert found["corrected_cost_error"] > 0
+
+
+def test_errors_of_corrected_draws_cover_the_truth():
+    rng, hits, repetitions = np.random.default_rng(0), 0, 500
+    for _ in range(repetitions):
+        seen = np.array([rng.choice(4, 200, p=law) for law in MODELS])
+        drawn = Drawn([[0]] * 400, [""] * 400, pick(COSTS, seen), np.log(pick(MODELS, seen)), np.log(pick(LAWS, seen)))
+        found = steering_measures.of_draws(drawn, TAU, np.zeros((2, 1)), np.zeros((2, 1)))
+        hits += abs(found["corrected_cost"] - exact()["mean_cost"]) <= 1.96 * found["corrected_cost_error"]
+    assert hits / repetitions == pytest.approx(0.95, abs=4 * np.sqrt(0.95 * 0.05 / repetitions))
+
+
+def test_a_bound_that_a_hundredth_of_the_target_exceeds():
+    weights = np.full((1, 200), 1.0)
+    log_weight = np.linspace(0.0, 1.99, 200)[None]
+    gold = ScoredGold(0.0 * weights, log_weight, 0.0 * weights, weights > 0)
+    largest, quantile = steering_measures.log_bounds(gold, TAU)
+    assert (largest.item(), quantile.item()) == pytest.approx((1.99, 1.97))
+
+
+def test_draws_of_little_weight_need_no_scores():
+    cost = np.array([[0.0, 5.0, 1.0, 9.0], [9.0, 9.0, 9.0, 0.0]])
+    scored = steering_measures.heaviest(cost, 1.0, 0.999)
+    assert scored.tolist() == [[True, True, True, False], [True, False, False, True]]
+    assert steering_measures.heaviest(cost, 1.0, 1.0).all()
+    log_prior = np.arange(8.0).reshape(2, 4)
+    known = np.where(scored, log_prior + np.array([[1.0, 1.0, 1.0, 5.0], [2.0, 0.0, 0.0, 2.0]]), np.nan)
+    whole = steering_measures.filled(known, log_prior, cost, 1.0)
+    assert (whole - log_prior).tolist() == pytest.approx(np.array([[1.0] * 4, [2.0] * 4]))
+
+
+def test_scores_of_gold_are_the_models(tokenizer, tmp_path):
+    """The right log q for each prompt's draws, also where some are left out."""
+    task = task_b()
+    gold = GoldMaker(task, tiny_gpt2(), tokenizer, 0).make(tmp_path / "b.json", 60, 60, no_progress)
+    steered = Steered(task, lora(tiny_gpt2(), seed=1), tokenizer, 0)
+    scored = ScoredGold.of(gold, steered, TAU, 0.9)
+    every = gold.by_prompt(steered.scores([draw % 3 for draw in range(60)], gold.completions))
+    assert 6 <= scored.scored.sum() < 60
+    assert scored.log_model[scored.scored] == pytest.approx(every[scored.scored], abs=1e-4)
+    prior = steered.scores([draw % 3 for draw in range(60)], gold.completions, prior=True)
+    assert prior == pytest.approx(gold.log_prior, abs=1e-3)
+
+
+# ---- Methods ---------------------------------------------------------------------------------------------------------
+
+
+def task_b():
+    rows = [{"prompt": prompt, "at_least": number} for number, prompt in enumerate(("a", "b a", "c"))]
+    return SteeringTask("b", rows, count_b, 3.0, TAU, 3)
+
+
+def test_fresh_draws(tokenizer):
+    """Their log q and log L are the scores of their tokens, and their costs those of their own prompts."""
+    steered = Steered(task_b(), lora(tiny_gpt2(), seed=1), tokenizer, 0)
+    drawn = steered.draw(50, (0,), which=[2, 0])
+    rows = [2] * 50 + [0] * 50
+    assert drawn.log_model.flatten() == pytest.approx(steered.scores(rows, drawn.completions), abs=1e-4)
+    assert drawn.log_prior.flatten() == pytest.approx(steered.scores(rows, drawn.completions, prior=True), abs=1e-4)
+    assert drawn.cost.flatten().tolist() == count_b(rows, drawn.texts, rows)
+    assert abs(drawn.log_model - drawn.log_prior).mean() > 0.1
+    plain = Steered(task_b(), tiny_gpt2(), tokenizer, 0).draw(2, (0,))
+    assert (plain.log_prior == plain.log_model).all()
+    assert plain.tokens.shape == (3, 2)
+
+
+def gradients(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+
+def test_dpg_follows_the_gradient_of_cross_entropy(tokenizer):
+    """In expectation over the model's draws, `factors · ∇ log q` is `∇ E_p[log q]`."""
+    task, model, every = task_b(), lora(tiny_gpt2(), seed=1), every_completion().tokens()
+    steered, row = Steered(task, model, tokenizer, 0), 1
+    rows = [row] * len(every)
+    texts = tokenizer.batch_decode(every, skip_special_tokens=True)
+    cost = np.array(count_b(rows, texts, rows))
+    log_target = steered.scores(rows, every, prior=True) - TAU * cost
+    log_z = np.logaddexp.reduce(log_target)
+    with sharing(steered.base):
+        log_q = steered.log_probs(rows, every)
+        (torch.tensor(np.exp(log_target - log_z)).float() * log_q).sum().backward()
+        wanted = gradients(model).clone()
+        model.zero_grad()
+        scores = steered.log_probs(rows, every)
+        log_weight = log_target - scores.detach().double().numpy()
+        factors = len(every) * steering_methods.dpg_factors(log_weight[None], np.array([log_z]))[0]
+        (scores.detach().exp() * torch.tensor(factors).float() * scores).sum().backward()
+    assert wanted.norm() > 0.1
+    assert gradients(model) == pytest.approx(wanted, abs=1e-4)
+
+
+def test_an_update_raises_what_has_positive_factors(tokenizer):
+    steered = Steered(task_b(), lora(tiny_gpt2()), tokenizer, 0)
+    rows, completions = [0, 2], [[2, 3, 4], [4, 0]]
+    before = steered.scores(rows, completions)
+    Learner(steered, 1e-2).ascend(rows, completions, [1.0, -1.0])
+    after = steered.scores(rows, completions)
+    assert after[0] > before[0] + 0.01
+    assert after[1] < before[1] - 0.01
+
+
+def test_expert_iteration_keeps_the_best():
+    found = [(0.5, [1]), (0.1, [2]), (0.5, [3]), (0.9, [4])]
+    assert steering_methods.best_share(found, 0.5) == [[2], [1]]
+    assert steering_methods.best_share(found, 0.01) == [[2]]
+
+
+def test_rewards_are_of_texts_and_get_the_costs_columns():
+    reward = trainers.reward_of(count_b)
+    given = {"completion_ids": [[1], [2]], "at_least": [1, 1], "trainer_state": None}
+    answers = [[{"role": "assistant", "content": "b a"}], "b b b"]
+    assert reward(prompts=[None] * 2, completions=answers, **given) == [0.0, -2.0]
+
+
+# ---- Tables ----------------------------------------------------------------------------------------------------------
+
+
+def result(method="rloo", rate=1e-4, calls=64, seed=0, **measures):
+    setting = Setting("tone", method, rate, calls, seed, "somewhere")
+    return {"setting": setting.identity(), "calls": calls, "cost": 0.5, "kl_prior": 1.0, **measures}
+
+
+def test_the_best_learning_rate_is_that_of_the_first_seed():
+    results = [
+        result(rate=1e-4, kl=1.0),
+        result(rate=2e-4, kl=0.9, kl_error=0.3),
+        result(rate=2e-4, seed=1, kl=1.1),
+        result(rate=1e-4, seed=1, kl=0.1),
+        result(rate=4e-4, seed=1, kl=0.0),
+        result("dpg", kl=2.0, kl_error=0.2),
+        result("rejection", rate=0.0),
+    ]
+    gold = Gold({}, [[1]], [[0]] * 4, [-1.0] * 4, [0.0, 0.0, 1.0, 1.0])
+    rows, costs = (dict(table.rows) for table in steering_table.tables("tone", results, gold, 8.0))
+    assert [*rows] == ["p_T, by gold", "rloo, lr 0.0002, 2 seeds", "dpg, lr 0.0001", "rejection"]
+    assert rows["rloo, lr 0.0002, 2 seeds"][0] == "1.00 ± 0.10"
+    assert rows["dpg, lr 0.0001"][0] == "2.00 ± 0.20"
+    assert rows["rejection"][0] == ""
+    assert rows["p_T, by gold"][4:6] == [f"{golden.log_z(gold.by_prompt(gold.cost), 8.0).value:.2f}"] * 2
+    assert [*costs] == [*rows][1:]
+    assert costs["rejection"][3] == "64"
+
+
+# ---- Whole runs ------------------------------------------------------------------------------------------------------
+
+WORDS = ["good", "bad", "amazing", "the", "dog", "beach"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a small chat model, whose words VADER knows, and gold of it for two tasks."""
+    folder = tmp_path_factory.mktemp("steering")
+    tokenizer = word_tokenizer(WORDS, " ")
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    model = tiny_gpt2(vocab_size=len(tokenizer), n_positions=64)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    for name in ("tone", "keywords"):
+        maker = GoldMaker(TASKS[name](), model, tokenizer, 0)
+        maker.make(folder / "gold" / f"{name}.json", 64, 64, no_progress)
+    return folder
+
+
+def command(place, out, *options):
+    line = ["steer_text.py", "--model_name_or_path", str(place / "model"), "--gold_dir", str(place / "gold")]
+    line += ["--output_dir", str(out), "--calls", "64", "--batch_size", "16", "--fresh_draws", "32"]
+    return [*line, "--learning_rates", "1e-2", "--chain_length", "4", *options]
+
+
+@pytest.fixture
+def here(monkeypatch, no_report):
+    """Runs happen in this process, and are counted."""
+    made = []
+
+    def process(command, stdout, stderr, env):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        made.append(json.loads(command[3])["method"])
+        status = 0
+        try:
+            steering_run.main()
+        except SystemExit as ended:
+            status = ended.code
+        return type("Done", (), {"returncode": status})()
+
+    monkeypatch.setattr(steering_runs.subprocess, "run", process)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tone", "keywords"])
+def test_all_methods(recipe_module, monkeypatch, capsys, place, here, tmp_path, task):
+    """Each method's run has its result, tables and figure show them, and none is run again."""
+    recipe = recipe_module("steer_text")
+    line = command(place, tmp_path, "--tasks", task, "--run", *METHODS)
+    monkeypatch.setattr(sys, "argv", line)
+    recipe.main()
+    out = capsys.readouterr().out
+    assert here == [*METHODS]
+    results = {run["setting"]["method"]: run for run in steering_runs.results(tmp_path, [task])}
+    assert [*results] == [*METHODS]
+    for method, run in results.items():
+        assert run["calls"] == (128 if (task, method) == ("keywords", "suffix_mh") else 64), method
+        assert run["cpu_seconds"] > 0
+        assert run["peak_memory"] > 100
+        assert 0 <= run["corrected_cost"] <= TASKS[task]().worst_cost
+        assert ("kl" in run) == (method != "suffix_mh")
+    for method in LEARNING:
+        assert results[method]["kl_prior"] > 1e-3, f"{method} has learned something"
+        assert results[method]["log_z_lower"] < results[method]["log_z_upper"]
+    exact = golden.kl_from_prior(*costs_of(place, task))
+    assert results["rejection"]["kl"] == pytest.approx(exact.value)
+    assert results["rejection"]["kl_prior"] == 0
+    table = (tmp_path / "steer_text.md").read_text()
+    assert "| expert_iteration, lr 0.01 |" in table
+    assert (tmp_path / "steer_text.png").stat().st_size > 10_000
+    assert "figure and tables:" in out
+    assert not [*tmp_path.glob("*/*/")], "what the runs needed on the way is gone"
+
+    here.clear()
+    monkeypatch.setattr(sys, "argv", line)
+    recipe.main()
+    assert here == []
+    assert (tmp_path / "steer_text.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*line, "--lora_alpha", "8"])
+    with pytest.raises(SystemExit, match="was made with another lora_alpha: choose another --output_dir"):
+        recipe.main()
+
+
+def costs_of(place, task):
+    gold = Gold.read(place / "gold" / f"{task}.json")
+    return gold.by_prompt(gold.cost), TASKS[task]().tau_max
+
+
+def setting_of(place, method="aldrift", **changes):
+    shared = {"batch_size": 16, "fresh_draws": 32, "gold_share": 1.0}
+    return Setting("tone", method, 1e-2, 64, 0, str(place / "model"), **{**shared, **changes})
+
+
+def measured(run):
+    left_out = ("setting", "seconds", "cpu_seconds", "peak_memory")
+    return {name: value for name, value in run.items() if name not in left_out}
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(place, tmp_path, monkeypatch, no_report):
+    setting, gold = setting_of(place, aldrift={"num_rungs": 3}), place / "gold"
+    alone = steering_run.run(setting, tmp_path / "alone", gold)
+    save, saved = trainers.TimeSpent.on_save, []
+
+    def killed(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainers.TimeSpent, "on_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            steering_run.run(setting, tmp_path / "parts", gold)
+    path = setting.result(tmp_path / "parts")
+    assert not path.exists()
+    before = trainers.cpu_seconds_before(path.with_suffix(""))
+    again = steering_run.run(setting, tmp_path / "parts", gold, keep_model=True)
+    assert measured(again) == pytest.approx(measured(alone), nan_ok=True)
+    assert again["cpu_seconds"] > before > 0
+    assert (path.with_suffix("") / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_what_was_learned_is_not_learned_again(place, tmp_path, monkeypatch):
+    setting, gold = setting_of(place, "dpg"), place / "gold"
+    alone = steering_run.run(setting, tmp_path / "alone", gold)
+    with monkeypatch.context() as patch:
+        patch.delattr(steering_run, "of_draws")
+        with pytest.raises(NameError):
+            steering_run.run(setting, tmp_path / "parts", gold)
+    monkeypatch.setitem(steering_run.LEARN, "dpg", pytest.fail)
+    again = steering_run.run(setting, tmp_path / "parts", gold)
+    assert measured(again) == pytest.approx(measured(alone))
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(place, tmp_path):
+    setting, told = setting_of(place, "rejection"), []
+    assert not steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert [line.partition(":")[0] for line in told] == ["tone rejection_lr0.01_calls64_seed0"]
+    (run,) = steering_runs.results(tmp_path, [*TASKS])
+    assert run["setting"] == setting.identity()
+    steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert len(told) == 1, "nothing was left to do"
+
+
+def test_after_a_run_that_fails_the_others_are_made(place, tmp_path, monkeypatch):
+    """As when the kernel kills it: each is told with the file that has its output."""
+    settings, told = [setting_of(place), setting_of(place, "dpg")], []
+
+    def killed(command, stdout, stderr, env):
+        assert env["OMP_NUM_THREADS"] == "1"
+        print("Loading", file=stdout)
+        return type("Done", (), {"returncode": -9})()
+
+    monkeypatch.setattr(steering_runs.subprocess, "run", killed)
+    failures = steering_runs.make(settings, tmp_path, place / "gold", False, told.append)
+    assert failures == told
+    assert len(told) == 2
+    name, log = told[0].split(": ended with -9: see ")
+    assert name == "tone aldrift_lr0.01_calls64_seed0"
+    assert Path(log).read_text() == "Loading\n"
+
+
+def test_two_processes_never_make_the_same_run(place, here, tmp_path, monkeypatch):
+    setting, told = setting_of(place, "rejection"), []
+    path = setting.result(tmp_path)
+    path.with_suffix("").mkdir(parents=True)
+    with steering_run.FileLock(path.with_suffix("") / "lock"):
+        assert not steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert told == ["tone rejection_lr0.01_calls64_seed0: another process is at it"]
+    assert not path.exists()
+
+
+def test_gold_of_another_prior_is_refused(place, tmp_path):
+    setting = setting_of(place, "rejection")
+    gold = Gold.read(place / "gold" / "tone.json")
+    replace(gold, log_prior=[value - 1 for value in gold.log_prior]).write(tmp_path / "tone.json")
+    with pytest.raises(ValueError, match=r"gold of tone is of another prior than .*--make_gold"):
+        steering_run.run(setting, tmp_path / "out", tmp_path)
+
+
+def test_settings_of_aldrift_have_rows_of_their_own():
+    plain = Setting("tone", "aldrift", 1e-4, 64, 0, "somewhere")
+    other = replace(plain, aldrift={"loss_type": "nll", "num_rungs": 8})
+    assert plain.result(Path("out")) == Path("out/tone/aldrift_lr0.0001_calls64_seed0.json")
+    assert other.result(Path("out")).name == "aldrift,loss_type=nll,num_rungs=8_lr0.0001_calls64_seed0.json"
+    made = [*steering_runs.grid(METHODS, ["tone"], [1e-4, 2e-4], [64], [0, 1], {"num_rungs": 8}, model="somewhere")]
+    assert len(made) == 2 * (2 * len(LEARNING) + 2)
+    assert {setting.seed for setting in made[: len(made) // 2]} == {0}
+    assert all(bool(setting.aldrift) == (setting.method == "aldrift") for setting in made)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--run", "ppo"], "--run ppo: choose from aldrift, rloo"),
+        (["--calls", "100"], "--calls must be multiples of --batch_size 32, and at least two of them"),
+        (["--calls", "32"], "at least two of them"),
+        (["--learning_rates", "0"], "--learning_rates must be above 0"),
+        (["--keep", "1.5"], "--keep must be a share"),
+        (["--gold_share", "0"], "--gold_share must be a share"),
+        (["--chain_length", "0"], "--chain_length must be at least 1"),
+        (["--aldrift", "nll"], "--aldrift nll: write settings as NAME=VALUE"),
+    ],
+)
+def test_bad_options_are_one_clear_line(recipe_module, monkeypatch, options, message):
+    monkeypatch.setattr(sys, "argv", ["steer_text.py", *options])
+    with pytest.raises(SystemExit, match=message):
+        recipe_module("steer_text").main()
+
+
+def test_values_on_the_command_line(recipe_module):
+    arguments = recipe_module("steer_text").SteerArguments
+    given = ["loss_type=nll", "tau_step=1e-1", "num_rungs=8", "pareto_smoothing=true", "ladder=adaptive"]
+    assert arguments(aldrift=given).aldrift_settings == {
+        "loss_type": "nll",
+        "tau_step": 0.1,
+        "num_rungs": 8,
+        "pareto_smoothing": True,
+        "ladder": "adaptive",
+    }
