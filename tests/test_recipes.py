@@ -215,7 +215,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
         "speed": ("--sizes", "--rungs", "--mean_length"),
         "long_prompts": ("--lengths", "--proposals", "--proposals_apart"),
         "memory": ("--limits_gib", "--ways", "--max_completion_length"),
-        "steer_text": ("--tasks", "--make_gold", "--draws", "--gold_dir"),
+        "steer_text": ("--tasks", "--make_gold", "--gold_dir", "--run", "--calls", "--learning_rates", "--aldrift"),
         "external_objective": (
             "--processes",
             "--timeout",
