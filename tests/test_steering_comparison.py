@@ -105,10 +105,13 @@ def test_draws_of_little_weight_need_no_scores():
     scored = steering_measures.heaviest(cost, 1.0, 0.999)
     assert scored.tolist() == [[True, True, True, False], [True, False, False, True]]
     assert steering_measures.heaviest(cost, 1.0, 1.0).all()
-    log_prior = np.arange(8.0).reshape(2, 4)
-    known = np.where(scored, log_prior + np.array([[1.0, 1.0, 1.0, 5.0], [2.0, 0.0, 0.0, 2.0]]), np.nan)
-    whole = steering_measures.filled(known, log_prior, cost, 1.0)
-    assert (whole - log_prior).tolist() == pytest.approx(np.array([[1.0] * 4, [2.0] * 4]))
+    log_prior, ratio = np.arange(8.0).reshape(2, 4), np.array([[1.0, 3.0, 2.0, 5.0], [2.0, 0.0, 0.0, 4.0]])
+    whole = steering_measures.filled(np.where(scored, log_prior + ratio, np.nan), log_prior, cost, 1.0)
+    assert (whole - log_prior)[scored] == pytest.approx(ratio[scored])
+    for row in range(2):
+        known = scored[row]
+        average = np.average(ratio[row, known], weights=np.exp(-cost[row, known]))
+        assert (whole - log_prior)[row, ~known] == pytest.approx(average)
 
 
 def test_scores_of_gold_are_the_models(tokenizer, tmp_path):
@@ -335,14 +338,14 @@ def test_a_killed_run_goes_on_from_its_checkpoint(place, tmp_path, monkeypatch, 
         if len(saved) == 2:
             raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
-        patch.setattr(trainers.TimeSpent, "on_save", killed)
-        with pytest.raises(KeyboardInterrupt):
-            steering_run.run(setting, tmp_path / "parts", gold)
+    monkeypatch.setattr(trainers.TimeSpent, "on_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        steering_run.run(setting, tmp_path / "parts", gold)
     path = setting.result(tmp_path / "parts")
     assert not path.exists()
     before = trainers.cpu_seconds_before(path.with_suffix(""))
     again = steering_run.run(setting, tmp_path / "parts", gold, keep_model=True)
+    assert len(saved) == 3, "one rung was left"
     assert measured(again) == pytest.approx(measured(alone), nan_ok=True)
     assert again["cpu_seconds"] > before > 0
     assert (path.with_suffix("") / "adapter" / "adapter_model.safetensors").exists()
