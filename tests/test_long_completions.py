@@ -88,6 +88,8 @@ def test_figures_are_those_of_the_distributions(recipe, chat_model, tokenizer, t
 def test_what_is_known_is_not_measured_again(recipe, tmp_path, monkeypatch):
     """Figures are read; draws of an interrupted command are gone on with, and are the same as in one go."""
     whole = recipe(draws=40, chains=4, block=8)
+    rows = whole["prior_3_draws.json"]["draws"]
+    assert rows[:8] != rows[8:16], "each block has random numbers of its own"
     figures = tmp_path / "out" / "prior_3_figures.json"
     draws = tmp_path / "out" / "prior_3_draws.json"
     written = figures.stat().st_mtime_ns
