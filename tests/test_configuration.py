@@ -73,7 +73,10 @@ def config(tmp_path):
         ({"model_init_kwargs": "kwargs.json"}, "model_init_kwargs must be a mapping"),
         ({"model_init_kwargs": {1: 2}}, "model_init_kwargs must be"),
         ({"model_init_kwargs": []}, r"model_init_kwargs must be of type Union\[dict\[str, Any\], str\], got \[\]"),
-        ({"sampler": "gibbs"}, "sampler must be one of archive, metropolis_hastings, suffix, top, reweight, got 'gibbs'"),
+        (
+            {"sampler": "gibbs"},
+            "sampler must be one of archive, metropolis_hastings, suffix, top, reweight, got 'gibbs'",
+        ),
         ({"sampler": 3}, "sampler must be of type str, got 3"),
         ({"ladder": "snake"}, "ladder must be one of linear, adaptive, got 'snake'"),
         ({"loss_type": "hinge"}, "loss_type must be one of nll, generalized_kl, got 'hinge'"),

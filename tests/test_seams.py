@@ -232,7 +232,7 @@ def test_a_samplers_figures_cannot_take_the_place_of_the_runs(name, config, toke
 
 def test_an_engine_that_cannot_continue_texts_is_not_asked_to(config, tokenizer):
     trainer = trainer_of(config(**SETTINGS), tokenizer, engine=uniform_table(every_completion()))
-    with pytest.raises(ValueError, match="TableEngine has no argument `limits` .* choose another correction"):
+    with pytest.raises(ValueError, match=r"TableEngine has no argument `limits` .* choose another correction"):
         trainer.sample(2, correction="suffix")
-    with pytest.raises(ValueError, match="TableEngine has no argument `limits` .* choose another sampler"):
+    with pytest.raises(ValueError, match=r"TableEngine has no argument `limits` .* choose another sampler"):
         ALDRIFTTrainer("no/model", count_a, config(sampler="suffix"), engine=uniform_table(every_completion()))
