@@ -111,9 +111,10 @@ class SteerArguments:
         for name in ("draws", "block", "batch_size", "lora_alpha", "chain_length", "fresh_draws", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
-        for name in ("keep", "gold_share"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"--{name} must be a share: above 0, and at most 1")
+        if not 0 < self.keep <= 1:
+            raise ValueError("--keep must be a share: above 0, and at most 1")
+        if not 0.9 <= self.gold_share <= 1:
+            raise ValueError("--gold_share must be from 0.9 to 1: KL(p_T‖q) would be that of a few draws")
         if any(calls % self.batch_size or calls < 2 * self.batch_size for calls in self.calls):
             raise ValueError(f"--calls must be multiples of --batch_size {self.batch_size}, and at least two of them")
         if any(rate <= 0 for rate in self.learning_rates):

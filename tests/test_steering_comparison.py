@@ -429,7 +429,7 @@ def test_settings_of_aldrift_have_rows_of_their_own():
         (["--calls", "32"], "at least two of them"),
         (["--learning_rates", "0"], "--learning_rates must be above 0"),
         (["--keep", "1.5"], "--keep must be a share"),
-        (["--gold_share", "0"], "--gold_share must be a share"),
+        (["--gold_share", "0.5"], "--gold_share must be from 0.9 to 1"),
         (["--chain_length", "0"], "--chain_length must be at least 1"),
         (["--aldrift", "nll"], "--aldrift nll: write settings as NAME=VALUE"),
     ],

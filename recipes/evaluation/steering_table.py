@@ -22,8 +22,8 @@ CLOSENESS = {
     "mean cost": ("cost", ".3f"),
     "corrected mean cost": ("corrected_cost", ".3f"),
     "KL(q‖L)": ("kl_prior", ".2f"),
-    "log Z above": ("log_z_lower", ".2f"),
-    "log Z below": ("log_z_upper", ".2f"),
+    "log Z, lower bound": ("log_z_lower", ".2f"),
+    "log Z, upper bound": ("log_z_upper", ".2f"),
     "ESS/n": ("ess", ".2f"),
     "distinct": ("distinct", ".2f"),
 }
