@@ -23,14 +23,14 @@ WORDS = ["good", "bad", "amazing", "the", "dog", "beach"]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a small chat model, whose words VADER knows, and gold of it for two tasks."""
+    """A folder with a small chat model, whose words VADER knows, and gold of it for three tasks."""
     folder = tmp_path_factory.mktemp("steering")
     tokenizer = word_tokenizer(WORDS, " ")
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     model = tiny_gpt2(vocab_size=len(tokenizer), n_positions=64)
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
-    for name in ("tone", "keywords"):
+    for name in ("tone", "keywords", "instruction"):
         maker = GoldMaker(TASKS[name](), model, tokenizer, 0)
         maker.make(folder / "gold" / f"{name}.json", 64, 64, no_progress)
     return folder
@@ -62,7 +62,7 @@ def here(monkeypatch, no_report):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["tone", "keywords"])
+@pytest.mark.parametrize("task", ["tone", "keywords", "instruction"])
 def test_all_methods(recipe_module, monkeypatch, capsys, place, here, tmp_path, task):
     """Each method's run has its result, tables and figure show them, and none is run again."""
     recipe = recipe_module("steer_text")
@@ -74,7 +74,7 @@ def test_all_methods(recipe_module, monkeypatch, capsys, place, here, tmp_path, 
     results = {run["setting"]["method"]: run for run in steering_runs.results(tmp_path, [task])}
     assert [*results] == [*METHODS]
     for method, run in results.items():
-        assert run["calls"] == (128 if (task, method) == ("keywords", "suffix_mh") else 64), method
+        assert run["calls"] == (128 if method == "suffix_mh" and task != "tone" else 64), method
         assert run["cpu_seconds"] > 0
         assert run["peak_memory"] > 100
         assert 0 <= run["corrected_cost"] <= TASKS[task]().worst_cost
