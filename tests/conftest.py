@@ -15,7 +15,6 @@ from types import ModuleType
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 
 import pytest
 import torch
@@ -33,6 +32,7 @@ from aldrift_hf.toy import word_tokenizer
 from aldrift_hf.types import Completions
 
 transformers_logging.set_verbosity_error()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 transformers_logging.disable_progress_bar()
 
 WORDS = ["a", "b", "c"]
