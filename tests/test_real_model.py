@@ -1,17 +1,23 @@
 """A real chat model with a real tokenizer, chat template and 49,152 words: what small models cannot show."""
 
+import contextlib
 import math
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ALDRIFTTrainer
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from problems.real_model import real_gguf, real_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from aldrift_hf.models.prior import base_model
-from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.models.head import projected_logprobs
+from aldrift_hf.models.passes import apart, join
+from aldrift_hf.models.prior import base_model, keep_four_bit_weights
+from aldrift_hf.models.prompts import encode_prompt
+from aldrift_hf.models.scoring import inference, learning_pass, sequence_logprobs
+from aldrift_hf.models.shared_prompts import support
+from aldrift_hf.models.shared_prompts.attention import sharing
 
 pytestmark = [pytest.mark.slow, pytest.mark.real_model]
 
@@ -109,3 +115,33 @@ def test_the_gguf_file_is_the_folders_model(folder, gguf, config):
     with inference(plain):
         expected = sequence_logprobs(plain, prompts, drawn.completions, pad_token_id=0, batch_size=2)
     assert torch.allclose(drawn.log_prior.flatten(), expected, atol=0.05)  # weights rounded to fp16
+
+
+def test_a_shared_prompt_in_four_bits_gives_the_scores_and_gradients_of_rows_alone(folder):
+    """The prompt's keys and values, computed once, come from quantised layers."""
+    pytest.importorskip("bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=torch.float32)
+    keep_four_bit_weights(model)
+    policy = get_peft_model(model, LoraConfig(**LORA, init_lora_weights=False))
+    base, tokenizer = base_model(policy), AutoTokenizer.from_pretrained(folder)
+    prompt = encode_prompt(CHAT, 0, tokenizer)
+    texts = [" The food was cold.", " A quiet place, with good bread and slow service.", " Never again!"]
+    completions = tokenizer(texts)["input_ids"]
+
+    def gradients(shared):
+        policy.zero_grad()
+        rows = join([prompt] * len(texts), completions, 0)
+        forward = learning_pass(base, rows) if shared else apart(rows)
+        with sharing(base) if shared else contextlib.nullcontext():
+            scores = forward.table(projected_logprobs(base, forward.select, forward.targets, **forward.inputs)).sum(-1)
+            (scores * torch.tensor([1.0, -2.0, 0.5])).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+        return scores.detach(), gradient, forward.inputs["input_ids"].numel()
+
+    with inference(policy):
+        assert support.can_share_prompts(base, 10)
+    (scores, gradient, tokens), (alone, expected, all_tokens) = gradients(True), gradients(False)
+    assert tokens < 0.6 * all_tokens
+    assert torch.allclose(scores, alone, atol=1e-3)
+    assert (gradient - expected).norm() < 1e-3 * expected.norm()
