@@ -80,7 +80,13 @@ class SteerArguments:
         },
     )
     batch_size: int = field(default=32, metadata={"help": "Completions per update, of all methods."})
-    lora_alpha: int = field(default=32, metadata={"help": "α of the adapter, whose rank is 16."})
+    lora: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Settings of LoraConfig for all methods that learn, as NAME=VALUE: r=1 lora_bias=true "
+            "target_modules=[o_proj,down_proj] layers_to_transform=[10,11]. Default: rank 16, α 32, all linear layers."
+        },
+    )
     dtype: str = field(
         default="float32",
         metadata={"choices": ["float32", "bfloat16"], "help": "Precision of the model's weights in --run."},
@@ -108,7 +114,7 @@ class SteerArguments:
         for option, given, known in (("tasks", self.tasks, TASKS), ("run", self.run, METHODS)):
             if unknown := sorted({*given} - {*known}):
                 raise ValueError(f"--{option} {' '.join(unknown)}: choose from {', '.join(known)}")
-        for name in ("draws", "block", "batch_size", "lora_alpha", "chain_length", "fresh_draws", "threads"):
+        for name in ("draws", "block", "batch_size", "chain_length", "fresh_draws", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} must be at least 1")
         if not 0 < self.keep <= 1:
@@ -119,13 +125,14 @@ class SteerArguments:
             raise ValueError(f"--calls must be multiples of --batch_size {self.batch_size}, and at least two of them")
         if any(rate <= 0 for rate in self.learning_rates):
             raise ValueError("--learning_rates must be above 0")
-        if wrong := [item for item in self.aldrift if "=" not in item]:
-            raise ValueError(f"--aldrift {' '.join(wrong)}: write settings as NAME=VALUE")
+        for option in ("aldrift", "lora"):
+            if wrong := [item for item in getattr(self, option) if "=" not in item]:
+                raise ValueError(f"--{option} {' '.join(wrong)}: write settings as NAME=VALUE")
 
-    @property
-    def aldrift_settings(self) -> dict[str, Any]:
-        """Settings for the method `aldrift`."""
-        return {name: number(value) for name, _, value in (item.partition("=") for item in self.aldrift)}
+
+def named(items: list[str]) -> dict[str, Any]:
+    """Settings that are given as NAME=VALUE."""
+    return {name: number(value) for name, _, value in (item.partition("=") for item in items)}
 
 
 def number(text: str) -> Any:
@@ -157,7 +164,7 @@ def main() -> None:
 
 def run(options: SteerArguments) -> list[str]:
     """Make the runs asked for that are not there; a line for each that failed."""
-    shared = ("dtype", "threads", "batch_size", "lora_alpha", "gradient_checkpointing", "fresh_draws")
+    shared = ("dtype", "threads", "batch_size", "gradient_checkpointing", "fresh_draws")
     shared += ("gold_share", "keep", "chain_length")
     try:
         settings = steering_runs.grid(
@@ -166,7 +173,8 @@ def run(options: SteerArguments) -> list[str]:
             options.learning_rates,
             options.calls,
             options.seeds,
-            options.aldrift_settings,
+            named(options.aldrift),
+            named(options.lora),
             model=options.model_name_or_path or str(real_model()),
             **{name: getattr(options, name) for name in shared},
         )

@@ -23,6 +23,7 @@ def grid(
     calls: Sequence[int],
     seeds: Sequence[int],
     aldrift: dict[str, Any],
+    lora: dict[str, Any],
     **shared: Any,
 ) -> Iterator[Setting]:
     """The settings of all runs: first seeds first. Methods at test time have no learning rate.
@@ -30,6 +31,7 @@ def grid(
     Args:
         methods, tasks, learning_rates, calls, seeds: what is varied.
         aldrift: settings for the method `aldrift` alone.
+        lora: settings of the adapter, for all methods that learn.
         shared: other attributes of [`Setting`].
     """
     for seed in seeds:
@@ -37,8 +39,8 @@ def grid(
             for number in calls:
                 for method in methods:
                     for rate in learning_rates if method in LEARNING else [0.0]:
-                        own = aldrift if method == "aldrift" else {}
-                        yield Setting(task, method, rate, number, seed, aldrift=own, **shared)
+                        own, adapter = aldrift if method == "aldrift" else {}, lora if method in LEARNING else {}
+                        yield Setting(task, method, rate, number, seed, aldrift=own, lora=adapter, **shared)
 
 
 def make(

@@ -26,13 +26,13 @@ class Setting:
         dtype: precision of its weights.
         threads: threads of the run's process; the result does not depend on them.
         batch_size: completions per update.
-        lora_alpha: the adapter's α: its product is multiplied by α / 16, for its rank is 16.
         gradient_checkpointing: whether layers are computed again in the backward pass.
         fresh_draws: draws of the trained model that it is measured on, over all prompts.
         gold_share: share of p_T's weight that the gold draws which the model scores must have.
         keep: share of each prompt's draws that expert iteration learns from.
         chain_length: draws per chain of suffix Metropolis-Hastings.
         aldrift: settings of `ALDRIFTConfig`, beside those of [`evaluation.steering_trainers.aldrift_config`].
+        lora: settings of `LoraConfig`, beside those of `Job.lora` there; empty for a method that does not learn.
     """
 
     task: str
@@ -44,18 +44,19 @@ class Setting:
     dtype: str = "float32"
     threads: int = 1
     batch_size: int = 32
-    lora_alpha: int = 32
     gradient_checkpointing: bool = False
     fresh_draws: int = 256
     gold_share: float = 0.99
     keep: float = 0.25
     chain_length: int = 32
     aldrift: dict[str, Any] = field(default_factory=dict)
+    lora: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """The method, with what was set for it."""
-        return " ".join([self.method, *(f"{name}={value}" for name, value in self.aldrift.items())])
+        adapter = {f"lora_{name.removeprefix('lora_')}": value for name, value in self.lora.items()}
+        return " ".join([self.method, *(f"{name}={value}" for name, value in (self.aldrift | adapter).items())])
 
     def result(self, folder: Path) -> Path:
         """The file of the run's result."""

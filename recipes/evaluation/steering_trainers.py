@@ -46,15 +46,16 @@ class Job:
 
     @property
     def lora(self) -> LoraConfig:
-        """The adapter that every method trains. α and the rank are those of TRL's command line."""
-        return LoraConfig(
-            task_type="CAUSAL_LM",
-            r=16,
-            lora_alpha=self.setting.lora_alpha,
-            lora_dropout=0.0,
-            target_modules="all-linear",
-            fan_in_fan_out=self.model.config.model_type == "gpt2",
-        )
+        """The adapter that every method trains: α and the rank of TRL's command line, then what `--lora` sets."""
+        settings = {
+            "task_type": "CAUSAL_LM",
+            "r": 16,
+            "lora_alpha": 32,
+            "lora_dropout": 0.0,
+            "target_modules": "all-linear",
+            "fan_in_fan_out": self.model.config.model_type == "gpt2",
+        }
+        return LoraConfig(**settings | self.setting.lora)
 
     @property
     def training(self) -> dict[str, Any]:
