@@ -45,6 +45,165 @@ def command(place, out, *options):
 @pytest.fixture
 def here(monkeypatch, no_report):
     """Runs happen in this process, and are counted."""
+    made = []
+
+    def process(command, stdout, stderr, env):
+        monkeypatch.setattr(sys, "argv", command[2:])
+        made.append(json.loads(command[3])["method"])
+        status = 0
+        try:
+            steering_run.main()
+        except SystemExit as ended:
+            status = ended.code
+        return type("Done", (), {"returncode": status})()
+
+    monkeypatch.setattr(steering_runs.subprocess, "run", process)
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["tone", "keywords", "instruction"])
+def test_all_methods(recipe_module, monkeypatch, capsys, place, here, tmp_path, task):
+    """Each method's run has its result, tables and figure show them, and none is run again."""
+    recipe = recipe_module("steer_text")
+    line = command(place, tmp_path, "--tasks", task, "--run", *METHODS)
+    monkeypatch.setattr(sys, "argv", line)
+    recipe.main()
+    out = capsys.readouterr().out
+    assert here == [*METHODS]
+    results = {run["setting"]["method"]: run for run in steering_runs.results(tmp_path, [task])}
+    assert [*results] == [*METHODS]
+    for method, run in results.items():
+        assert run["calls"] == (128 if method == "suffix_mh" and task != "tone" else 64), method
+        assert run["cpu_seconds"] > 0
+        assert run["peak_memory"] > 100
+        assert 0 <= run["corrected_cost"] <= TASKS[task]().worst_cost
+        assert ("kl" in run) == (method != "suffix_mh")
+    for method in LEARNING:
+        assert results[method]["kl_prior"] > 1e-3, f"{method} has learned something"
+        assert results[method]["log_z_lower"] < results[method]["log_z_upper"]
+    exact = golden.kl_from_prior(*costs_of(place, task))
+    assert results["rejection"]["kl"] == pytest.approx(exact.value)
+    assert results["rejection"]["kl_prior"] == 0
+    table = (tmp_path / "steer_text.md").read_text()
+    assert "| expert_iteration, lr 0.01 |" in table
+    assert (tmp_path / "steer_text.png").stat().st_size > 10_000
+    assert "figure and tables:" in out
+    assert not [*tmp_path.glob("*/*/")], "what the runs needed on the way is gone"
+
+    here.clear()
+    monkeypatch.setattr(sys, "argv", line)
+    recipe.main()
+    assert here == []
+    assert (tmp_path / "steer_text.md").read_text() == table
+    monkeypatch.setattr(sys, "argv", [*line, "--keep", "0.5"])
+    with pytest.raises(SystemExit, match="was made with another keep: choose another --output_dir"):
+        recipe.main()
+
+
+def costs_of(place, task):
+    gold = Gold.read(place / "gold" / f"{task}.json")
+    return gold.by_prompt(gold.cost), TASKS[task]().tau_max
+
+
+def setting_of(place, method="aldrift", **changes):
+    shared = {"batch_size": 16, "fresh_draws": 32, "gold_share": 1.0}
+    return Setting("tone", method, 1e-2, 64, 0, str(place / "model"), **{**shared, **changes})
+
+
+def measured(run):
+    left_out = ("setting", "seconds", "cpu_seconds", "peak_memory")
+    return {name: value for name, value in run.items() if name not in left_out}
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint(place, tmp_path, monkeypatch, no_report):
+    setting, gold = setting_of(place, aldrift={"num_rungs": 3}), place / "gold"
+    alone = steering_run.run(setting, tmp_path / "alone", gold)
+    save, saved = trainers.TimeSpent.on_save, []
+
+    def killed(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saved.append(1)
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainers.TimeSpent, "on_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        steering_run.run(setting, tmp_path / "parts", gold)
+    path = setting.result(tmp_path / "parts")
+    assert not path.exists()
+    before = trainers.cpu_seconds_before(path.with_suffix(""))
+    again = steering_run.run(setting, tmp_path / "parts", gold, keep_model=True)
+    assert len(saved) == 3, "one rung was left"
+    assert measured(again) == pytest.approx(measured(alone), nan_ok=True)
+    assert again["cpu_seconds"] > before > 0
+    assert (path.with_suffix("") / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_what_was_learned_is_not_learned_again(place, tmp_path, monkeypatch):
+    setting, gold = setting_of(place, "dpg"), place / "gold"
+    alone = steering_run.run(setting, tmp_path / "alone", gold)
+    with monkeypatch.context() as patch:
+        patch.delattr(steering_run, "of_draws")
+        with pytest.raises(NameError):
+            steering_run.run(setting, tmp_path / "parts", gold)
+    monkeypatch.setitem(steering_run.LEARN, "dpg", pytest.fail)
+    again = steering_run.run(setting, tmp_path / "parts", gold)
+    assert measured(again) == pytest.approx(measured(alone))
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own(place, tmp_path):
+    setting, told = setting_of(place, "rejection"), []
+    assert not steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert [line.partition(":")[0] for line in told] == ["tone rejection_lr0.01_calls64_seed0"]
+    (run,) = steering_runs.results(tmp_path, [*TASKS])
+    assert run["setting"] == setting.identity()
+    steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert len(told) == 1, "nothing was left to do"
+
+
+def test_after_a_run_that_fails_the_others_are_made(place, tmp_path, monkeypatch):
+    """As when the kernel kills it: each is told with the file that has its output."""
+    settings, told = [setting_of(place), setting_of(place, "dpg")], []
+
+    def killed(command, stdout, stderr, env):
+        assert env["OMP_NUM_THREADS"] == "1"
+        print("Loading", file=stdout)
+        return type("Done", (), {"returncode": -9})()
+
+    monkeypatch.setattr(steering_runs.subprocess, "run", killed)
+    failures = steering_runs.make(settings, tmp_path, place / "gold", False, told.append)
+    assert failures == told
+    assert len(told) == 2
+    name, log = told[0].split(": ended with -9: see ")
+    assert name == "tone aldrift_lr0.01_calls64_seed0"
+    assert Path(log).read_text() == "Loading\n"
+
+
+def test_two_processes_never_make_the_same_run(place, here, tmp_path, monkeypatch):
+    setting, told = setting_of(place, "rejection"), []
+    path = setting.result(tmp_path)
+    path.with_suffix("").mkdir(parents=True)
+    with steering_run.FileLock(path.with_suffix("") / "lock"):
+        assert not steering_runs.make([setting], tmp_path, place / "gold", False, told.append)
+    assert told == ["tone rejection_lr0.01_calls64_seed0: another process is at it"]
+    assert not path.exists()
+
+
+def test_gold_of_another_prior_is_refused(place, tmp_path):
+    setting = setting_of(place, "rejection")
+    gold = Gold.read(place / "gold" / "tone.json")
+    replace(gold, log_prior=[value - 1 for value in gold.log_prior]).write(tmp_path / "tone.json")
+    with pytest.raises(ValueError, match=r"gold of tone is of another prior than .*--make_gold"):
+        steering_run.run(setting, tmp_path / "out", tmp_path)
+
+
+def test_settings_of_aldrift_have_rows_of_their_own():
+    plain = Setting("tone", "aldrift", 1e-4, 64, 0, "somewhere")
+    other = replace(plain, aldrift={"loss_type": "nll", "num_rungs": 8})
+    assert plain.result(Path("out")) == Path("out/tone/aldrift_lr0.0001_calls64_seed0.json")
+    assert other.result(Path("out")).name == "aldrift,loss_type=nll,num_rungs=8_lr0.0001_calls64_seed0.json"
     own, adapter = {"num_rungs": 8}, {"r": 4}
     made = [*steering_runs.grid(METHODS, ["tone"], [1e-4, 2e-4], [64], [0, 1], own, adapter, model="somewhere")]
     assert len(made) == 2 * (2 * len(LEARNING) + 2)
