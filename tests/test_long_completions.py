@@ -46,7 +46,7 @@ def recipe(recipe_module, monkeypatch, tmp_path, chat_model, capsys):
 
 
 def exact(module, chat_model, model, tokenizer):
-    """log Z, p_T's mean cost and KL(p_T‖q), from all completions."""
+    """log Z, p_T's mean cost and its standard deviation, KL(p_T‖q) and ESS/n, from all completions."""
     from aldrift_hf.models.prompts import encode_prompt
 
     completions = every_completion()
@@ -56,7 +56,9 @@ def exact(module, chat_model, model, tokenizer):
     log_weight = log_probs(tiny_gpt2(n_positions=64), prompt, completions) - T * cost
     log_p, log_q = log_weight.log_softmax(0), log_probs(model, prompt, completions)
     ess = 1 / ((2 * log_p).exp() / log_q.exp()).sum()
-    return log_weight.logsumexp(0), (log_p.exp() * cost).sum(), (log_p.exp() * (log_p - log_q)).sum(), ess
+    mean = (log_p.exp() * cost).sum()
+    deviation = (log_p.exp() * (cost - mean) ** 2).sum().sqrt()
+    return log_weight.logsumexp(0), mean, deviation, (log_p.exp() * (log_p - log_q)).sum(), ess
 
 
 def test_figures_are_those_of_the_distributions(recipe, chat_model, tokenizer, tmp_path):
@@ -69,13 +71,16 @@ def test_figures_are_those_of_the_distributions(recipe, chat_model, tokenizer, t
         if not name.endswith("figures.json"):
             continue
         model = tiny_gpt2(n_positions=64) if name.startswith("prior") else adapter.base_model.model
-        log_z, cost, kl, ess = exact(recipe.module, chat_model, model, tokenizer)
+        log_z, cost, deviation, kl, ess = exact(recipe.module, chat_model, model, tokenizer)
         assert found["log_z"] == pytest.approx(log_z.item(), abs=5 * found["log_z_error"])
         assert found["kl"] == pytest.approx(kl.item(), abs=5 * found["kl_error"])
         assert found["ess"] == pytest.approx(ess.item(), rel=0.15)
         assert abs(found["missing_mass"]) <= 5 * found["missing_mass_error"] + 1e-6
-        for estimate in ("target_cost", "weighted_cost", "whole_cost", "suffix_cost"):
+        for estimate in ("target_cost", "weighted_cost"):
             assert found[estimate] == pytest.approx(cost.item(), abs=5 * found[f"{estimate}_error"]), estimate
+        for estimate in ("whole_cost", "suffix_cost"):  # of few chains, often all without a cost: an error of 0
+            assert found[estimate] == pytest.approx(cost.item(), abs=5 * deviation.item() / CHAINS**0.5), estimate
+            assert abs(found["cost"] - found[estimate]) > 10 * deviation.item() / CHAINS**0.5
         assert abs(found["cost"] - cost.item()) > 5 * found["cost_error"], "the draws are the target's"
         assert 0 <= found["suffix_tokens"] - found["tokens"] < 3 * CHAINS, "as many tokens, to a step"
         assert found["suffix_calls"] == CHAINS * (1 + found["suffix_steps"])
