@@ -1,4 +1,4 @@
-"""Steering tasks by trainers: ALDRIFT's, and TRL's policy gradients with `beta = 1/T` (RLOO's optimum is p_T as well)."""
+"""Steering tasks by trainers: ALDRIFT's, and TRL's with `beta = 1/T`, where RLOO's optimum is p_T as well."""
 
 from __future__ import annotations
 
