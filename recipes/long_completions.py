@@ -17,7 +17,6 @@ in --output_dir, one JSON file per model and length. An interrupted command goes
 
 import json
 import math
-import os
 import re
 import sys
 import time
@@ -29,7 +28,6 @@ from typing import Any, Optional
 import torch
 import xxhash
 from evaluation import gold as golden
-from evaluation.gold import Estimate
 from evaluation.tables import Comparison
 from peft import LoraConfig, PeftConfig
 from problems.real_model import HUB_ID, real_model
@@ -41,6 +39,7 @@ from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.samplers.chains import run_chains
 from aldrift_hf.algorithm.samplers.suffix import suffix_chains
 from aldrift_hf.models.loading import load_model, load_trained, tokenizer_of
+from aldrift_hf.reporting.record import replace_file
 from aldrift_hf.types import Completions, Proposals
 
 PRIOR = "prior"
@@ -139,8 +138,7 @@ class Cell:
         """Write a file whole, or not at all."""
         path = self.path(what)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.with_suffix(".part").write_text(json.dumps({"about": self.about, **values}))
-        os.replace(path.with_suffix(".part"), path)
+        replace_file(path, [json.dumps({"about": self.about, **values})])
 
 
 class Bench:
@@ -224,7 +222,7 @@ class Bench:
             "suffix_steps": len(accepted),
             "suffix_tokens": tokens,
             "suffix_calls": calls,
-            **with_error("suffix_cost", plain(state.objective)),
+            **golden.with_errors(suffix_cost=golden.plain_mean(state.objective.double().numpy())),
         }
 
 
@@ -236,16 +234,6 @@ def proposals(rows: list[list[Any]], length: int) -> Proposals:
     ids[:, : completions.ids.shape[1]] = completions.ids
     zeros = torch.zeros(len(rows), dtype=torch.long)
     return Proposals(zeros, Completions(ids, completions.length), cost, log_prior, log_model)
-
-
-def plain(values: torch.Tensor) -> Estimate:
-    """The mean of draws without weights, `[1, n]`."""
-    array = values.double().numpy()
-    return golden.mean(array, 0 * array, 0.0)
-
-
-def with_error(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: float(estimate.value), f"{name}_error": float(estimate.error)}
 
 
 def measure(cell: Cell, prior: Proposals | None) -> tuple[dict[str, float], Proposals]:
@@ -266,7 +254,7 @@ def measure(cell: Cell, prior: Proposals | None) -> tuple[dict[str, float], Prop
     figures |= {
         "whole_acceptance": whole.acceptance_rate,
         "whole_steps": len(drawn) // chains - 1,
-        **with_error("whole_cost", plain(drawn.select(whole.index).objective)),
+        **golden.with_errors(whole_cost=golden.plain_mean(drawn.select(whole.index).objective.double().numpy())),
     }
     first = drawn.select(torch.arange(chains)[None])
     figures |= bench.suffix(first, int(drawn.completions.length.sum()))
@@ -292,11 +280,13 @@ def of_draws(bench: Bench, drawn: Proposals, prior: Proposals) -> dict[str, floa
         "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
         "missing_mass": missing.mean().item(),
         "missing_mass_error": 0.0 if prior is drawn else math.hypot(own.error, known.error),
-        **with_error("log_z", own),
-        **with_error("kl", golden.kl_to_model(prior.objective.numpy(), tau, prior.log_prior.numpy(), log_q.numpy())),
-        **with_error("cost", plain(drawn.objective)),
-        **with_error("weighted_cost", golden.mean(drawn.objective.numpy(), effective, 1.0)),
-        **with_error("target_cost", golden.mean_cost(prior.objective.numpy(), tau)),
+        **golden.with_errors(
+            log_z=own,
+            kl=golden.kl_to_model(prior.objective.numpy(), tau, prior.log_prior.numpy(), log_q.numpy()),
+            cost=golden.plain_mean(drawn.objective.double().numpy()),
+            weighted_cost=golden.mean(drawn.objective.numpy(), effective, 1.0),
+            target_cost=golden.mean_cost(prior.objective.numpy(), tau),
+        ),
     }
 
 

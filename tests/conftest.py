@@ -183,6 +183,15 @@ def count_a(prompts: list, completions: list[str], **columns) -> list[float]:
 
 
 @pytest.fixture
+def chat_model(tokenizer, tmp_path) -> Path:
+    """The folder of a small model with a chat template."""
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (tiny_gpt2(n_positions=64), tokenizer):
+        part.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
 def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
     """Settings for a quick run; keyword arguments change them."""
 

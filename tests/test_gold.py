@@ -225,7 +225,7 @@ def test_the_file_is_json_with_a_draw_per_line(tokenizer, tmp_path):
     assert Gold.read(path) == made
     assert made.padded.tokens() == made.completions
     assert made.prompt_of_draws[:4] == [*made.prompts, made.prompts[0]]
-    assert not [*tmp_path.glob("*.part")]
+    assert [*tmp_path.iterdir()] == [path], "what it was written under is gone"
 
 
 def test_an_unfinished_turn_is_left_out():

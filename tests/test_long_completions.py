@@ -15,15 +15,6 @@ CHAINS = 200
 
 
 @pytest.fixture
-def chat_model(tokenizer, tmp_path):
-    """The folder of a small model with a chat template; its words are praise, blame, and neither."""
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    for part in (tiny_gpt2(n_positions=64), tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
-
-
-@pytest.fixture
 def recipe(recipe_module, monkeypatch, tmp_path, chat_model, capsys):
     """The recipe, with costs that differ among the words; a run returns its files of figures."""
     module = recipe_module("long_completions")

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import tiny_gpt2
 from datasets import Dataset
 from evaluation import gold as golden
 from evaluation.drawing_gold import GoldMaker
@@ -176,15 +175,6 @@ def test_bad_options_are_one_clear_line(recipe_module, monkeypatch, tmp_path, op
     monkeypatch.setattr(sys, "argv", ["steer_text.py", *options])
     with pytest.raises(SystemExit, match=message):
         recipe_module("steer_text").main()
-
-
-@pytest.fixture
-def chat_model(tokenizer, tmp_path):
-    """The folder of a small model with a chat template."""
-    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    for part in (tiny_gpt2(n_positions=64), tokenizer):
-        part.save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
 
 
 def test_gold_on_the_command_line(recipe_module, monkeypatch, tmp_path, chat_model, capsys):

@@ -13,7 +13,6 @@ few dozen or more.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -21,6 +20,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from aldrift_hf.reporting.record import replace_file
 from aldrift_hf.types import Completions
 
 Array: TypeAlias = NDArray[np.float64]
@@ -80,11 +80,9 @@ class Gold:
             '"columns": ["cost", "log_prior", "token_ids"],',
             '"draws": [',
             ",\n".join(_compact(row) for row in rows),
-            "]}\n",
+            "]}",
         ]
-        temporary = path.with_suffix(".part")
-        temporary.write_text("\n".join(lines))
-        os.replace(temporary, path)
+        replace_file(path, lines)
 
     @classmethod
     def read(cls, path: Path) -> Gold:
@@ -126,6 +124,17 @@ def mean(values: Array, cost: Array, tau: float) -> Estimate:
     those of the two distances, because they have the draws in common.
     """
     return _mean(values, cost, tau)
+
+
+def plain_mean(values: Array) -> Estimate:
+    """The mean of draws without weights, `[P, n]`."""
+    return mean(values, np.zeros_like(values), 0.0)
+
+
+def with_errors(**estimates: Estimate) -> dict[str, float]:
+    """Estimates by their names, and the standard error of each under `NAME_error`."""
+    measured = {name: estimate.value for name, estimate in estimates.items()}
+    return measured | {f"{name}_error": estimate.error for name, estimate in estimates.items()}
 
 
 def mean_cost(cost: Array, tau: float) -> Estimate:

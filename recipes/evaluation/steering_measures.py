@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation import gold as golden
-from evaluation.gold import Array, Estimate, Gold
+from evaluation.gold import Array, Gold
 from evaluation.steering_model import Drawn, Steered
 
 QUANTILE = 0.99
@@ -71,7 +71,7 @@ def filled(log_model: Array, log_prior: Array, cost: Array, tau: float) -> Array
 def of_gold(gold: ScoredGold, tau: float) -> dict[str, float]:
     """`kl`: KL(p_T‖q); `log_z_upper`: `E_{p_T}[log w] = log Z + KL(p_T‖q)`, with `w = L·exp(-T·d) / q`. Nats."""
     log_weight = gold.log_prior - tau * gold.cost - gold.log_model
-    return _with_errors(
+    return golden.with_errors(
         kl=golden.kl_to_model(gold.cost, tau, gold.log_prior, gold.log_model),
         log_z_upper=golden.mean(log_weight, gold.cost, tau),
     )
@@ -106,12 +106,12 @@ def of_draws(drawn: Drawn, tau: float, log_bound: Array, log_quantile: Array) ->
     accepted = np.exp(np.minimum(log_weight - log_bound, 0.0))
     prompts, n = drawn.cost.shape
     texts = [{*drawn.texts[row * n : (row + 1) * n]} for row in range(prompts)]
-    measured = _with_errors(
-        cost=_plain(drawn.cost),
-        kl_prior=_plain(drawn.log_model - drawn.log_prior),
-        acceptance=_plain(accepted),
-        acceptance_quantile=_plain(np.exp(np.minimum(log_weight - log_quantile, 0.0))),
-        log_z_lower=_plain(log_weight),
+    measured = golden.with_errors(
+        cost=golden.plain_mean(drawn.cost),
+        kl_prior=golden.plain_mean(drawn.log_model - drawn.log_prior),
+        acceptance=golden.plain_mean(accepted),
+        acceptance_quantile=golden.plain_mean(np.exp(np.minimum(log_weight - log_quantile, 0.0))),
+        log_z_lower=golden.plain_mean(log_weight),
         # Weights of draws of q take the place of exp(-τ·d), the weights of draws of L.
         corrected_cost=golden.mean(drawn.cost, -log_weight, 1.0),
     )
@@ -121,13 +121,3 @@ def of_draws(drawn: Drawn, tau: float, log_bound: Array, log_quantile: Array) ->
         "tokens_per_draw": float(drawn.tokens.mean()),
         "tokens_per_exact_draw": float((drawn.tokens.mean(-1) / accepted.mean(-1)).mean()),
     }
-
-
-def _plain(values: Array) -> Estimate:
-    """The mean of plain draws."""
-    return golden.mean(values, np.zeros_like(values), 0.0)
-
-
-def _with_errors(**estimates: Estimate) -> dict[str, float]:
-    measured = {name: estimate.value for name, estimate in estimates.items()}
-    return measured | {f"{name}_error": estimate.error for name, estimate in estimates.items()}

@@ -6,7 +6,6 @@ python -m evaluation.steering_run SETTING OUTPUT_DIR GOLD_DIR    # in recipes/; 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import shutil
 import sys
@@ -21,6 +20,7 @@ from peft import PeftModel
 from problems.steering import TASKS
 
 from aldrift_hf.models.loading import load_model, tokenizer_of
+from aldrift_hf.reporting.record import replace_file
 from evaluation.gold import Gold
 from evaluation.steering_measures import ScoredGold, log_bounds, of_draws, of_gold
 from evaluation.steering_methods import LEARN, rejection, suffix_mh, to_accelerator
@@ -50,9 +50,7 @@ def run(setting: Setting, output_dir: Path, gold_dir: Path, keep_model: bool = F
     check(gold, job)
     measures = learned(job, gold) if setting.method in LEARN else sampled(job, gold)
     result = {"setting": setting.identity(), **measures}
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(temporary, path)
+    replace_file(path, [json.dumps(result, indent=1)])
     if not keep_model:
         shutil.rmtree(job.folder)
     return result
@@ -95,7 +93,7 @@ def learned(job: Job, gold: Gold) -> dict[str, float]:
         model, calls = LEARN[job.setting.method](job)
         cost = {"calls": calls, **began.read()}
         model.save_pretrained(adapter)
-        spent.write_text(json.dumps(cost))
+        replace_file(spent, [json.dumps(cost)])
     steered = Steered(job.task, model, job.tokenizer, job.setting.seed)
     tau, per_prompt = job.task.tau_max, max(2, job.setting.fresh_draws // len(job.task.rows))
     scored = ScoredGold.of(gold, steered, tau, job.setting.gold_share)

@@ -108,6 +108,6 @@ def check_stored(setting: Setting, path: Path) -> None:
 def results(output_dir: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
     """All results that are there, those of the methods in their order."""
     found = [
-        json.loads(path.read_text()) for task in tasks for path in sorted((output_dir / task).glob("*_seed*.json"))
+        json.loads(path.read_text()) for task in tasks for path in sorted((output_dir / task).glob("[!_]*_seed*.json"))
     ]
     return sorted(found, key=lambda result: METHODS.index(result["setting"]["method"]))

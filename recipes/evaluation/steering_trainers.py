@@ -17,6 +17,7 @@ from problems.steering import SteeringTask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.reporting.record import replace_file
 from evaluation.baselines import TRL
 from evaluation.steering_setting import Setting
 
@@ -141,7 +142,7 @@ class TimeSpent(TrainerCallback):
         self.began, self.before = time.process_time(), cpu_seconds_before(folder)
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
-        self.path.write_text(json.dumps(self.before + time.process_time() - self.began))
+        replace_file(self.path, [json.dumps(self.before + time.process_time() - self.began)])
 
 
 def cpu_seconds_before(folder: Path) -> float:
