@@ -77,7 +77,7 @@ def test_khat_finds_the_shape_of_a_pareto_tail(shape):
 @pytest.mark.filterwarnings("ignore")
 def test_the_tail_is_fitted_as_arviz_does():
     array_stats = pytest.importorskip("arviz_stats.base").array_stats  # it wants Python 3.11
-    rng = np.random.default_rng(0)
+    rng, compared = np.random.default_rng(0), 0
     for n in (30, 61, 225, 1000, 4096):
         for row in (
             rng.normal(0, 3, n),
@@ -88,20 +88,35 @@ def test_the_tail_is_fitted_as_arviz_does():
             np.where(rng.uniform(size=n) < 0.9, rng.normal(size=n), -np.inf),
         ):
             smooth, khat = pareto.smoothed(row)
+            ordered, length = np.sort(row), math.floor(min(0.2 * n, 3 * math.sqrt(n)))
+            if ordered[n - length] - ordered[n - length - 1] <= pareto.RESOLUTION:
+                continue  # ours leaves out what hardly exceeds the threshold
             if math.isnan(khat):  # where steps of the tail are below RESOLUTION
                 assert (np.diff(np.sort(row)[-n // 5 :]) < pareto.RESOLUTION).any()
                 continue
             theirs, their_khat = array_stats.psislw(-row)
             assert khat == pytest.approx(their_khat, abs=1e-10)
+            compared += 1
             if (smooth != row).any():
                 ours = smooth - np.logaddexp.reduce(smooth)
                 assert np.allclose(np.sort(ours), np.sort(theirs), rtol=0, atol=1e-9)  # ties in any order
+    assert compared >= 20
 
 
 def test_khat_is_nan_where_there_is_no_tail():
     assert diagnostics.pareto_khat(torch.zeros(2, 100)).isnan().tolist() == [True, True]
     assert diagnostics.pareto_khat(torch.randn(1, 8)).isnan().all()
     assert diagnostics.pareto_khat(torch.full((1, 100), -math.inf)).isnan().all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-5])
+def test_khat_where_the_threshold_is_the_weight_of_many_draws(noise):
+    """As of texts that are neither good nor bad: those just above the threshold exceed it by rounding errors alone."""
+    generator = torch.Generator().manual_seed(4)
+    cost = torch.rand(1, 400, generator=generator, dtype=torch.float64)
+    cost = torch.where((cost > 0.05) & (cost < 0.3), 0.05, cost)
+    cost += noise * torch.randn(1, 400, generator=generator, dtype=torch.float64)
+    assert -1 < diagnostics.pareto_khat(-2 * cost).item() < 0.5, "the weights are bounded"
 
 
 def test_khat_is_not_fitted_to_rounding_errors():

@@ -28,13 +28,18 @@ def smoothed(log_weight: np.ndarray) -> tuple[np.ndarray, float]:
     """
     n = len(log_weight)
     length = math.floor(min(0.2 * n, 3 * math.sqrt(n)))
+    if length < MIN_TAIL:
+        return log_weight, math.nan
     order = np.argsort(log_weight, kind="stable")
-    tail = order[n - length :]
+    below, tail = order[n - length - 1], order[n - length :]
     with np.errstate(all="ignore"):  # from weights that are zero, and tails that are mostly one value
-        if length < MIN_TAIL or (np.diff(log_weight[tail]) > RESOLUTION).sum() < MIN_TAIL - 1:
+        # Equal costs make equal weights. Those that equal the threshold exceed it by rounding errors alone.
+        tail = tail[log_weight[tail] - log_weight[below] > RESOLUTION]
+        length = len(tail)
+        if (np.diff(log_weight[tail]) > RESOLUTION).sum() < MIN_TAIL - 1:
             return log_weight, math.nan
         relative = log_weight - log_weight[tail[-1]]
-        threshold = np.exp(relative[order[n - length - 1]])
+        threshold = np.exp(relative[below])
         shape, scale = fit(np.exp(relative[tail]) - threshold)
         share = (np.arange(length) + 0.5) / length
         quantile = -np.log1p(-share) if shape == 0 else np.expm1(-shape * np.log1p(-share)) / shape
