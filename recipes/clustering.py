@@ -73,7 +73,7 @@ def main() -> None:
     trainer = make_trainer(problem, config, model_config)
     # With chains of length 1, samples are uncorrected draws of the model, which is the prior before training.
     draws = {"prior": list(trainer.sample(options.draws, chain_length=1)["completion"])}
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     draws["model"] = list(trainer.sample(options.draws, chain_length=1)["completion"])
     draws["corrected"] = list(trainer.sample(options.draws)["completion"])
@@ -84,7 +84,7 @@ def main() -> None:
         table.print()
         table.write_markdown(folder / "clustering.md")
         console.print(effort_in_words(rungs[-1]))
-        console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
+        console.print(missing_mass_in_words(trainer.record.metrics))
         draw_figure(problem, draws, rungs, folder / "clustering.png")
         console.print(f"figure and table: {folder}/clustering.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
     if config.push_to_hub:

@@ -159,14 +159,14 @@ def main() -> None:
     trainer = ALDRIFTTrainer(model, programs, config, processing_class=tokenizer, peft_config=lora)
     # With chains of length 1, samples are uncorrected draws of the model, which is the prior before training.
     draws = {"prior": trainer.sample(options.draws, chain_length=1)}
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     draws |= {"model": trainer.sample(options.draws, chain_length=1), "corrected": trainer.sample(options.draws)}
     if trainer.is_world_process_zero():
         report(draws, Path(config.output_dir))
         print(effort_in_words(trainer.record.rungs[-1]))
         print(", ".join(f"{programs.counts[what]:,} {what}" for what in ("processes", "tried again", "timed out")))
-        print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
+        print(missing_mass_in_words(trainer.record.metrics))
     if config.push_to_hub:
         trainer.push_to_hub()  # again, now with the table
 

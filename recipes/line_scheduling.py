@@ -113,7 +113,7 @@ def main() -> None:
     # With chains of length 1, samples are uncorrected draws of the model, which is the prior before training.
     draws = {"prior": list(trainer.sample(options.draws, chain_length=1)["completion"])}
     distances = {"prior": kl()}
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
     draws["model"] = list(trainer.sample(options.draws, chain_length=1)["completion"])
     distances["model"] = kl()
@@ -133,7 +133,7 @@ def main() -> None:
             )
         if problem.favourites:
             console.print(preference_in_words(problem, draws, config.tau_max))
-        console.print(missing_mass_in_words(result.metrics.get("final_missing_mass")))
+        console.print(missing_mass_in_words(trainer.record.metrics))
         draw_figure(problem, draws, rungs, folder / "line_scheduling.png")
         console.print(f"figure and table: {folder}/line_scheduling.*   rungs: {folder}/rungs.jsonl   adapter: {folder}")
     if config.push_to_hub:

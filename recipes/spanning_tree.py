@@ -86,7 +86,7 @@ def main() -> None:
     # With chains of length 1, samples are uncorrected draws of the model, which is the prior before training.
     draws = {"prior": list(trainer.sample(options.draws, chain_length=1)["completion"])}
 
-    result = trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()
 
     uncorrected = trainer.sample(options.draws, chain_length=1)
@@ -98,7 +98,7 @@ def main() -> None:
         log_probs["exact p_T"] = strings.target(log_probs["prior"], config.tau_max)
         draws["exact p_T"] = strings.draw(log_probs["exact p_T"], options.draws, np.random.default_rng(config.seed))
     if trainer.is_world_process_zero():
-        report(problem, draws, strings, log_probs, uncounted, trainer, result.metrics)
+        report(problem, draws, strings, log_probs, uncounted, trainer)
     if config.push_to_hub:
         trainer.push_to_hub()  # again, now with the figure
 
@@ -110,7 +110,6 @@ def report(
     log_probs: dict[str, np.ndarray],
     uncounted: float,
     trainer: ALDRIFTTrainer,
-    metrics: dict[str, float],
 ) -> None:
     """Print and write the table, the missing mass, a few trees and the figure."""
     folder, console, rungs = Path(trainer.args.output_dir), Console(), trainer.record.rungs
@@ -118,7 +117,7 @@ def report(
     table.print()
     table.write_markdown(folder / "spanning_tree.md")
     console.print(effort_in_words(rungs[-1]))
-    console.print(missing_mass_in_words(metrics.get("final_missing_mass")))
+    console.print(missing_mass_in_words(trainer.record.metrics))
     console.print(
         f"trees: the model's draws cover {np.exp(-uncounted):.1%} of the {problem.number_of_trees():,.6g} spanning "
         f"trees that Kirchhoff's theorem counts ({uncounted:.2f} nats are missing)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
@@ -25,6 +26,7 @@ from transformers import logging as transformers_logging
 
 import aldrift_hf
 from aldrift_hf import ALDRIFTConfig
+from aldrift_hf.algorithm.ladders.linear import linear_ladder
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.reporting.writers import ReportWriter
 from aldrift_hf.selftest import exact
@@ -193,7 +195,7 @@ def chat_model(tokenizer, tmp_path) -> Path:
 
 @pytest.fixture
 def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
-    """Settings for a quick run; keyword arguments change them."""
+    """Settings for a quick run to T and no further; keyword arguments change them."""
 
     def make(**changes) -> ALDRIFTConfig:
         settings = {
@@ -213,7 +215,12 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
             "use_cpu": True,
             "save_strategy": "no",
         }
-        return ALDRIFTConfig(**{**settings, **changes})
+        settings |= changes
+        if "num_rungs" not in changes and settings.get("ladder", "linear") == "linear":
+            with contextlib.suppress(ValueError, TypeError, ZeroDivisionError):  # settings that are to be refused
+                step = settings["tau_step"] or 1 / settings["objective_range"]
+                settings["num_rungs"] = len(linear_ladder(settings["tau_max"], step))
+        return ALDRIFTConfig(**settings)
 
     return make
 

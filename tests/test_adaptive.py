@@ -23,8 +23,7 @@ def test_it_climbs_to_the_target(sampler, config, tokenizer):
     records = trainer.record.rungs
     taus = [record["tau"] for record in records]
     assert len(taus) >= 2
-    assert taus[-1] == 3.0, "the end is T exactly, and is learnt once"
-    assert taus[-2] < 3.0
+    assert taus[-1] == 3.0, "the end is T exactly"
     assert all(a <= b for a, b in itertools.pairwise(taus))
     for before, record in itertools.pairwise(records):
         if record["tau"] > before["tau"]:
@@ -42,9 +41,9 @@ def test_it_says_when_it_cannot_move(config, tokenizer, caplog):
     trainer.train()
     taus = [record["tau"] for record in trainer.record.rungs]
     assert 0 < taus[0] < 1
-    assert len(set(taus[-3:])) == 1
+    assert len(set(taus[-6:])) == 1
     assert taus[-1] < 3.0
-    assert "the adaptive ladder cannot leave tau = " in caplog.text
+    assert "The adaptive ladder cannot leave tau = " in caplog.text
     assert "Lower ess_threshold" in caplog.text
 
 

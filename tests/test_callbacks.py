@@ -31,6 +31,7 @@ SETTINGS = {
     **{"tau_max": 2.0, "tau_step": None, "objective": ["cost"], "num_generations": 2, "corrects": True},
     **{
         "sampler": "archive",
+        "success_threshold": 0.0,
         "ladder": "linear",
         "loss": "nll",
         "prior": "the base model",
@@ -44,7 +45,7 @@ SETTINGS = {
     **{"ess_threshold": 0.5, "versions": {}},
 }
 RUNG = {
-    **{"rung": 0, "tau": 2.0, "objective_mean": 1.0, "objective_best": 1.0, "success": 0.5, "ess": 0.5},
+    **{"rung": 0, "draws": 2, "tau": 2.0, "objective_mean": 1.0, "objective_best": 1.0, "success": 0.5, "ess": 0.5},
     **{"missing_mass": 2.0, "distinct_proposals": 1.0, "proposals": 2, "objective_calls": 2, "loss": 0.1},
 }
 
@@ -164,7 +165,7 @@ def events(callback: RunCallback, args, proposals: Proposals, first: bool) -> No
     record.rungs = [RUNG]
     callback.on_log(*event, logs=RUNG)
     callback.on_rung_learned(*event, record=record)
-    record.finished, record.metrics = True, {"objective": 1.0, "success": 1.0, "ess": 0.5}
+    record.finished, record.metrics = True, {"draws": 2, "objective": 1.0, "success": 1.0, "ess": 0.5}
     callback.on_measured(*event, record=record, metrics=record.metrics)
     callback.on_run_end(*event, record=record)
 
@@ -218,7 +219,7 @@ def test_a_kind_of_warning_is_logged_once_per_run(config, proposals, caplog):
         assert count("The model that drew rung 0 has lost 2.00 nats") == runs
         assert count("k-hat is 0.90") == runs
     for evaluations in (1, 2):
-        callback.on_measured(*event, record=record, metrics={"ess": 1.0, "missing_mass": 1.0})
+        callback.on_measured(*event, record=record, metrics={"draws": 2, "ess": 1.0, "missing_mass": 1.0})
         assert count("The model has lost 1.00 nats") == evaluations
     assert {each.levelno for each in caplog.records} == {logging.WARNING}
 

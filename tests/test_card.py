@@ -165,7 +165,7 @@ def test_what_it_says_is_what_the_record_holds(record, tmp_path):
     assert card.data.library_name == "transformers"
     assert "This model is [me/base](https://huggingface.co/me/base), fine-tuned in all parameters" in text
     assert f"| mean cost | {prior['objective_mean']:.4g} | {record.metrics['objective']:.4g} |" in text
-    assert f"| missing mass, nats |  | {record.metrics['missing_mass']:.2f} |" in text
+    assert f"| missing mass, nats |  | {record.metrics['missing_mass']:.2f}" in text
     assert "| inverse temperature T | 1.5 |" in text
     assert "| largest cost D | 4.5 |" in text
     assert "| ladder | linear, steps of 0.5 |" in text

@@ -49,6 +49,7 @@ def weighed(prompts, completions, weight):
 RUN = {
     "tau_max": 1.5,
     "tau_step": 0.5,
+    "num_rungs": 3,
     "objective_range": 3,
     "max_completion_length": 3,
     "sampler": "metropolis_hastings",

@@ -320,7 +320,6 @@ def test_copies_are_alike_and_keep_secrets(config):
     [
         ({"learning_rate": -1.0}, "Invalid learning rate"),
         ({"learning_rate": math.inf}, "two updates turn a weight of 1 into nan"),
-        ({"learning_rate": None}, "learning_rate=None"),
         ({"weight_decay": -0.1}, "weight_decay=-0.1.*: weight_decay must be at least 0"),
         ({"weight_decay": None}, "weight_decay=None"),
         ({"weight_decay": math.nan}, "two updates turn a weight of 1 into nan"),

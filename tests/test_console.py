@@ -61,9 +61,11 @@ def test_without_a_terminal_there_are_plain_lines(make, capsys):
     assert lines[4].startswith("trained in ")
     assert lines[5].startswith("final model: mean cost ")
     assert "missing mass" in lines[5]
-    assert lines[6].startswith("samples: mean cost ")
-    assert lines[7].startswith("evaluation: mean cost ")
-    assert len(lines) == 8
+    assert " ± " in lines[5]
+    assert lines[6] == "All of num_rungs=3 rungs were climbed."
+    assert lines[7].startswith("samples: mean cost ")
+    assert lines[8].startswith("evaluation: mean cost ")
+    assert len(lines) == 9
 
 
 def test_a_long_phase_says_how_far_it_is(make, capsys, monkeypatch):
@@ -155,7 +157,7 @@ from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.toy import word_tokenizer
 
 args = ALDRIFTConfig(
-    {folder!r}, tau_max=1.5, tau_step=0.5, objective_range=3.0, sampler="metropolis_hastings",
+    {folder!r}, tau_max=1.5, tau_step=0.5, num_rungs=3, objective_range=3.0, sampler="metropolis_hastings",
     num_generations=64, chain_length=4, max_completion_length=3, updates_per_rung=2, use_cpu=True, save_strategy="no",
     report_to=["trackio"], project="ladder",
 )

@@ -37,7 +37,8 @@ def cost(prompts, completions):
 
 model = tiny_gpt2()
 config = ALDRIFTConfig(
-    output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_generations=128, chain_length=4,
+    output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_rungs=3, num_generations=128,
+    chain_length=4,
     max_completion_length=3, per_device_generation_batch_size=None if "--short" in sys.argv else 16,
     per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
     use_cpu=True, save_strategy="steps", save_steps=6,

@@ -243,7 +243,8 @@ class FromTheModel(SuffixChains):
     """Without chains over whole texts before: the suffixes alone must lead to the target."""
 
     def select(self, pool, tau_before, tau, size, generator):
-        return Selection(torch.arange(self.num_chains).expand(len(pool.objective), -1))
+        chains = pool.objective.shape[-1] // self.chain_length
+        return Selection(torch.arange(chains).expand(len(pool.objective), -1))
 
 
 def learned_from(trainer, completions):
@@ -267,7 +268,7 @@ def test_samples_are_from_the_target(kind, config, tokenizer):
         num_generations=chains * STEPS,
         chain_length=STEPS,
     )
-    trainer.run.sampler = kind(chains, STEPS)
+    trainer.run.sampler = kind(STEPS)
     trainer.run.state.ladder = replace(trainer.run.state.ladder, taus=(0.5,))
     trainer.run.begin_rung()
     assert trainer.run.state.ladder.tau == TAU

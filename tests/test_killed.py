@@ -45,7 +45,8 @@ def train(folder):
 
     CostStore.add = noted
     args = ALDRIFTConfig(
-        output_dir=folder, tau_max=1.5, objective_range=6.0, tau_step=0.5, num_generations=64, chain_length=4,
+        output_dir=folder, tau_max=1.5, objective_range=6.0, tau_step=0.5, num_rungs=3, num_generations=64,
+        chain_length=4,
         max_completion_length=6, per_device_generation_batch_size=batch, per_device_train_batch_size=4,
         updates_per_rung=6, learning_rate=1e-2, disable_tqdm=True, use_cpu=True,
         save_strategy="steps", save_steps=4, report_to="none", sampler="metropolis_hastings",

@@ -104,7 +104,6 @@ def test_costs_are_stored_by_prompt_row_and_completion():
     assert evaluate(rows, [1, 1], ["a", "ccc"]).tolist() == [1, 3]
     assert seen == [[("x", "a"), ("x", "bb"), ("y", "a")], [("y", "ccc")]]
     assert evaluate.calls == 4
-    assert evaluate.best == 1
 
 
 def test_equal_rows_share_their_costs_across_data_sets():
@@ -184,7 +183,7 @@ def test_rounding_is_clamped_to_the_range(value, cost, on_error, tmp_path):
         costs = evaluate(prompts("x"), [0, 0], ["bad", "good"]).tolist()
         assert costs == [cost, 1.0]
         assert math.copysign(1, costs[0]) == 1
-        assert (evaluate.best, evaluate.failures) == (min(cost, 1.0), 0)
+        assert evaluate.failures == 0
         evaluate.close()
 
 
@@ -504,7 +503,7 @@ def test_a_number_outside_of_the_range_is_an_error_for_all_completions(on_error,
         evaluate = Objective(functions, None, 10.0, on_error=on_error)
         with pytest.raises(CostRangeError, match=r"negative|above objective_range=10\.0"):
             evaluate(prompts("x"), [0, 0], ["a", "bad"])
-        assert (evaluate.failures, evaluate.best) == (0, math.inf)
+        assert evaluate.failures == 0
 
 
 @pytest.mark.parametrize(("bound", "weights"), [(None, None), (5.0, [0.0])])
@@ -517,7 +516,7 @@ def test_failures_need_a_worst_cost(bound, weights):
 
 
 def counts(objective):
-    return objective.calls, objective.best, objective.failures
+    return objective.calls, objective.failures
 
 
 @pytest.mark.parametrize("same_folder", [True, False])
@@ -529,7 +528,7 @@ def test_a_resumed_run_counts_as_an_uninterrupted_one(same_folder, tmp_path):
         costs = whole(ONE, [0] * len(texts), texts).tolist()
         history.append((costs, counts(whole)))
         states.append(whole.state_dict())
-    assert history[-1] == ([4.0, 5.0, 0.0, 1.0], (5, 0.0, 1))
+    assert history[-1] == ([4.0, 5.0, 0.0, 1.0], (5, 1))
 
     resumed = tolerant(failing(["bb"], "raise"), tmp_path / ("whole" if same_folder else "other"))
     resumed.load_state_dict(states[0])
@@ -539,7 +538,7 @@ def test_a_resumed_run_counts_as_an_uninterrupted_one(same_folder, tmp_path):
     assert ["bb"] not in resumed.functions[0].asked
     for state in (states[-1], resumed.state_dict()):
         assert state["asked"].dtype == state["failed"].dtype == torch.int64
-        assert [len(state["asked"]), len(state["failed"]), state["best"].item()] == [5, 1, 0.0]
+        assert [len(state["asked"]), len(state["failed"])] == [5, 1]
     assert torch.equal(states[-1]["asked"], resumed.state_dict()["asked"])
 
 
@@ -549,24 +548,22 @@ def test_a_checkpoint_of_the_counts_holds_no_costs():
         "asked": (0,),
         "before": (0,),
         "failed": (0,),
-        "best": (),
     }
     objective(ONE, [0] * 4, TEXTS)
     sizes = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
-    assert sizes == {"asked": (4,), "before": (0,), "failed": (0,), "best": ()}
+    assert sizes == {"asked": (4,), "before": (0,), "failed": (0,)}
 
 
 def test_a_new_run_counts_from_zero_and_evaluates_only_what_failed():
     cost = failing(["bb"], "raise")
     objective = tolerant(cost)
-    assert objective.best == math.inf
     objective(ONE, [0] * 4, TEXTS)
-    assert counts(objective) == (4, 1.0, 1)
+    assert counts(objective) == (4, 1)
     objective.reset()
-    assert counts(objective) == (0, 1.0, 0), "the lowest cost seen stays known"
+    assert counts(objective) == (0, 0)
     cost.asked.clear()
     assert objective(ONE, [0, 0, 0], ["dddd", "ccc", "ccc"]).tolist() == [4.0, 3.0, 3.0]
-    assert counts(objective) == (0, 1.0, 0), "both were asked for before the run"
+    assert counts(objective) == (0, 0), "both were asked for before the run"
     assert cost.asked == []
     assert objective(ONE, [0, 0], ["bb", "a"]).tolist() == [5.0, 1.0]
     assert counts(objective) == (0, 1.0, 1)

@@ -35,6 +35,7 @@ SETTINGS = {
     "prompts": 1,
     "sampler": "metropolis_hastings",
     "corrects": True,
+    "success_threshold": 0.0,
     "tau_max": 3.0,
     "objective_range": None,
     "objective_weights": None,
@@ -53,6 +54,7 @@ def rung(index: int, tau: float, **changes: float) -> dict[str, float]:
         "objective_mean": 2.0 - 0.3 * tau,
         "objective_best": 0.0,
         "success": 0.2 * tau,
+        "draws": 64,
         "ess": 0.7,
         "khat": 0.2,
         "sample_objective_mean": 1.5 - 0.3 * tau,
@@ -82,7 +84,7 @@ def draw(completion: str, cost: float, **changes) -> dict:
 def record() -> RunRecord:
     """A finished run; costs of its draws sort otherwise as text than as numbers."""
     costs = [10.0, 2.0, 0.5, 1.0, 9.0, 0.0] * 5
-    metrics = {"objective": 0.6, "success": 0.48, "ess": 0.65, "distinct": 0.8, "missing_mass": -0.02}
+    metrics = {"draws": 64, "objective": 0.6, "success": 0.48, "ess": 0.65, "distinct": 0.8, "missing_mass": -0.02}
     return RunRecord(
         settings=dict(SETTINGS),
         objective_range=10.0,

@@ -105,7 +105,7 @@ def test_resumed_with_gradient_accumulation(config, tokenizer, tmp_path):
 
 
 def test_a_budget_spent_before_the_interruption_stays_spent(config, tokenizer, tmp_path):
-    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "max_objective_calls": 5}
+    save = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": None, "max_objective_calls": 30}
     whole = trainer_of("adapter-off", config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
     whole.train()
     assert whole.state.global_step == 4

@@ -12,8 +12,11 @@ from aldrift_hf.reporting import health
 from aldrift_hf.reporting.record import DRAWS_FILE, MAX_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
 from aldrift_hf.reporting.writers import RecordWriter
 
-SETTINGS = {"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "corrects": True, "num_generations": 512}
-RUNG = {"tau": 2.0, "objective_mean": 1.0, "success": 0.5, "ess": 0.5, "khat": 0.2, "missing_mass": 0.0}
+SETTINGS = {
+    **{"tau_max": 2.0, "objective": ["cost"], "sampler": "archive", "corrects": True, "num_generations": 512},
+    "success_threshold": 0.0,
+}
+RUNG = {"tau": 2.0, "draws": 512, "objective_mean": 1.0, "success": 0.5, "ess": 0.5, "khat": 0.2, "missing_mass": 0.0}
 
 
 @pytest.fixture
@@ -127,12 +130,20 @@ def test_odd_characters_survive(tmp_path):
 
 
 def test_a_good_run_has_no_warning():
-    good = record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01})
+    good = record(
+        metrics={"draws": 512, "objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01}
+    )
     assert health.run_warnings(good) == []
     assert health.outcome(good) == (
-        "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws reach the lowest cost "
-        "seen (the prior's: 50.0%); by the ladder's log Z, its draws cover 99% of p_T."
+        "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws are of cost 0 (the "
+        "prior's: 50.0%); by the ladder's log Z, its draws cover 99% of p_T."
     )
+
+
+def test_what_counts_as_success_is_said():
+    settings = SETTINGS | {"success_threshold": 0.25}
+    strong = dataclasses.replace(record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9}), settings=settings)
+    assert "90.0% of its draws are of cost 0.25 or less" in health.outcome(strong)
 
 
 @pytest.mark.parametrize(

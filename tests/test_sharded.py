@@ -36,7 +36,7 @@ model = tiny_gpt2() if "--gpt2" in flags else tiny_llama()
 config = ALDRIFTConfig(
     output_dir=output, tau_max=1.5, objective_range=None if "--range" in flags else 3.0, tau_step=0.5,
     num_generations=80, chain_length=4, max_completion_length=3, per_device_generation_batch_size=16,
-    per_device_train_batch_size=4,
+    per_device_train_batch_size=4, num_rungs=3,
     updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True, use_cpu="--gpu" not in flags, save_strategy="steps",
     save_steps=6, sampler="archive",
 )

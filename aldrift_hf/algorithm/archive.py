@@ -50,6 +50,11 @@ class Archive:
         self.snapshots: list[Snapshot] = []
         self.log_q: list[Tensor] = []
 
+    @property
+    def drawn(self) -> list[int]:
+        """Draws per prompt of each rung."""
+        return [rung.objective.shape[1] for rung in self.rungs]
+
     def extend(self, proposals: Proposals, snapshot: Snapshot, score: Scorer) -> None:
         """Add a rung's proposals and the model that drew them, which is the present one.
 
@@ -62,8 +67,7 @@ class Archive:
             self._forget(1)
         known = [score(past, proposals) if past else proposals.log_prior for past in self.snapshots]
         if self.rungs:  # all at once: in fuller batches, in each of which equal strings are scored once
-            drawn = [rung.objective.shape[1] for rung in self.rungs]
-            columns = torch.split(score(None, join_rungs(self.rungs)), drawn, dim=1)
+            columns = torch.split(score(None, join_rungs(self.rungs)), self.drawn, dim=1)
             self.log_q = [torch.cat([log_q, new[None]]) for log_q, new in zip(self.log_q, columns, strict=True)]
         self.log_q.append(torch.stack([*known, proposals.log_model]))
         self.rungs.append(replace(proposals, texts=None))
@@ -71,8 +75,8 @@ class Archive:
 
     def mixture(self) -> Proposals:
         """All draws as one set of proposals, whose model is the mixture: `[P, N]`, ordered by prompt."""
-        drawn = [rung.objective.shape[1] for rung in self.rungs]
-        log_share = torch.tensor([math.log(n / sum(drawn)) for n in drawn], dtype=torch.float64)[:, None, None]
+        total = sum(self.drawn)
+        log_share = torch.tensor([math.log(n / total) for n in self.drawn], dtype=torch.float64)[:, None, None]
         log_mixture = torch.cat([(log_share + log_q).logsumexp(0) for log_q in self.log_q], dim=1)
         return replace(join_rungs(self.rungs), log_model=log_mixture)
 

@@ -10,27 +10,36 @@ from torch import Tensor
 
 from ..types import Completions, Proposals
 from . import diagnostics
+from .errors import mean_error, variance_of_sum
 from .rung import Rung
 
 
-def success_share(objective: Tensor, best: float) -> float:
-    """Share of draws of cost 0 or, where no cost of 0 was ever seen, of the lowest cost seen."""
-    return (objective <= max(best, 0.0) + 1e-9).double().mean().item()
+def success_share(objective: Tensor, threshold: float) -> float:
+    """Share of draws that cost at most `threshold`, up to rounding."""
+    return (objective <= threshold + 1e-9).double().mean().item()
 
 
-def proposal_metrics(proposals: Proposals, tau: float, best: float) -> dict[str, float]:
+def success_error(objective: Tensor, threshold: float) -> float:
+    """The standard error of [`success_share`] of draws for given prompts, `[P, n]`."""
+    successes = (objective <= threshold + 1e-9).double()
+    return mean_error(variance_of_sum(successes / successes.shape[-1]).sqrt())
+
+
+def proposal_metrics(proposals: Proposals, tau: float, threshold: float) -> dict[str, float]:
     """Cost, success and the diagnostics of the weights at `tau`; means over prompts.
 
     Args:
         proposals: the draws.
         tau: the inverse temperature of the target.
-        best: the lowest cost ever seen.
+        threshold: a draw that costs at most this is a success.
     """
     log_weight = proposals.log_weight(tau)
     return {
+        "draws": proposals.objective.shape[-1],
         "objective_mean": proposals.objective.mean().item(),
         "objective_best": proposals.objective.min().item(),
-        "success": success_share(proposals.objective, best),
+        "success": success_share(proposals.objective, threshold),
+        "success_error": success_error(proposals.objective, threshold),
         "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
         "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
     }
@@ -51,25 +60,28 @@ def completion_metrics(proposals: Proposals, eos_token_ids: Sequence[int]) -> di
     }
 
 
-def rung_metrics(rung: Rung, best: float) -> dict[str, float]:
+def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     """A rung's figures; means over prompts.
 
     Args:
         rung: the rung.
-        best: the lowest cost ever seen.
+        threshold: a draw that costs at most this is a success.
     """
     proposals, pool, tau, log_z = rung.proposals, rung.pool, rung.state.tau, rung.state.log_z
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
     return {
-        **proposal_metrics(proposals, tau, best),
+        **proposal_metrics(proposals, tau, threshold),
         "sample_objective_mean": pool.objective.flatten()[chosen].mean().item(),
         "acceptance_rate": rung.selection.acceptance_rate,
         "log_z_increment": (log_z - rung.before.log_z).mean().item(),
         "log_z": log_z.mean().item(),
+        "log_z_error": mean_error(rung.state.log_z_error),
         "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
+        "missing_mass_error": mean_error(rung.influence.error(log_weight.softmax(-1))),
         "kl_to_target": diagnostics.reverse_kl(log_weight, log_z).mean().item(),
+        "kl_to_target_error": mean_error(rung.influence.error(log_weight / log_weight.shape[-1])),
         "distinct_proposals": proposals.distinct_share(),
         "distinct_samples": pool.distinct_share(chosen),
         "constant_cost": proposals.constant_cost_share(),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .. import streams
 from ..types import Proposals, Samples
+from .errors import Influence
 from .ladders.base import Ladder, LadderState
 from .losses.base import Loss
 from .samplers.base import Policy, Sampler, Selection
@@ -43,6 +44,7 @@ class Rung:
     Attributes:
         before: where the ladder stood.
         state: where it stands now.
+        influence: of the draws on log Z.
         proposals: the rung's independent draws, `n` per prompt.
         pool: the draws that the samples were chosen from; with the density that they were drawn from, unless the
             sampler moved them.
@@ -53,6 +55,7 @@ class Rung:
 
     before: LadderState
     state: LadderState
+    influence: Influence
     proposals: Proposals
     pool: Proposals
     selection: Selection
@@ -81,14 +84,15 @@ def run_rung(
     proposals = rollout.propose(rung)  # 1. propose: s ~ q
     pool = sampler.pool(proposals, rollout)
     tau = ladder.next_tau(state, pool)
-    log_z = sampler.log_z(pool, state, tau)
+    log_z, influence = sampler.log_z(pool, state, tau), sampler.influence(pool, state, tau)
     size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
     chance, shuffle = (streams.generator(seed, purpose, rung) for purpose in (streams.CORRECT, streams.SHUFFLE))
     selection = sampler.select(pool, state.tau, tau, size, chance)  # 2. correct
     moved = sampler.move(pool, selection, tau, partial(rollout.redraw, rung), chance)
     samples = _lay_out(moved.pool, moved.selection.index, loss, tau, log_z, num_rows, shuffle)
-    reached = replace(state, taus=(*state.taus, tau), log_z=log_z)
-    return Rung(state, reached, proposals, **vars(moved), samples=samples)  # 3. learn: the loss on the samples
+    reached = replace(state, taus=(*state.taus, tau), log_z=log_z, log_z_error=influence.error())
+    # 3. learn: the loss on the samples
+    return Rung(state, reached, influence, proposals, **vars(moved), samples=samples)
 
 
 def _lay_out(

@@ -55,7 +55,10 @@ class AdapterConfig(ModelConfig):
 
 
 GROUPS = {
-    "target and ladder": ("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_rungs"),
+    "target and ladder": (
+        *("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_rungs", "max_rungs", "target_ess"),
+        "success_threshold",
+    ),
     "correction": (
         *("sampler", "num_generations", "chain_length", "archive_window", "pareto_smoothing"),
         *("objective_weights", "objective_on_error", "objective_cache_key", "max_objective_calls"),

@@ -1,9 +1,8 @@
-"""What a run counts of its objective: the completions that it asked for, those that failed, and the lowest cost."""
+"""What a run counts of its objective: the completions that it asked for, and those that failed."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -19,14 +18,12 @@ class Counts:
         asked: the hashes of the distinct (prompt row, completion) pairs asked for, before the run and in it.
         before: the hashes of those that were asked for before the run, such as draws of the untrained model.
         failed: the hashes of those whose evaluation failed in the run.
-        best: the lowest cost of a pair that was asked for; infinity before the first.
     """
 
     def __init__(self, before: Counts | None = None) -> None:
         self.asked: set[int] = set() if before is None else set(before.asked)
         self.before = frozenset(self.asked)
         self.failed: set[int] = set()
-        self.best: float = math.inf if before is None else before.best
 
     @property
     def calls(self) -> int:
@@ -38,22 +35,18 @@ class Counts:
         """Whether every pair asked for has failed."""
         return len(self.asked) == len(self.failed)
 
-    def add(self, hashed: int, cost: float) -> None:
-        """Count a pair with its weighted cost."""
+    def add(self, hashed: int) -> None:
+        """Count a pair."""
         self.asked.add(hashed)
-        self.best = min(self.best, cost)
 
     def add_failures(self, keys: Iterable[Key]) -> None:
         """Count pairs as failed."""
         self.failed.update(map(hash_of, keys))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """`asked`, `before` and `failed` (int64, sorted) and `best` (fp64, a scalar)."""
+        """`asked`, `before` and `failed` (int64, sorted)."""
         names = ("asked", "before", "failed")
-        return {
-            **{name: torch.tensor(sorted(getattr(self, name)), dtype=torch.int64) for name in names},
-            "best": torch.tensor(self.best, dtype=torch.float64),
-        }
+        return {name: torch.tensor(sorted(getattr(self, name)), dtype=torch.int64) for name in names}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Tensor]) -> Counts:
@@ -61,7 +54,6 @@ class Counts:
         counts = cls()
         counts.asked, counts.before = set(state["asked"].tolist()), frozenset(state["before"].tolist())
         counts.failed = set(state["failed"].tolist())
-        counts.best = state["best"].item()
         return counts
 
 

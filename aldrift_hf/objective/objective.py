@@ -119,11 +119,6 @@ class Objective:
         return self._counts.calls
 
     @property
-    def best(self) -> float:
-        """The lowest cost among the pairs asked for so far; infinity before the first."""
-        return self._counts.best
-
-    @property
     def failures(self) -> int:
         """Number of distinct pairs since [`reset`] that cost `bound` because their evaluation failed."""
         return len(self._counts.failed)
@@ -182,8 +177,8 @@ class Objective:
                     new[key] = index
             elif hashed not in self._counts.asked:
                 # They may come from a run with another bound, or from another function under the same cache key.
-                costs = self._cost.check(self.store[key], rows[index], key[1])
-                self._counts.add(hashed, self._cost.total(costs))
+                self._cost.check(self.store[key], rows[index], key[1])
+                self._counts.add(hashed)
         state = PartialState()
         mine = list(new.items())[state.process_index :: state.num_processes]
         for start in range(0, len(mine), self.batch_size):
@@ -351,7 +346,7 @@ class Objective:
         self._counts.add_failures(failed)
         for key, hashed in begun.asked.items():
             if hashed not in self._counts.asked and (key in self.store or self._has_failed(hashed)):
-                self._counts.add(hashed, self._cost.total(self._costs(key)))
+                self._counts.add(hashed)
 
 
 @dataclass

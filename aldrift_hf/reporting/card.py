@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
 from . import health
+from .numbers import with_error
 from .record import RunRecord
 
 CARD_FILE = "README.md"
@@ -145,13 +145,13 @@ def _results(record: RunRecord) -> str:
     prior, last = record.rungs[0], record.rungs[-1]
     model = record.metrics or {**last, "objective": last["objective_mean"], "distinct": last["distinct_proposals"]}
     rows = [
-        ("mean cost", f"{prior['objective_mean']:.4g}", _number(model, "objective", ".4g")),
-        ("draws of the lowest cost seen", f"{prior['success']:.1%}", _number(model, "success", ".1%")),
-        ("distinct draws", f"{prior['distinct_proposals']:.1%}", _number(model, "distinct", ".1%")),
-        ("effective sample size", "", _number(model, "ess", ".2f")),
-        ("k-hat", "", _number(model, "khat", ".2f")),
-        ("KL(model‖p_T), nats", "", _number(model, "kl", ".2f")),
-        ("missing mass, nats", "", _number(model, "missing_mass", ".2f")),
+        ("mean cost", f"{prior['objective_mean']:.4g}", with_error(model, "objective", ".4g")),
+        (f"draws {health.success_in_words(record)}", f"{prior['success']:.1%}", with_error(model, "success", ".1%")),
+        ("distinct draws", f"{prior['distinct_proposals']:.1%}", with_error(model, "distinct", ".1%")),
+        ("effective sample size", "", with_error(model, "ess", ".2f")),
+        ("k-hat", "", with_error(model, "khat", ".2f")),
+        ("KL(model‖p_T), nats", "", with_error(model, "kl", ".2f")),
+        ("missing mass, nats", "", with_error(model, "missing_mass", ".2f")),
     ]
     return _table(("", "prior", "model"), rows)
 
@@ -171,7 +171,7 @@ def _settings(record: RunRecord) -> str:
         (
             "training",
             f"loss `{settings['loss']}`, {updates} per rung, {rows} rows per update, learning rate "
-            f"{settings['learning_rate']:g}",
+            f"{_learning_rate(record)}",
         ),
         ("seed", str(settings["seed"])),
         ("versions", ", ".join(f"{name} {number}" for name, number in settings["versions"].items())),
@@ -197,8 +197,12 @@ def _arguments(settings: dict[str, Any]) -> str:
     return ", ".join(f"{name}={settings[name]!r}" for name in names if settings[name] is not None)
 
 
-def _number(metrics: dict[str, float], name: str, spec: str) -> str:
-    return f"{metrics[name]:{spec}}" if math.isfinite(metrics.get(name, math.nan)) else ""
+def _learning_rate(record: RunRecord) -> str:
+    """The one that was set or found; before the first rung is learned, what is known of it."""
+    asked = record.settings["learning_rate"]
+    if asked is None and record.rungs and "learning_rate" in record.rungs[-1]:
+        return f"{record.rungs[-1]['learning_rate']:.2g}, found by the first updates"
+    return "of the optimizer passed, or found by the first updates" if asked is None else f"{asked:g}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

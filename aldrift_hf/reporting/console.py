@@ -13,6 +13,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..types import Prompts, Proposals
 from .callbacks import RunCallback
+from .numbers import with_error
+from .record import RunRecord
 
 _COLUMNS = {
     "rung": ("rung", 4, "d"),
@@ -31,16 +33,16 @@ _COLUMNS = {
 """Of a rung's metrics: each column's header, width and format. With spaces between them, 80 characters."""
 
 _METRICS = {
-    "objective": "mean cost {:.4g}",
-    "success": "success {:.3f}",
-    "acceptance_rate": "acceptance rate {:.2f}",
-    "ess": "ESS/n {:.2f}",
-    "khat": "k-hat {:.2f}",
-    "missing_mass": "missing mass {:.2f} nats",
-    "kl": "KL {:.2f} nats",
-    "distinct": "distinct {:.2f}",
+    "objective": ("mean cost {}", ".4g"),
+    "success": ("success {}", ".3f"),
+    "acceptance_rate": ("acceptance rate {}", ".2f"),
+    "ess": ("ESS/n {}", ".2f"),
+    "khat": ("k-hat {}", ".2f"),
+    "missing_mass": ("missing mass {} nats", ".2f"),
+    "kl": ("KL {} nats", ".2f"),
+    "distinct": ("distinct {}", ".2f"),
 }
-"""Of an evaluation, or of corrected samples."""
+"""Of an evaluation, or of corrected samples: the words, and the format of the number and of its standard error."""
 
 _TITLES = {"sample": "samples", "final": "final model", "eval": "evaluation"}
 
@@ -87,9 +89,23 @@ class LadderLines(RunCallback):
             self._print(f"trained in {logs['train_runtime']:,.0f} s")
         elif prefix := next((name.removesuffix("_objective") for name in logs if name.endswith("_objective")), None):
             metrics = [
-                text.format(logs[f"{prefix}_{name}"]) for name, text in _METRICS.items() if f"{prefix}_{name}" in logs
+                words.format(with_error(logs, f"{prefix}_{name}", spec))
+                for name, (words, spec) in _METRICS.items()
+                if f"{prefix}_{name}" in logs
             ]
             self._print(f"{_TITLES.get(prefix, prefix)}: {', '.join(metrics)}")
+
+    def on_run_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        record: RunRecord,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero:
+            self._print(record.ended_by)
 
     def _print(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)

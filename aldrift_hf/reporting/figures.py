@@ -98,8 +98,8 @@ _ALONG_THE_LADDER: tuple[tuple[str, str, str, dict[str, str]], ...] = (
     (
         "success",
         "Success (share of proposals)",
-        "Proposals of cost 0 or, if there were none so far, of the lowest cost seen. Success does not measure variety: "
-        "read it together with the missing mass.",
+        "Proposals that cost at most success_threshold. Success does not measure variety: read it together with the "
+        "missing mass.",
         {"success": "proposals"},
     ),
     (

@@ -34,16 +34,21 @@ def target_in_words(record: RunRecord) -> str:
 
 
 def outcome(record: RunRecord) -> str:
-    """The run in one sentence."""
+    """What the run came to, and why it ended."""
     if not record.rungs:
         return "The first rung is still running."
+    return f"{_result(record)} {record.ended_by}".rstrip()
+
+
+def _result(record: RunRecord) -> str:
+    """The run in one sentence."""
     prior, last = record.rungs[0], record.rungs[-1]
     model = record.metrics or {"objective": last["objective_mean"], "success": last["success"]}
     rungs = "1 rung" if len(record.rungs) == 1 else f"{len(record.rungs)} rungs"
     after = f"{'After' if record.finished else 'So far, after'} {rungs}"
     result = (
         f"the model's mean cost is {model['objective']:.3g} (the prior's: {prior['objective_mean']:.3g}) and "
-        f"{model['success']:.1%} of its draws reach the lowest cost seen (the prior's: {prior['success']:.1%})"
+        f"{model['success']:.1%} of its draws are {success_in_words(record)} (the prior's: {prior['success']:.1%})"
     )
     if not record.settings["corrects"]:
         return f"{after}, {result}; this sampler makes no correction, so the model does not aim at p_T."
@@ -51,6 +56,12 @@ def outcome(record: RunRecord) -> str:
         return f"{after}, {result}."
     share = covered_share(model["missing_mass"])
     return f"{after}, {result}; by the ladder's log Z, its draws cover {share:.0%} of p_T."
+
+
+def success_in_words(record: RunRecord) -> str:
+    """What counts as a success."""
+    threshold = record.settings["success_threshold"]
+    return f"of cost {threshold:g} or less" if threshold else "of cost 0"
 
 
 def covered_share(missing_mass: float) -> float:
@@ -97,7 +108,7 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
         metrics: the metrics. One that is missing or NaN gives no warning.
     """
     found = {}
-    settings, worst = record.settings, record.objective_range or math.nan
+    worst = record.objective_range or math.nan
     constant_cost = metrics.get("constant_cost", 0.0) if metrics.get("rung") == 0 else 0.0
     if metrics.get("objective_best", 0.0) >= worst:
         found["worst"] = (
@@ -132,7 +143,7 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
             "estimates of log Z are unreliable. Train more per rung (updates_per_rung), or draw more proposals "
             "(num_generations)."
         )
-    effective = metrics["ess"] * settings["num_generations"]
+    effective = metrics["ess"] * metrics["draws"]
     if effective < MIN_EFFECTIVE_DRAWS:
         found["ess"] = (
             f"By their weights, a rung's proposals are worth {effective:.1f} independent draws per prompt. Take "

@@ -38,19 +38,23 @@ class RunRecord:
         objective_range: D, in units of the cost: as given, or else as measured on the first rung's proposals (`None`
             before that).
         finished: whether training has ended.
+        ended_by: why, as a sentence; empty before.
         metrics: metrics of the final model, named as in [`ALDRIFTTrainer.evaluate`], without prefix. Empty before the
-            end, and if `max_objective_calls` was spent.
+            end, and if `max_objective_calls` left too few calls for it.
         log_z: the ladder's estimate of `log Z_τ` at the last rung's τ, one per training prompt, nats.
+        log_z_error: its standard error, likewise.
         rungs: one record per complete rung; means over prompts. Among them:
 
-            - `rung` (index), `tau`, `objective_mean`, `objective_best`, `success` (share of proposals of cost 0 or, if
-              there were none so far, of the lowest cost seen), `sample_objective_mean` (after the correction);
+            - `rung` (index), `tau`, `draws` (per prompt), `objective_mean`, `objective_best`, `success` (share
+              of proposals that cost `success_threshold` or less), `sample_objective_mean` (after the correction);
             - `ess` (effective sample size as a share of the proposals), `khat`, `acceptance_rate` (of the chains),
               `log_z`, `log_z_increment`, `missing_mass`, `kl_to_prior` (KL(q‖L)), `kl_to_target` (KL(q‖p_τ)), all in
               nats where they are logarithms or divergences, per completion;
+            - `log_z_error`, `missing_mass_error`, `kl_to_target_error`, `success_error`: standard errors of these;
             - `distinct_proposals`, `distinct_samples`, `constant_cost` (share of prompts whose proposals all cost the
               same), `excluded` (share of proposals of prior probability 0), `completions/clipped_ratio`: shares;
-            - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates);
+            - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates),
+              `learning_rate` (of the last one);
             - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
             - `seconds_propose`, `seconds_score`, `seconds_objective`, `seconds_learn`: wall-clock time.
         draws: the newest draws of the model, at most [`MAX_DRAWS`], before any correction. Each has `prompt`,
@@ -61,8 +65,10 @@ class RunRecord:
     settings: dict[str, Any]
     objective_range: float | None = None
     finished: bool = False
+    ended_by: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
     log_z: list[float] = field(default_factory=list)
+    log_z_error: list[float] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     draws: list[dict[str, Any]] = field(default_factory=list)
 
@@ -93,7 +99,7 @@ class RunRecord:
         if self.draws:
             replace_file(folder / DRAWS_FILE, map(_line, self.draws))
         replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
-        names = ("settings", "objective_range", "finished", "metrics", "log_z")
+        names = ("settings", "objective_range", "finished", "ended_by", "metrics", "log_z", "log_z_error")
         run = {name: getattr(self, name) for name in names}
         replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
 

@@ -15,6 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
 from . import figures, health
+from .numbers import with_error
 from .record import RunRecord, replace_file
 
 REPORT_FILE, LADDER_FILE = "report.html", "figures/ladder.png"
@@ -101,12 +102,12 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     model, prior, settings = _newest(record), record.rungs[0], record.settings
     tiles: list[tuple[str, str, Callable[[float], str], str]] = [
         ("mean cost", "objective", "{:.3g}".format, f"prior: {prior['objective_mean']:.3g}"),
-        ("success", "success", "{:.1%}".format, f"prior: {prior['success']:.1%}"),
+        ("success", "success", "{:.1%}".format, f"{health.success_in_words(record)}; prior: {prior['success']:.1%}"),
         (
             "target covered",
             "missing_mass",
             lambda nats: f"{health.covered_share(nats):.0%}",
-            f"missing mass: {model.get('missing_mass', math.nan):.2f} nats",
+            f"missing mass: {with_error(model, 'missing_mass', '.2f')} nats",
         ),
         ("distinct draws", "distinct", "{:.1%}".format, f"prior: {prior['distinct_proposals']:.1%}"),
         ("effective sample size", "ess", "{:.1%}".format, f"of {settings['num_generations']:,} draws per prompt"),

@@ -50,7 +50,7 @@ MIN_MOVE = 0.3
 SAMPLER = "metropolis_hastings"
 """Of the trainers that do not train: their loss leaves dropout as it is in the model, so that the checks meet it."""
 TARGET = {"tau_max": 2.0, "objective_range": float(LENGTH), "max_completion_length": LENGTH, "sampler": SAMPLER}
-LADDER = {"tau_step": 1.0, "num_generations": 1024, "chain_length": 4}
+LADDER = {"tau_step": 1.0, "num_rungs": 2, "num_generations": 1024, "chain_length": 4}
 RUN = {**LADDER, "updates_per_rung": 24, "per_device_train_batch_size": 64, "learning_rate": 5e-3}
 
 

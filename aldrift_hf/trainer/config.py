@@ -17,6 +17,7 @@ from .validation import (
     MORE_IS_BETTER,
     Count,
     Kwargs,
+    NotNegative,
     Positive,
     Share,
     Weights,
@@ -34,7 +35,8 @@ class ALDRIFTConfig(TrainingArguments):
     Settings of [`ALDRIFTTrainer`]: those below, and those of [`transformers.TrainingArguments`].
 
     One epoch of the Trainer is one rung of the temperature ladder, and `num_rungs` takes the place of
-    `num_train_epochs`. Some defaults differ from `TrainingArguments`: `learning_rate` is 1e-4 and constant, a
+    `num_train_epochs`. Some defaults differ from `TrainingArguments`: `learning_rate` is found by the first
+    updates, such that one changes the samples' log-probabilities by 0.3 nats (standard deviation), and is constant; a
     checkpoint is saved after every rung, and the last two are kept.
 
     Parameters:
@@ -54,9 +56,16 @@ class ALDRIFTConfig(TrainingArguments):
         ess_threshold (`float`, *optional*, defaults to `0.5`):
             Smallest effective sample size that the adaptive ladder allows, as a share of a rung's proposals.
         num_rungs (`int`, *optional*):
-            Number of rungs. A linear ladder repeats its last rung at T if this is more than it has, and stops before T
-            if it is fewer; `None` is exactly as many as it has. An adaptive ladder with `None` ends with its first rung
-            at T. `sampler="top"` uses no temperature: there it is the number of rounds.
+            Number of rungs, exactly: a ladder repeats its last rung at T if this is more than it has, and stops before
+            T if it is fewer. `None` climbs to T and stays there, drawing and learning, until the model is close to
+            `p_T` (see `target_ess`), no longer comes closer (KL(model‖p_T) on average over four rungs, against the four
+            before), or a budget is spent (`max_objective_calls`, `max_rungs`); [`RunRecord.ended_by`] says which.
+            Samplers without a correction end where the ladder ends.
+        max_rungs (`int`, *optional*):
+            Largest number of rungs where `num_rungs` is `None`. `None` is 200, or twice as many as the ladder has to T.
+        target_ess (`float`, *optional*, defaults to `0.5`):
+            The model is close to `p_T` when, on two rungs running, the effective sample size of its draws at T is at
+            least this share of them, and the missing mass is within its standard error of 0.
 
         **Parameters that control the correction**
 
@@ -84,8 +93,10 @@ class ALDRIFTConfig(TrainingArguments):
             Whether `sampler="archive"` replaces the largest weights by the quantiles of the Pareto distribution fitted
             to them before it resamples. The fitted shape, k-hat, is reported in any case.
         max_objective_calls (`int`, *optional*):
-            Training ends after the rung in which this number of distinct completions has been evaluated. `None` sets no
-            limit.
+            Largest number of distinct completions that training evaluates, the final measurement included. The last
+            rung draws what is left; less than half a rung goes to the final measurement. `None` sets no limit.
+        success_threshold (`float`, *optional*, defaults to `0.0`):
+            A draw that costs at most this is a success: `success` is the share of such draws. It changes figures only.
         objective_weights (`list[float]`, *optional*):
             A factor for each of several objectives; the cost is their weighted sum. `None` weights each by 1.
         objective_on_error (`str`, *optional*, defaults to `"raise"`):
@@ -139,7 +150,13 @@ class ALDRIFTConfig(TrainingArguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Defaults that differ from TrainingArguments
-    learning_rate: float = field(default=1e-4, metadata={"help": "The initial learning rate of the optimizer."})
+    learning_rate: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "The initial learning rate of the optimizer. None: found by the first updates, such that one "
+            "changes the samples' log-probabilities by 0.3 nats (standard deviation)."
+        },
+    )
     lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "Learning rate schedule. Constant by default: every rung has a new target to learn."},
@@ -194,8 +211,19 @@ class ALDRIFTConfig(TrainingArguments):
     num_rungs: Optional[Count] = field(
         default=None,
         metadata={
-            "help": "Number of rungs. None: as many as the ladder has. More repeat the last rung at tau_max, fewer "
-            "end the run before it."
+            "help": "Number of rungs, exactly; those after the ladder's end stay at tau_max. None: until the model is "
+            "close to p_T, no longer comes closer, or a budget is spent (max_objective_calls, max_rungs)."
+        },
+    )
+    max_rungs: Optional[Count] = field(
+        default=None,
+        metadata={"help": "Largest number of rungs where num_rungs is not set. None: 200, or twice the ladder's."},
+    )
+    target_ess: Share = field(
+        default=0.5,
+        metadata={
+            "help": "Effective sample size of fresh draws at tau_max, as a share of them, from which on the model is "
+            "close to p_T."
         },
     )
 
@@ -235,9 +263,13 @@ class ALDRIFTConfig(TrainingArguments):
     max_objective_calls: Optional[Count] = field(
         default=None,
         metadata={
-            "help": "Training ends after the rung in which this number of distinct completions has been evaluated. "
+            "help": "Largest number of distinct completions that training evaluates; the last rung draws what is left. "
             "None: no limit."
         },
+    )
+    success_threshold: NotNegative = field(
+        default=0.0,
+        metadata={"help": "A draw that costs at most this is a success, for the figures."},
     )
     objective_weights: Optional[Weights] = field(
         default=None,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import streams
 from ..algorithm import diagnostics
+from ..algorithm.errors import Influence, mean_error, pooled_influence
 from ..algorithm.metrics import proposal_metrics, success_share
 from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
@@ -24,31 +25,37 @@ KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
 """Corrections of fresh draws, all made in advance; `"suffix"` draws as its chains go on, and `"archive"` not at all."""
 
 
-def measure(run: Run, prompts: Prompts, step: int) -> tuple[dict[str, float], Proposals]:
+def measure(run: Run, prompts: Prompts, step: int, per_prompt: int) -> tuple[dict[str, float], Proposals]:
     """The metrics of [`ALDRIFTTrainer.evaluate`], without prefix, and the fresh draws that they were measured on.
 
     Args:
         run: the run.
         prompts: what to draw for.
         step: the update after which the model is measured: the address of the random stream.
+        per_prompt: draws per prompt.
     """
     tau, ladder = run.args.tau_max, run.state.ladder
-    proposals = run.rollout.propose(prompts, run.args.num_generations, (streams.EVALUATE, step))
+    proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step))
     log_weight = proposals.log_weight(tau)
-    log_z = diagnostics.log_z(log_weight)
-    measured = proposal_metrics(proposals, tau, run.objective.best)
+    log_z, fresh = diagnostics.log_z(log_weight), pooled_influence(log_weight, [log_weight.shape[-1]])
+    measured = proposal_metrics(proposals, tau, run.args.success_threshold)
     metrics = {
         "objective": measured.pop("objective_mean"),
         **measured,
         "distinct": proposals.distinct_share(),
         "log_z": log_z.mean().item(),
+        "log_z_error": mean_error(fresh.error()),
         "kl_forward": diagnostics.forward_kl(log_weight).mean().item(),
     }
     if prompts.keys == run.prompts.keys and ladder.taus:
-        metrics["missing_mass"] = diagnostics.missing_mass(ladder.log_z, proposals.log_weight(ladder.tau)).mean().item()
+        at_its_end = proposals.log_weight(ladder.tau)
+        of_ladder = Influence(torch.zeros_like(log_weight), ladder.log_z_error.square().expand(len(prompts)))
+        metrics["missing_mass"] = diagnostics.missing_mass(ladder.log_z, at_its_end).mean().item()
+        metrics["missing_mass_error"] = mean_error(of_ladder.error(at_its_end.softmax(-1)))
         if ladder.tau == tau:
-            log_z = ladder.log_z
+            log_z, fresh = ladder.log_z, of_ladder
     metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
+    metrics["kl_error"] = mean_error(fresh.error(log_weight / log_weight.shape[-1]))
     return metrics, proposals
 
 
@@ -73,9 +80,9 @@ class CorrectedDraws:
         """`[P·m]`, positions of the samples in the draws' flat columns."""
         return self.proposals.flat(self.selection.index)
 
-    def metrics(self, tau: float, best: float) -> dict[str, float]:
+    def metrics(self, tau: float, threshold: float) -> dict[str, float]:
         """Diagnostics of the draws, and cost and variety of the samples."""
-        measured = proposal_metrics(self.fresh, tau, best)
+        measured = proposal_metrics(self.fresh, tau, threshold)
         picked = self.proposals.objective.flatten()[self.chosen]
         return {
             "acceptance_rate": self.selection.acceptance_rate,
@@ -83,7 +90,7 @@ class CorrectedDraws:
             "khat": measured["khat"],
             "log_z": diagnostics.log_z(self.fresh.log_weight(tau)).mean().item(),
             "objective": picked.mean().item(),
-            "success": success_share(picked, best),
+            "success": success_share(picked, threshold),
             "distinct": self.proposals.distinct_share(self.chosen),
         }
 

@@ -78,7 +78,7 @@ class HookedTrainer(Trainer):
         with sharing(base_model(self._unwrapped())):  # also for layers that run again in the backward pass
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
-        numerics.check_loss(value, self.args.learning_rate)
+        numerics.check_loss(value, self._get_learning_rate())
         self.run.learned(value)
         return loss
 

@@ -22,7 +22,7 @@ class RungLoop(TrainerCallback):
     def attach(self, run: Run) -> None:
         """Say which run; the `Trainer` takes its callbacks before there is one."""
         self.run, self.updates_per_rung, self.runtime = run, run.updates_per_rung, run.rollout.runtime
-        self.step_began = 0.0
+        self.step_began, self.rate = 0.0, 0.0
         self.updates = contextlib.ExitStack()
         """Holds the progress of the rung's updates."""
 
@@ -32,8 +32,7 @@ class RungLoop(TrainerCallback):
         run = self.run
         rung = state.global_step // self.updates_per_rung
         ladder = run.state.ladder
-        num_rungs = run.args.num_rungs or run.ladder.num_rungs(ladder)
-        run.tell("on_rung_begin", rung=rung, num_rungs=num_rungs, tau=ladder.tau)
+        run.tell("on_rung_begin", rung=rung, num_rungs=run.args.num_rungs, tau=ladder.tau)
         if run.state.rung != rung:  # otherwise resumed in the middle of it: its samples came with the checkpoint
             if run.state.phase is Phase.DRAWN:
                 run.end_rung()  # resumed from a checkpoint of its last update, before its record was complete
@@ -45,20 +44,21 @@ class RungLoop(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.step_began = time.perf_counter()
+        self.step_began, self.rate = time.perf_counter(), float(kwargs["optimizer"].param_groups[0]["lr"])
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.fp16:  # its gradient scaler skips such updates by itself
             return
-        largest = numerics.check_gradients(kwargs["model"].parameters(), args.learning_rate)
+        rate = kwargs["optimizer"].param_groups[0]["lr"]
+        largest = numerics.check_gradients(kwargs["model"].parameters(), rate)
         policy = self.runtime.policy()
         if state.global_step == 0 and not args.deepspeed and not sharding.is_sharded(policy) and largest == 0:
             fidelity.check_gradient(policy)  # it is zero by right where all costs are the same
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.run.updated(time.perf_counter() - self.step_began)
+        self.run.updated(time.perf_counter() - self.step_began, self.rate)
         self.advance(1)
         self.runtime.stop_if_asked()
 
@@ -71,7 +71,8 @@ class RungLoop(TrainerCallback):
         self.run.end_rung()
         reason = self.run.stop_reason()
         if reason is not None:
-            as_asked = self.run.state.ladder.tau == self.run.args.tau_max and not self.run.budget_is_spent()
+            self.run.record.ended_by = reason
+            as_asked = self.run.state.ladder.tau == self.run.args.tau_max
             logger.log(logging.INFO if as_asked else logging.WARNING, f"training ends: {reason}")
             control.should_training_stop = True
         return control

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
@@ -20,10 +21,32 @@ DECAY_SHARE = 0.3
 TRIAL_UPDATES = 10
 """Length of the schedule that is tried."""
 
+FIRST_RATE = 1e-5
+"""Learning rate of the first update, where a rate is to be found: too small to do harm."""
+RATE_OF_DEEPSPEED = 1e-4
+"""Default learning rate with DeepSpeed, whose optimizer takes no other than the one that it was made with."""
+
 _OPTIONS = (
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate", "warmup_steps"),
     *("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"),
 )
+
+
+def seeks_rate(args: ALDRIFTConfig, optimizer: Optimizer | None) -> bool:
+    """Whether the learning rate is to be found: none is set, and the optimizer is made by the Trainer.
+
+    Args:
+        args: the settings.
+        optimizer: as passed to the trainer; `None` where the Trainer makes it.
+    """
+    return args.learning_rate is None and optimizer is None and not args.deepspeed
+
+
+def initial_rate(args: ALDRIFTConfig) -> float:
+    """The learning rate that the optimizer is made with."""
+    if args.learning_rate is not None:
+        return args.learning_rate
+    return RATE_OF_DEEPSPEED if args.deepspeed else FIRST_RATE
 
 
 def schedule_kwargs(args: ALDRIFTConfig, num_updates: int) -> dict[str, Any]:
@@ -80,6 +103,8 @@ def check_optimizer(args: ALDRIFTConfig) -> None:
             negative; with the settings that they are made from.
     """
     weight = nn.Parameter(torch.ones(1, device=args.device))
+    args = copy.copy(args)
+    args.learning_rate = initial_rate(args)
     try:
         if args.weight_decay < 0:  # which torch accepts for a group of parameters, and which makes weights grow
             raise ValueError("weight_decay must be at least 0")

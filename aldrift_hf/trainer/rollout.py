@@ -276,15 +276,16 @@ class TrainingRollout:
     Args:
         rollout: draws for any prompts.
         prompts: the run's.
-        num_generations: proposals per prompt per rung.
+        per_prompt: proposals per prompt per rung.
         folder: for snapshots of the model that are too large for memory.
 
     Attributes:
+        per_prompt: proposals per prompt of the next rung.
         is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
     """
 
-    def __init__(self, rollout: Rollout, prompts: Prompts, num_generations: int, folder: str, is_prior: bool) -> None:
-        self.rollout, self.prompts, self.num_generations, self.folder = rollout, prompts, num_generations, folder
+    def __init__(self, rollout: Rollout, prompts: Prompts, per_prompt: int, folder: str, is_prior: bool) -> None:
+        self.rollout, self.prompts, self.per_prompt, self.folder = rollout, prompts, per_prompt, folder
         self.is_prior = is_prior
         self._ahead: Proposals | None = None
 
@@ -293,7 +294,7 @@ class TrainingRollout:
         drawn, self._ahead = self._ahead, None
         if drawn is not None:
             return drawn
-        return self.rollout.propose(self.prompts, self.num_generations, (streams.PROPOSE, rung))
+        return self.rollout.propose(self.prompts, self.per_prompt, (streams.PROPOSE, rung))
 
     def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
         """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""

@@ -13,6 +13,7 @@ from accelerate.utils import reduce
 from torch import Tensor
 from transformers.trainer_utils import SchedulerType
 
+from ..algorithm import stopping
 from ..algorithm.ladders import Ladder, LadderState
 from ..algorithm.losses import Loss
 from ..algorithm.metrics import completion_metrics, rung_metrics
@@ -25,11 +26,14 @@ from .config import ALDRIFTConfig
 from .rollout import Rollout, TrainingRollout
 from .samples import RungSamples
 from .state import Phase, RunState
+from .validation import MAX_COUNT
 
 logger = logging.getLogger(__name__)
 
 MAX_RUNGS = 200
-"""Most rungs of a ladder that cannot tell how many it has, where `num_rungs` is not set."""
+"""Most rungs where neither `num_rungs` nor `max_rungs` is set, or twice as many as the ladder has to T."""
+LEAST_MEASURED = 32
+"""Draws per prompt that the final model is measured on, at least; with fewer calls left, it is not measured."""
 
 
 @dataclass
@@ -73,12 +77,19 @@ class Run:
         self.state = RunState.start(len(self.prompts), self.args.objective_range)
         self.objective.reset()
         self.sampler.load_state_dict({})
+        if not self._affordable():
+            raise ValueError(
+                f"max_objective_calls={self.args.max_objective_calls} does not allow one proposal for each of the "
+                f"{len(self.prompts)} prompts{self._chains_in_words()}. Raise it, or take fewer prompts."
+            )
+        self.on_prompts.per_prompt = self._affordable()
         if self.state.ladder.objective_range is None:
             self._measure_objective_range()
 
     def begin_rung(self) -> None:
         """Propose and correct on the next rung, and lay out its samples (steps 1 and 2 of ALDRIFT)."""
         state = self.state
+        self.on_prompts.per_prompt = self._affordable()
         rung = run_rung(
             state.ladder,
             self.on_prompts,
@@ -96,7 +107,7 @@ class Run:
         metrics = {
             "rung": state.rung,
             "tau": rung.state.tau,
-            **rung_metrics(rung, self.objective.best),
+            **rung_metrics(rung, self.args.success_threshold),
             **completion_metrics(rung.proposals, self.eos_token_ids),
             "num_tokens": state.num_tokens,
             "proposals": state.proposals,
@@ -118,6 +129,7 @@ class Run:
         metrics = state.rungs[-1]
         metrics["loss"] = cast(Tensor, reduce(loss, "mean")).item()
         metrics["seconds_learn"] = state.learn_seconds
+        metrics["learning_rate"] = state.learning_rate
         state.phase = Phase.LEARNED
         self.update_record()
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
@@ -128,16 +140,17 @@ class Run:
         self.on_prompts.is_prior = False
         same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
         if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
-            log_z = torch.tensor(record.log_z, dtype=torch.float64)
-            self.state.ladder = LadderState(log_z, (record.rungs[-1]["tau"],), record.objective_range)
+            log_z, error = (torch.tensor(each, dtype=torch.float64) for each in (record.log_z, record.log_z_error))
+            self.state.ladder = LadderState(log_z, (record.rungs[-1]["tau"],), record.objective_range, error)
 
     def learned(self, loss: float) -> None:
         """Count a micro-batch's loss."""
         self.state.loss_sum += loss
 
-    def updated(self, seconds: float) -> None:
+    def updated(self, seconds: float, learning_rate: float) -> None:
         """Count an optimizer update."""
         self.state.updates += 1
+        self.state.learning_rate = learning_rate
         self.state.learn_seconds += seconds
         self.on_prompts.is_prior = False
 
@@ -146,6 +159,7 @@ class Run:
         rungs = self.state.rungs
         self.record.rungs = list(rungs if self.state.phase is Phase.LEARNED else rungs[:-1])
         self.record.log_z = self.state.ladder.log_z.tolist()
+        self.record.log_z_error = self.state.ladder.log_z_error.tolist()
         self.record.objective_range = self.state.ladder.objective_range
 
     @property
@@ -154,31 +168,74 @@ class Run:
         return self.state.updates == self.updates_per_rung
 
     def stop_reason(self) -> str | None:
-        """Why the run ends with the rung that it has reached; `None` to go on."""
+        """Why the run ends with the rung that it has reached, as a sentence; `None` to go on."""
+        args, state = self.args, self.state
+        rungs, at = state.rung + 1, f"rung {state.rung} at tau = {state.ladder.tau:g}"
         if self.budget_is_spent():
             return (
-                f"max_objective_calls={self.args.max_objective_calls} is reached: {self.objective.calls} distinct "
-                f"completions evaluated, up to rung {self.state.rung} at tau = {self.state.ladder.tau:g}."
+                f"The budget is spent, with {at}: {self.objective.calls} distinct completions were evaluated, of "
+                f"max_objective_calls={args.max_objective_calls}."
             )
-        return self.ladder.stop_reason(self.state.ladder)
+        if args.num_rungs is not None:
+            return f"All of num_rungs={rungs} rungs were climbed." if rungs == args.num_rungs else None
+        reason = self.ladder.stop_reason(state.ladder)
+        if reason is None and self.sampler.corrects:
+            reason = stopping.done(state.rungs, args.tau_max, args.target_ess)
+        elif reason is None and rungs == self.ladder.num_rungs(state.ladder):
+            reason = f"The ladder has reached its last rung, {at}; sampler={args.sampler!r} does not aim at p_T."
+        if reason is None and rungs == self._most_rungs():
+            reason = f"The budget is spent, with {at}: {rungs} rungs, as many as max_rungs allows."
+        return reason
 
     def rungs_to_climb(self, resumed: bool) -> int:
         """Epochs for the `Trainer`."""
         if resumed and self.stop_reason() is not None and self.has_learned:
             return self.state.rung + 1  # the run ended with the checkpoint's rung: nothing is left to do
-        rungs = self.args.num_rungs or self.ladder.num_rungs(self.state.ladder)
-        if rungs is None and self.args.lr_scheduler_type != "constant":
+        if self.args.num_rungs is None and self.args.lr_scheduler_type != "constant":
             logger.warning(
-                "the number of rungs of this ladder is not known beforehand: lr_scheduler_type="
-                f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {MAX_RUNGS} rungs, and so hardly "
-                "changes the learning rate. Set num_rungs, or use 'constant'."
+                "the number of rungs is not known beforehand: lr_scheduler_type="
+                f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {self._most_rungs()} rungs, and "
+                "the run may end before. Set num_rungs, or use 'constant'."
             )
-        return rungs or MAX_RUNGS
+        return self._most_rungs()
 
     def budget_is_spent(self) -> bool:
-        """Whether the objective has been called as often as it may be."""
+        """Whether the objective has been called too often for another rung."""
+        return not self._affordable()
+
+    def measurable(self) -> int:
+        """Draws per prompt for which calls of the objective are left when the run has ended; 0 if they are too few."""
+        n = self.args.num_generations
+        draws = min(n, self._draws_left())
+        return draws if draws >= min(n, LEAST_MEASURED) else 0
+
+    def _affordable(self) -> int:
+        """Proposals per prompt of the next rung, each of which may be a call of the objective.
+
+        The last rung has as many as are left. Less than half of a rung's would hardly teach the model anything, and is
+        left for measuring it; 0 then, as after a rung that was the last (its draws may have repeated, so that it left
+        calls). The first rung has what there is.
+        """
+        n, left = self.args.num_generations, self._draws_left()
+        if self.state.rungs and self.state.rungs[-1]["draws"] < n:
+            return 0
+        step = self.args.steps_per_chain if self.sampler.uses_chains else 1
+        most = next((size for size in range(n, 0, -step) if self.sampler.draws_for(size) <= left), 0)
+        return most if 2 * most >= n or self.state.rung < 0 else 0
+
+    def _draws_left(self) -> int:
+        """Draws per prompt, each of which may be a call of the objective, for which there are calls left."""
         limit = self.args.max_objective_calls
-        return limit is not None and self.objective.calls >= limit
+        return MAX_COUNT if limit is None else (limit - self.objective.calls) // len(self.prompts)
+
+    def _most_rungs(self) -> int:
+        """The largest number of rungs that the run may have."""
+        own = self.ladder.num_rungs(self.state.ladder) or 0
+        return self.args.num_rungs or self.args.max_rungs or max(MAX_RUNGS, 2 * own)
+
+    def _chains_in_words(self) -> str:
+        steps = self.args.steps_per_chain
+        return f" (chain_length={steps} for each)" if self.sampler.uses_chains and steps > 1 else ""
 
     def _measure_objective_range(self) -> None:
         """D from the first rung's proposals, which are draws from the prior."""

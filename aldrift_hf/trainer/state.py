@@ -33,6 +33,9 @@ class RunState:
         loss_sum: the rung's training loss, summed over its micro-batches on this process.
         updates: the rung's optimizer updates so far.
         learn_seconds: seconds spent in them.
+        seeks_rate: whether the first updates still look for a learning rate.
+        rate_trials: updates that did.
+        learning_rate: that of the last update.
     """
 
     ladder: LadderState
@@ -43,6 +46,9 @@ class RunState:
     loss_sum: float = 0.0
     updates: int = 0
     learn_seconds: float = 0.0
+    seeks_rate: bool = False
+    rate_trials: int = 0
+    learning_rate: float = 0.0
 
     @property
     def rung(self) -> int:
@@ -52,12 +58,14 @@ class RunState:
     @classmethod
     def start(cls, num_prompts: int, objective_range: float | None) -> RunState:
         """Before the first rung."""
-        return cls(LadderState(torch.zeros(num_prompts, dtype=torch.float64), objective_range=objective_range))
+        zeros = torch.zeros(num_prompts, dtype=torch.float64)
+        return cls(LadderState(zeros, objective_range=objective_range, log_z_error=zeros))
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         ladder = {
             "log_z": self.ladder.log_z.tolist(),
+            "log_z_error": self.ladder.log_z_error.tolist(),
             "taus": list(self.ladder.taus),
             "objective_range": self.ladder.objective_range,
         }
@@ -67,6 +75,6 @@ class RunState:
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """The inverse of [`to_json`]."""
         ladder = values["ladder"]
-        log_z = torch.tensor(ladder["log_z"], dtype=torch.float64)
-        state = LadderState(log_z, tuple(ladder["taus"]), ladder["objective_range"])
+        log_z, error = (torch.tensor(ladder[name], dtype=torch.float64) for name in ("log_z", "log_z_error"))
+        state = LadderState(log_z, tuple(ladder["taus"]), ladder["objective_range"], error)
         return cls(**{**values, "ladder": state, "phase": Phase(values["phase"])})

@@ -48,7 +48,7 @@ from .hooks import HookedTrainer, rung_loss
 from .inputs import check_inputs, check_writable
 from .interrupt import Interrupt
 from .loop import RungLoop
-from .optimizer import check_given_optimizer, check_optimizer
+from .optimizer import check_given_optimizer, check_optimizer, initial_rate, seeks_rate
 from .parts import Parts, parts_of
 from .rollout import Rollout, Runtime
 from .run import Run
@@ -56,6 +56,7 @@ from .samples import RungSamples, SampleCollator
 from .set_aside import set_aside
 from .setup import make_objective, make_run
 from .state import Phase
+from .step_size import StepSize
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +145,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if parts.loss.exact_logprobs:
             without_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
+        self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
         super().__init__(
             model=policy,
             args=args,
@@ -152,7 +154,7 @@ class ALDRIFTTrainer(HookedTrainer):
             eval_dataset=evaluation,
             processing_class=self.inputs.tokenizer,
             compute_loss_func=functools.partial(rung_loss, parts.loss, {}),
-            callbacks=[self._loop, *_with_defaults(callbacks or [], args)],
+            callbacks=[self._loop, self._step_size, *_with_defaults(callbacks or [], args)],
             optimizers=optimizers,
         )
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -163,6 +165,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self.train_dataset = self.run.samples
         self.checkpointer = Checkpointer(self.run, str(args.output_dir), args.save_total_limit)
         self._loop.attach(self.run)
+        self._step_size.attach(self.run)
         self._sample_calls = 0
 
     def _make_run(self, parts: Parts, engine: Engine | None) -> Run:
@@ -199,10 +202,11 @@ class ALDRIFTTrainer(HookedTrainer):
     # ---- Training ----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
-        """Climb the ladder. See [`transformers.Trainer.train`].
+        """Climb the ladder to T, and stay there until the run is done. See [`transformers.Trainer.train`].
 
-        At the end the final model is checked for missing mass (as by [`evaluate`], on the training prompts), unless
-        `max_objective_calls` is spent.
+        `record.ended_by` says why it ended: the model is close to `p_T`, it no longer comes closer, or a budget is
+        spent (see `num_rungs`). Then the final model is measured (as by [`evaluate`], on the training prompts), if
+        `max_objective_calls` leaves enough draws for that.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or `True` for the last one in `output_dir`. The run then goes
@@ -215,19 +219,21 @@ class ALDRIFTTrainer(HookedTrainer):
         """
         folder = to_resume_from(resume_from_checkpoint, str(self.args.output_dir))
         run = self.run
-        run.record.finished, run.record.metrics = False, {}
+        run.record.finished, run.record.ended_by, run.record.metrics = False, "", {}
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.objective.open())
             stack.enter_context(self.events.running())
             stack.enter_context(self.interrupt.caught())
             if folder is None:
                 run.start()
+                run.state.seeks_rate = self._seeks_rate
             else:
                 self.checkpointer.read(folder)
             if self.is_world_process_zero():
                 set_aside(str(self.args.output_dir), folder)
             self.accelerator.wait_for_everyone()
-            with self._arguments(num_train_epochs=run.rungs_to_climb(resumed=folder is not None)):
+            epochs = run.rungs_to_climb(resumed=folder is not None)
+            with self._arguments(num_train_epochs=epochs, learning_rate=initial_rate(self.args)):
                 output = super().train(resume_from_checkpoint=folder, **kwargs)
             if run.state.phase is Phase.DRAWN and run.has_learned:
                 run.end_rung()  # resumed from the very last update: the loop had nothing left to do
@@ -238,8 +244,8 @@ class ALDRIFTTrainer(HookedTrainer):
                 )
                 return output
             run.record.finished = True
-            if not run.budget_is_spent():
-                output.metrics.update(self._measure(self.inputs.prompts, "final"))
+            if draws := run.measurable():
+                output.metrics.update(self._measure(self.inputs.prompts, "final", draws))
             run.update_record()
             self.events.tell("on_run_end")
         return output
@@ -277,23 +283,23 @@ class ALDRIFTTrainer(HookedTrainer):
             metric_key_prefix: first part of the metrics' names.
 
         Returns:
-            Under `eval_…`, means over prompts: `objective` (mean cost), `objective_best`, `success` (share of cost 0 or
-            the lowest cost seen), `distinct` (share of distinct draws), `ess` (share in [0, 1]), `khat`, `log_z` (of
-            `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where it is known),
-            `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training began,
-            `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]).
+            Under `eval_…`, means over prompts: `objective` (mean cost), `objective_best`, `success` (share of draws
+            that cost at most `success_threshold`), `distinct` (share of distinct draws), `ess` (share in [0, 1]),
+            `khat`, `log_z` (of `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where
+            it is known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training
+            began, `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]).
         """
         prompts = self.inputs.eval_prompts if eval_dataset is None else self.inputs.encode(eval_dataset, "eval_dataset")
         self.objective.check_signature(prompts.columns)
-        metrics = self._measure(prompts, metric_key_prefix)
+        metrics = self._measure(prompts, metric_key_prefix, self.args.num_generations)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measure(self, prompts: Prompts, prefix: str) -> dict[str, float]:
-        """The metrics of [`evaluate`], logged and told."""
+    def _measure(self, prompts: Prompts, prefix: str, per_prompt: int) -> dict[str, float]:
+        """The metrics of [`evaluate`] from `per_prompt` draws per prompt, logged and told."""
         start = time.time()
         with self.objective.open():
-            metrics, proposals = measure(self.run, prompts, self.state.global_step)
+            metrics, proposals = measure(self.run, prompts, self.state.global_step, per_prompt)
         metrics["runtime"] = time.time() - start
         if prefix == "final":
             self.record.metrics = dict(metrics)
@@ -345,7 +351,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self._sample_calls += 1
         with self.objective.open():
             draws = draw_corrected(self.run, asked, num_samples, steps, correction, self._sample_calls)
-        metrics = draws.metrics(self.args.tau_max, self.objective.best)
+        metrics = draws.metrics(self.args.tau_max, self.args.success_threshold)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
 

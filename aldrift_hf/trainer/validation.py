@@ -49,6 +49,7 @@ COUNT = Rule(f"between 1 and {MAX_COUNT:,}", lambda value: 1 <= value <= MAX_COU
 Count = Annotated[int, COUNT]
 WindowSize = Annotated[int, Rule(f"between 2 and {MAX_COUNT:,}", lambda value: 2 <= value <= MAX_COUNT)]
 Positive = Annotated[float, Rule("positive and finite", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Rule("at least 0 and finite", lambda value: 0 <= value < math.inf)]
 Share = Annotated[float, Rule("greater than 0 and less than 1", lambda value: 0 < value < 1)]
 Weights = Annotated[
     list[float], Rule("finite and at least 0", lambda weights: all(0 <= weight < math.inf for weight in weights))
@@ -244,7 +245,7 @@ def check_trainer_settings(settings: TrainingArguments) -> None:
     if settings.num_train_epochs != TrainingArguments.num_train_epochs:
         raise ValueError(
             f"num_train_epochs={settings.num_train_epochs!r} has no meaning here: one epoch is one rung of the ladder. "
-            "Set num_rungs, the number of rungs, or leave it out for as many as the ladder has."
+            "Set num_rungs, the number of rungs, or leave it out: the run then ends by itself."
         )
     for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):  # the length of a rung is made of them
         value = getattr(settings, name)

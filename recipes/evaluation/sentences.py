@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from aldrift_hf.algorithm.diagnostics import MISSING_MASS_WARNING
+from aldrift_hf.reporting.numbers import with_error
 
 
-def missing_mass_in_words(nats: float | None) -> str:
+def missing_mass_in_words(metrics: Mapping[str, float]) -> str:
     """The missing mass of the final model, and what it means.
 
     Args:
-        nats: the missing mass; `None` if it was not measured.
+        metrics: of the final model; empty if it was not measured.
     """
-    if nats is None:
+    if "missing_mass" not in metrics:
         return "missing mass: not measured, because max_objective_calls was reached"
+    nats = metrics["missing_mass"]
     verdict = "the model covers the target" if nats <= MISSING_MASS_WARNING else "the model has LOST part of the target"
     share = min(1.0, float(np.exp(-nats)))
     return (
-        f"missing mass: {nats:.2f} nats; by the ladder's log Z, the model's draws cover {share:.0%} of p_T: {verdict}"
+        f"missing mass: {with_error(metrics, 'missing_mass', '.2f')} nats; by the ladder's log Z, the model's draws "
+        f"cover {share:.0%} of p_T: {verdict}"
     )
 
 

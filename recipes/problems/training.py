@@ -11,6 +11,7 @@ from typing import Any, Optional
 from transformers.trainer_utils import get_last_checkpoint
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.algorithm.ladders.linear import linear_ladder
 from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
 
@@ -22,6 +23,13 @@ class RecipeConfig(ALDRIFTConfig):
     """ALDRIFT's settings, with defaults for the small model that is trained on the spot."""
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples per update and process."})
+    num_rungs: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Number of rungs. None: as many as the linear ladder has; the adaptive one stays at tau_max "
+            "until the model is close to p_T, no longer comes closer, or a budget is spent."
+        },
+    )
     learning_rate: float = field(default=1e-3, metadata={"help": "High, for a small model with a small adapter."})
     max_completion_length: Optional[int] = field(  # type: ignore[assignment]
         default=None,
@@ -37,6 +45,8 @@ class RecipeConfig(ALDRIFTConfig):
     def __post_init__(self) -> None:
         if self.ladder == "adaptive":
             self.tau_step = None  # a recipe's default step is for the linear ladder
+        elif self.num_rungs is None and self.tau_step is not None:  # what recipes/README.md measured
+            self.num_rungs = len(linear_ladder(self.tau_max, self.tau_step))
         asked = self.max_completion_length
         if asked is None:  # make_trainer sets it; the checks need a number
             self.max_completion_length = ALDRIFTConfig.max_completion_length
@@ -52,7 +62,7 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
         config: the settings. An `objective_range` or `max_completion_length` of `None` is set to the problem's own.
         model_config: which model, and which adapter.
     """
-    if model_config.model_name_or_path is not None and config.learning_rate >= 1e-3:
+    if model_config.model_name_or_path is not None and (config.learning_rate or 0) >= 1e-3:
         logger.warning(
             f"learning_rate={config.learning_rate:g} is meant for the small model that is trained on the spot; LoRA on "
             "a pretrained model usually needs 1e-4 to 3e-4. Set --learning_rate."

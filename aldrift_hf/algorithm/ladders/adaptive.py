@@ -11,8 +11,8 @@ from ...types import Proposals
 from ..diagnostics import effective_sample_size
 from .base import Ladder, LadderSettings, LadderState
 
-PATIENCE = 3
-"""Rungs at one `τ` after which the ladder gives up: learning did not make the next step possible."""
+PATIENCE = 6
+"""Rungs at one `τ` after which the ladder gives up: more draws and more learning did not make a step possible."""
 
 
 def adaptive_tau(log_ratio: Tensor, objective: Tensor, tau: float, tau_max: float, least_draws: float) -> float:
@@ -58,36 +58,28 @@ class AdaptiveLadder(Ladder):
         tau_max: T, nats per unit of cost.
         ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1.
         num_generations: proposals per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
-        num_rungs: rungs to climb; `None` ends the run with the first rung at T.
     """
 
     uses_weights: ClassVar[bool] = True
 
-    def __init__(
-        self, tau_max: float, ess_threshold: float, num_generations: int, num_rungs: int | None = None
-    ) -> None:
+    def __init__(self, tau_max: float, ess_threshold: float, num_generations: int) -> None:
         self.tau_max, self.ess_threshold, self.num_generations = tau_max, ess_threshold, num_generations
-        self._num_rungs = num_rungs
 
     @classmethod
     def from_settings(cls, settings: LadderSettings) -> AdaptiveLadder:
-        return cls(settings.tau_max, settings.ess_threshold, settings.num_generations, settings.num_rungs)
+        return cls(settings.tau_max, settings.ess_threshold, settings.num_generations)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
         least = self.ess_threshold * self.num_generations
         return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, self.tau_max, least)
 
-    def num_rungs(self, state: LadderState) -> int | None:
-        return self._num_rungs
-
     def stop_reason(self, state: LadderState) -> str | None:
-        if state.tau == self.tau_max:
-            return None if self._num_rungs else f"the ladder has reached tau_max = {self.tau_max:g}."
         last = state.taus[-PATIENCE:]
-        if len(last) < PATIENCE or len(set(last)) > 1:
+        if len(last) < PATIENCE or len(set(last)) > 1 or state.tau == self.tau_max:
             return None
         return (
-            f"the adaptive ladder cannot leave tau = {state.tau:g}: for {PATIENCE} rungs the effective sample size of "
-            f"the proposals stayed below ess_threshold={self.ess_threshold} of a rung's. Lower ess_threshold, draw "
-            "more proposals (num_generations), or learn more on each rung (updates_per_rung, learning_rate)."
+            f"The adaptive ladder cannot leave tau = {state.tau:g}: for {PATIENCE} rungs it drew and learned there, "
+            f"and the effective sample size stayed below ess_threshold={self.ess_threshold} of a rung's proposals. "
+            "Lower ess_threshold, draw more proposals per rung (num_generations), or learn more on each "
+            "(updates_per_rung, learning_rate)."
         )

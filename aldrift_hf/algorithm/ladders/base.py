@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from ...types import Proposals
@@ -19,11 +20,13 @@ class LadderState:
         log_z: `[P]`, the ladder's `log Z_τ` of each prompt, nats; 0 before the first rung.
         taus: the inverse temperature of each rung so far, in nats per unit of cost.
         objective_range: D, the largest cost, as given or as measured on the prior's draws; `None` if neither.
+        log_z_error: `[P]`, the standard error of `log_z`, nats.
     """
 
     log_z: Tensor
     taus: tuple[float, ...] = ()
     objective_range: float | None = None
+    log_z_error: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
 
     @property
     def tau(self) -> float:
@@ -38,7 +41,6 @@ class LadderSettings(Protocol):
     tau_step: float | None
     ess_threshold: float
     num_generations: int
-    num_rungs: int | None
 
 
 class Ladder(ABC):

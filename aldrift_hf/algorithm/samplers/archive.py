@@ -11,6 +11,7 @@ from torch import Tensor
 from ...types import Proposals
 from .. import diagnostics
 from ..archive import Archive
+from ..errors import Influence, pooled_influence
 from ..ladders.base import LadderState
 from .base import Policy, Sampler, SamplerSettings, Selection
 from .kernels import systematic_resample
@@ -48,6 +49,9 @@ class ArchiveSampler(Sampler):
 
     def log_z(self, pool: Proposals, state: LadderState, tau: float) -> Tensor:
         return diagnostics.log_z(pool.log_weight(tau))  # the prior's draws are still there: no need to go step by step
+
+    def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
+        return pooled_influence(pool.log_weight(tau), self.archive.drawn)
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
         log_weight = pool.log_weight(tau)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...types import Proposals
 from .. import diagnostics
 from ..archive import Snapshot
+from ..errors import Influence
 from ..ladders.base import LadderState
 
 
@@ -50,12 +51,7 @@ class SamplerSettings(Protocol):
 
     @property
     def steps_per_chain(self) -> int:
-        """M, proposals per chain."""
-        ...
-
-    @property
-    def num_chains(self) -> int:
-        """m, chains (or samples) per prompt per rung."""
+        """M, proposals per chain (or, of samplers without chains, per sample)."""
         ...
 
 
@@ -109,6 +105,10 @@ class Sampler(ABC):
         """A sampler for a run with these settings."""
         return cls()
 
+    def draws_for(self, proposals: int) -> int:
+        """Draws per prompt, at most, that a rung of `proposals` per prompt makes: more where [`move`] redraws."""
+        return proposals
+
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
         """The draws to choose from, `log_model` being the log-density they were drawn from. Default: the rung's own."""
         return proposals
@@ -144,6 +144,15 @@ class Sampler(ABC):
         """`[P]`, the ladder's estimate of `log Z_τ`, nats: by default step by step, from one rung to the next."""
         increment = diagnostics.log_z_increment(pool.log_weight(state.tau), pool.log_weight(tau))
         return state.log_z.to(increment) + increment
+
+    def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
+        """The influence of the draws on [`log_z`], for standard errors. A sampler with a `log_z` of its own needs one.
+
+        Args:
+            pool, state, tau: as given to [`log_z`].
+        """
+        own = pool.log_weight(tau).softmax(-1) - pool.log_weight(state.tau).softmax(-1)
+        return Influence(own, state.log_z_error.to(own).square())
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
         """Figures of its own for a rung's record."""

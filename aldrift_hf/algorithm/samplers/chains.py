@@ -27,22 +27,23 @@ def run_chains(
 
 
 class MetropolisHastings(Sampler):
-    """The last states of `m` chains of `M` proposals per prompt (arXiv 2503.06917, algorithm ALDRIFT).
+    """The last states of chains of `M` proposals, `m = n/M` per prompt (arXiv 2503.06917, algorithm ALDRIFT).
 
     Args:
-        num_chains: m.
+        chain_length: M.
     """
 
     uses_chains: ClassVar[bool] = True
 
-    def __init__(self, num_chains: int) -> None:
-        self.num_chains = num_chains
+    def __init__(self, chain_length: int) -> None:
+        self.chain_length = chain_length
 
     @classmethod
     def from_settings(cls, settings: SamplerSettings) -> MetropolisHastings:
-        return cls(settings.num_chains)
+        return cls(settings.steps_per_chain)
 
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:
-        return run_chains(pool.log_weight(tau), self.num_chains, generator)
+        log_weight = pool.log_weight(tau)
+        return run_chains(log_weight, log_weight.shape[-1] // self.chain_length, generator)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from ...types import Proposals
-from .base import Moved, Redraw, SamplerSettings, Selection
+from .base import Moved, Redraw, Selection
 from .chains import MetropolisHastings
 from .kernels import suffix_move
 
@@ -55,26 +55,23 @@ class SuffixChains(MetropolisHastings):
     one more proposal, of which only the suffix is drawn, and one more call of the objective.
 
     Args:
-        num_chains: m.
-        steps: M, proposals per chain of either kind.
+        chain_length: M, proposals per chain of either kind.
     """
 
     redraws: ClassVar[bool] = True
 
-    def __init__(self, num_chains: int, steps: int) -> None:
-        super().__init__(num_chains)
-        self.steps = steps
+    def __init__(self, chain_length: int) -> None:
+        super().__init__(chain_length)
         self._of_whole_texts = math.nan
 
-    @classmethod
-    def from_settings(cls, settings: SamplerSettings) -> SuffixChains:
-        return cls(settings.num_chains, settings.steps_per_chain)
+    def draws_for(self, proposals: int) -> int:
+        return 2 * proposals - proposals // self.chain_length
 
     def move(
         self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
     ) -> Moved:
         self._of_whole_texts = selection.acceptance_rate
-        return suffix_chains(pool.select(selection.index), self.steps, tau, redraw, generator)
+        return suffix_chains(pool.select(selection.index), self.chain_length, tau, redraw, generator)
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
         return {"acceptance_rate_of_whole_texts": self._of_whole_texts}

@@ -12,20 +12,23 @@ from .kernels import systematic_resample, top
 
 
 class _Uncorrected(Sampler):
-    """Keeps `m` of each prompt's proposals.
+    """Keeps one in `M` of each prompt's proposals, at least one.
 
     Args:
-        num_samples: m.
+        chain_length: M.
     """
 
     corrects: ClassVar[bool] = False
 
-    def __init__(self, num_samples: int) -> None:
-        self.num_samples = num_samples
+    def __init__(self, chain_length: int) -> None:
+        self.chain_length = chain_length
 
     @classmethod
     def from_settings(cls, settings: SamplerSettings) -> _Uncorrected:
-        return cls(settings.num_chains)
+        return cls(settings.steps_per_chain)
+
+    def _kept(self, pool: Proposals) -> int:
+        return max(1, pool.objective.shape[-1] // self.chain_length)
 
 
 class Top(_Uncorrected):
@@ -34,7 +37,7 @@ class Top(_Uncorrected):
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:
-        return Selection(top(pool.objective, pool.log_prior, self.num_samples))
+        return Selection(top(pool.objective, pool.log_prior, self._kept(pool)))
 
 
 class Reweight(_Uncorrected):
@@ -43,4 +46,4 @@ class Reweight(_Uncorrected):
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:
-        return Selection(systematic_resample(-(tau - tau_before) * pool.objective, self.num_samples, generator))
+        return Selection(systematic_resample(-(tau - tau_before) * pool.objective, self._kept(pool), generator))

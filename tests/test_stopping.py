@@ -1,0 +1,67 @@
+"""When a run is done, from the figures of its rungs."""
+
+import math
+
+import pytest
+
+from aldrift_hf.algorithm.stopping import done
+
+T = 2.0
+
+
+def rung(tau=T, ess=0.2, missing=0.3, error=0.1, kl=1.0, kl_error=0.02):
+    return {
+        **{"tau": tau, "ess": ess, "missing_mass": missing, "missing_mass_error": error},
+        **{"kl_to_target": kl, "kl_to_target_error": kl_error},
+    }
+
+
+CLOSE = rung(ess=0.6, missing=-0.05)
+
+
+@pytest.mark.parametrize(
+    ("rungs", "close"),
+    [
+        ([CLOSE], False),
+        ([CLOSE, CLOSE], True),
+        ([CLOSE, rung(), CLOSE], False),
+        ([rung(tau=1.0), CLOSE, CLOSE], True),
+        ([CLOSE, rung(ess=0.49, missing=0.0)], False),
+        ([CLOSE, rung(ess=0.5, missing=0.1)], True),
+        ([CLOSE, rung(ess=0.9, missing=0.11)], False),
+        ([CLOSE, rung(ess=0.9, missing=-0.11)], False),
+        ([CLOSE, rung(ess=0.9, error=math.nan)], False),
+        ([{**CLOSE, "tau": 1.0}] * 4, False),
+    ],
+)
+def test_close_to_the_target_on_two_rungs_running(rungs, close):
+    reason = done(rungs, T, 0.5)
+    assert (reason is not None) == close
+    if reason:
+        assert reason.startswith("The model is close to p_T: on 2 rungs running")
+
+
+def falling(step, count=8, **figures):
+    return [rung(kl=1.0 - step * k, **figures) for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "stalled"),
+    [
+        (falling(0.0), True),
+        (falling(0.0, 7), False),
+        (falling(0.01), False),  # 0.04 lower on average, its error 0.014
+        (falling(0.01, kl_error=0.06), True),  # its error 0.042
+        (falling(-0.1), True),
+        (falling(0.0, tau=1.0), False),
+        (falling(0.0, tau=1.0) + falling(0.0, 7), False),
+        (falling(0.1) + falling(0.0), True),
+        (falling(0.0, kl_error=math.nan), False),
+        ([*falling(0.0)[:-1], rung(kl=math.inf)], False),
+    ],
+)
+def test_no_longer_coming_closer(rungs, stalled):
+    reason = done(rungs, T, 0.5)
+    assert (reason is not None) == stalled
+    if reason:
+        assert reason.startswith("The model no longer comes closer to p_T")
