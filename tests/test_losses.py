@@ -237,6 +237,6 @@ def test_the_learning_rate_decays_at_the_end(config, tokenizer):
     settings = config(lr_scheduler_type="warmup_stable_decay", logging_steps=1, updates_per_rung=10)
     trainer = trainer_of(settings, tokenizer)
     trainer.train()
-    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log]
+    rates = [log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log and "rung" not in log]
     assert rates[:21] == pytest.approx([1e-2] * 21)
     assert rates[21:] == pytest.approx([1e-2 * (1 - k / 9) for k in range(9)], abs=2e-3)

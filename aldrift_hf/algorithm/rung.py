@@ -67,6 +67,10 @@ class Rung:
         """All draws of the rung."""
         return (self.proposals, *self.redrawn)
 
+    def spread(self) -> float:
+        """The standard deviation of the proposals' log-weights, nats, mean over prompts: how far `q` is from `p_τ`."""
+        return float(self.proposals.log_weight(self.state.tau).std(-1).nan_to_num(math.inf).mean())
+
 
 def run_rung(
     state: LadderState, rollout: Rollout, sampler: Sampler, ladder: Ladder, loss: Loss, *, num_rows: int, seed: int

@@ -158,7 +158,10 @@ def _results(record: RunRecord) -> str:
 
 def _settings(record: RunRecord) -> str:
     settings = record.settings
-    updates = "one pass" if settings["updates_per_rung"] is None else f"{settings['updates_per_rung']} updates"
+    updates = f"{settings['updates_per_rung']} updates per rung"
+    if settings["updates_per_rung"] is None:
+        made = [rung["updates"] for rung in record.rungs]
+        updates = f"{min(made)} to {max(made)} updates per rung" if made else "a number of updates that is found"
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * settings["processes"]
     table = [
         ("inverse temperature T", f"{settings['tau_max']:g}"),
@@ -170,8 +173,7 @@ def _settings(record: RunRecord) -> str:
         ("longest completion", f"{settings['max_completion_length']} tokens"),
         (
             "training",
-            f"loss `{settings['loss']}`, {updates} per rung, {rows} rows per update, learning rate "
-            f"{_learning_rate(record)}",
+            f"loss `{settings['loss']}`, {updates}, {rows} rows per update, learning rate {_learning_rate(record)}",
         ),
         ("seed", str(settings["seed"])),
         ("versions", ", ".join(f"{name} {number}" for name, number in settings["versions"].items())),

@@ -54,7 +54,7 @@ class RunRecord:
             - `distinct_proposals`, `distinct_samples`, `constant_cost` (share of prompts whose proposals all cost the
               same), `excluded` (share of proposals of prior probability 0), `completions/clipped_ratio`: shares;
             - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates),
-              `learning_rate` (of the last one);
+              `learning_rate` (of the last one), `updates` (of the rung);
             - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
             - `seconds_propose`, `seconds_score`, `seconds_objective`, `seconds_learn`: wall-clock time.
         draws: the newest draws of the model, at most [`MAX_DRAWS`], before any correction. Each has `prompt`,

@@ -138,8 +138,9 @@ class ALDRIFTConfig(TrainingArguments):
             memorise them; it needs `sampler="archive"` and turns dropout off. `None` is `"generalized_kl"` for a
             sampler that draws by weight, otherwise `"nll"`.
         updates_per_rung (`int`, *optional*):
-            Number of optimizer updates per rung. `None` is one pass over the rung's samples. Many updates on few
-            samples memorise them: watch `missing_mass`.
+            Number of optimizer updates per rung. Many updates on few samples memorise them: watch `missing_mass`.
+            `None` with `loss_type="generalized_kl"`: as many as move the samples' log-probabilities by the standard
+            deviation of the rung's log-weights, and at most 60; otherwise one pass over the rung's samples.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `from_pretrained` (as JSON on the command line) when the trainer is given a model's id
             or path. `dtype` defaults to float32.
@@ -334,7 +335,10 @@ class ALDRIFTConfig(TrainingArguments):
     )
     updates_per_rung: Optional[Count] = field(
         default=None,
-        metadata={"help": "Number of optimizer updates per rung. None: one pass over the rung's samples."},
+        metadata={
+            "help": "Number of optimizer updates per rung. None: with generalized_kl as many as move the samples' "
+            "log-probabilities as far as the log-weights are spread, at most 60; otherwise one pass over the samples."
+        },
     )
     model_init_kwargs: Optional[Kwargs] = field(
         default=None,

@@ -75,6 +75,8 @@ class HookedTrainer(Trainer):
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
+        if self.run.state.settled:  # without gradients the optimizer changes nothing
+            return torch.zeros((), device=self.args.device)
         with sharing(base_model(self._unwrapped())):  # also for layers that run again in the backward pass
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()

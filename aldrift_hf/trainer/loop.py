@@ -49,7 +49,7 @@ class RungLoop(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if args.fp16:  # its gradient scaler skips such updates by itself
+        if args.fp16 or self.run.state.settled:  # the gradient scaler of fp16 skips such updates by itself
             return
         rate = kwargs["optimizer"].param_groups[0]["lr"]
         largest = numerics.check_gradients(kwargs["model"].parameters(), rate)

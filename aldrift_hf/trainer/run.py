@@ -21,7 +21,7 @@ from ..algorithm.rung import Rung, run_rung
 from ..algorithm.samplers import Sampler
 from ..objective.objective import Objective
 from ..reporting.record import RunRecord
-from ..types import Prompts, Proposals
+from ..types import Prompts, Proposals, Samples
 from .config import ALDRIFTConfig
 from .rollout import Rollout, TrainingRollout
 from .samples import RungSamples
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 MAX_RUNGS = 200
 """Most rungs where neither `num_rungs` nor `max_rungs` is set, or twice as many as the ladder has to T."""
+NUM_SCORED = 128
+"""Samples whose log-probabilities tell how far updates have moved the model, at most."""
 LEAST_MEASURED = 32
 """Draws per prompt that the final model is measured on, at least; with fewer calls left, it is not measured."""
 
@@ -103,7 +105,7 @@ class Run:
         state.ladder, state.phase = rung.state, Phase.DRAWN
         state.proposals += sum(map(len, rung.drawn))
         state.num_tokens += sum(map(self._tokens, rung.drawn))
-        state.loss_sum, state.updates, state.learn_seconds = 0.0, 0, 0.0
+        state.begin_learning(rung.spread())
         metrics = {
             "rung": state.rung,
             "tau": rung.state.tau,
@@ -125,11 +127,11 @@ class Run:
     def end_rung(self) -> None:
         """Complete the rung's record with what was learned, and log it."""
         state = self.state
-        loss = torch.tensor(state.loss_sum / max(state.updates, 1), device=self.args.device)
+        loss = torch.tensor(state.loss_sum / max(state.updates_made, 1), device=self.args.device)
         metrics = state.rungs[-1]
         metrics["loss"] = cast(Tensor, reduce(loss, "mean")).item()
         metrics["seconds_learn"] = state.learn_seconds
-        metrics["learning_rate"] = state.learning_rate
+        metrics["learning_rate"], metrics["updates"] = state.learning_rate, state.updates_made
         state.phase = Phase.LEARNED
         self.update_record()
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
@@ -148,11 +150,20 @@ class Run:
         self.state.loss_sum += loss
 
     def updated(self, seconds: float, learning_rate: float) -> None:
-        """Count an optimizer update."""
+        """Count an optimizer update, or one that is skipped because the rung is settled."""
         self.state.updates += 1
+        self.state.updates_made += not self.state.settled
         self.state.learning_rate = learning_rate
         self.state.learn_seconds += seconds
         self.on_prompts.is_prior = False
+
+    def sample_log_probs(self) -> Tensor:
+        """`log q` of the rung's samples under the policy as it is now, `[n]`; of an even choice if they are many."""
+        samples = cast(Samples, self.samples.samples)
+        chosen = torch.linspace(0, len(samples.rows) - 1, min(NUM_SCORED, len(samples.rows))).long()
+        nothing = torch.zeros(1, len(chosen), dtype=torch.float64)
+        drawn = Proposals(samples.rows[chosen], samples.completions.select(chosen), nothing, nothing, nothing)
+        return self.rollout.score(self.prompts, drawn).flatten()
 
     def update_record(self) -> None:
         """Bring the record up to date with the state."""

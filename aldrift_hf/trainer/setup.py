@@ -16,6 +16,7 @@ from ..objective.protocol import CostFunction
 from ..reporting.record import RunRecord
 from ..types import Progress
 from .config import ALDRIFTConfig
+from .enough import MOST_UPDATES
 from .inputs import Inputs
 from .parts import Parts, engine_of
 from .rollout import Rollout, Runtime, TrainingRollout
@@ -78,7 +79,8 @@ def make_run(
         args, runtime, prior, engine_of(args, for_engine, engine), objective, inputs.tokenizer, inputs.pad_token_id
     )
     snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
-    updates_per_rung = args.updates_per_rung or math.ceil(len(prompts) * args.num_chains / rows_per_update)
+    one_pass = math.ceil(len(prompts) * args.num_chains / rows_per_update)
+    updates_per_rung = args.updates_per_rung or (MOST_UPDATES if parts.loss.needs_weighted_draws else one_pass)
     named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
     return Run(
         args=args,

@@ -9,14 +9,12 @@ anyway, from a rate that is too small to do harm.
 from __future__ import annotations
 
 import logging
-from typing import Any, cast
+from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ..types import Proposals, Samples
 from .run import Run
 
 logger = logging.getLogger(__name__)
@@ -29,8 +27,6 @@ MOST_TRIALS = 4
 """Updates after which the rate is left as it is."""
 LARGEST_CHANGE = 30.0
 """The rate is changed by at most this factor at once."""
-NUM_SCORED = 128
-"""Samples whose log-probabilities are compared, at most."""
 
 
 class StepSize(TrainerCallback):
@@ -46,7 +42,7 @@ class StepSize(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if self.run.state.seeks_rate and self.before is None:
-            self.before = self._log_probs()
+            self.before = self.run.sample_log_probs()
 
     def on_step_end(
         self,
@@ -60,7 +56,7 @@ class StepSize(TrainerCallback):
         run = self.run
         if not run.state.seeks_rate or optimizer is None or self.before is None:
             return
-        after = self._log_probs()
+        after = self.run.sample_log_probs()
         change = (after - self.before).std().item()
         self.before = after
         if not change > 0:  # a warm-up's first rate is 0; gradients are 0 where all costs are equal
@@ -73,14 +69,6 @@ class StepSize(TrainerCallback):
         if not run.state.seeks_rate:
             rate = optimizer.param_groups[0]["lr"]
             logger.info(f"learning_rate is not set: {rate:.2g}, by what the first updates change")
-
-    def _log_probs(self) -> Tensor:
-        """`log q` of the rung's samples as the policy is now, `[n]`; an even choice among them if they are many."""
-        samples = cast(Samples, self.run.samples.samples)
-        chosen = torch.linspace(0, len(samples.rows) - 1, min(NUM_SCORED, len(samples.rows))).long()
-        nothing = torch.zeros(1, len(chosen), dtype=torch.float64)
-        drawn = Proposals(samples.rows[chosen], samples.completions.select(chosen), nothing, nothing, nothing)
-        return self.run.rollout.score(self.run.prompts, drawn).flatten()
 
 
 def scale_learning_rate(factor: float, optimizer: Optimizer, lr_scheduler: Any) -> None:
