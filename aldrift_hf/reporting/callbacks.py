@@ -49,7 +49,7 @@ class RunCallback(TrainerCallback):
 
         Args:
             rung: index of the rung, from 0.
-            num_rungs: number of rungs in the run; `None` if the ladder cannot tell.
+            num_rungs: number of rungs in the run; `None` where it ends by itself.
             tau: inverse temperature of the previous rung; 0 before the first.
         """
 
