@@ -93,6 +93,7 @@ def main() -> None:
             config,
             f"step-{step}",
             tau_step=tau_step,
+            num_rungs=rungs,
             num_generations=max(1, options.proposals // rungs // length) * length,
             chain_length=length,
             updates_per_rung=max(1, options.updates // rungs),

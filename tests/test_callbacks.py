@@ -46,7 +46,7 @@ SETTINGS = {
 }
 RUNG = {
     **{"rung": 0, "draws": 2, "tau": 2.0, "objective_mean": 1.0, "objective_best": 1.0, "success": 0.5, "ess": 0.5},
-    **{"missing_mass": 2.0, "distinct_proposals": 1.0, "proposals": 2, "objective_calls": 2, "loss": 0.1},
+    **{"missing_mass": 2.0, "distinct_proposals": 1.0, "proposals": 2, "objective_calls": 2, "loss": 0.1, "updates": 3},
 }
 
 

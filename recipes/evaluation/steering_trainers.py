@@ -105,8 +105,7 @@ def aldrift_config(job: Job) -> ALDRIFTConfig:
         "num_generations": per_prompt,
         "chain_length": 1,
         "updates_per_rung": max(1, per_prompt * prompts // setting.batch_size),
-        # The run ends with its last rung, without fresh draws to measure the model, also where a few draws are equal.
-        "max_objective_calls": max(1, setting.calls - per_prompt * prompts + 1),
+        "max_objective_calls": setting.calls,  # the final model is not measured on more
         "save_strategy": "epoch",
         "save_total_limit": 1,
     }
