@@ -16,13 +16,17 @@ from .rung import Rung
 
 def success_share(objective: Tensor, threshold: float) -> float:
     """Share of draws that cost at most `threshold`, up to rounding."""
-    return (objective <= threshold + 1e-9).double().mean().item()
+    return _successes(objective, threshold).mean().item()
 
 
 def success_error(objective: Tensor, threshold: float) -> float:
     """The standard error of [`success_share`] of draws for given prompts, `[P, n]`."""
-    successes = (objective <= threshold + 1e-9).double()
-    return mean_error(variance_of_sum(successes / successes.shape[-1]).sqrt())
+    return mean_error(variance_of_sum(_successes(objective, threshold) / objective.shape[-1]).sqrt())
+
+
+def _successes(objective: Tensor, threshold: float) -> Tensor:
+    """1 for a success, 0 for another draw."""
+    return (objective <= threshold + 1e-9).double()
 
 
 def proposal_metrics(proposals: Proposals, tau: float, threshold: float) -> dict[str, float]:

@@ -182,7 +182,7 @@ class Run:
         """Why the run ends with the rung that it has reached, as a sentence; `None` to go on."""
         args, state = self.args, self.state
         rungs, at = state.rung + 1, f"rung {state.rung} at tau = {state.ladder.tau:g}"
-        if self.budget_is_spent():
+        if not self._affordable():
             return (
                 f"The budget is spent, with {at}: {self.objective.calls} distinct completions were evaluated, of "
                 f"max_objective_calls={args.max_objective_calls}."
@@ -209,10 +209,6 @@ class Run:
                 "the run may end before. Set num_rungs, or use 'constant'."
             )
         return self._most_rungs()
-
-    def budget_is_spent(self) -> bool:
-        """Whether the objective has been called too often for another rung."""
-        return not self._affordable()
 
     def measurable(self) -> int:
         """Draws per prompt for which calls of the objective are left when the run has ended; 0 if they are too few."""
@@ -262,7 +258,7 @@ class Run:
     def _figures_of_the_sampler(self, rung: Rung, figures: Collection[str]) -> dict[str, float]:
         """What a sampler of the user's own measures must not pass for one of the run's `figures`."""
         own = self.sampler.metrics(rung.pool, rung.state.tau)
-        if taken := sorted(own.keys() & {*figures, "loss", "seconds_learn"}):
+        if taken := sorted(own.keys() & {*figures, "loss", "seconds_learn", "learning_rate", "updates"}):
             raise ValueError(
                 f"{type(self.sampler).__name__}.metrics returns figures under names that a rung's record uses already: "
                 f"{', '.join(taken)}. Give them other names."

@@ -146,8 +146,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if parts.loss.exact_logprobs:
             without_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
-        self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
-        self._enough = Enough()
+        self._step_size, self._enough, self._seeks_rate = StepSize(), Enough(), seeks_rate(args, optimizers[0])
         super().__init__(
             model=policy,
             args=args,
