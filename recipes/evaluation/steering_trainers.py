@@ -23,6 +23,8 @@ from evaluation.steering_setting import Setting
 
 RUNG = 512
 """Calls per rung of ALDRIFT."""
+SAVE_STEPS = 8
+"""Updates between two checkpoints of TRL's trainers."""
 GENERATIONS = 8
 """Completions per prompt in an update, at least, of methods that compare those of one prompt."""
 
@@ -154,7 +156,10 @@ def cpu_seconds_before(folder: Path) -> float:
 
 
 def policy_gradient(job: Job) -> tuple[PeftModel, int]:
-    """Train with one of TRL's trainers, with one update per batch of completions; the model and its number of calls."""
+    """Train with one of TRL's trainers, or go on from the last checkpoint; the model and its number of calls.
+
+    One update follows each batch of completions.
+    """
     trainer_class, config_class, own_settings = TRL[job.setting.method]
     updates = job.setting.calls // job.setting.batch_size
     args = config_class(
@@ -163,7 +168,9 @@ def policy_gradient(job: Job) -> tuple[PeftModel, int]:
         num_generations=generations(job),
         max_steps=updates,
         disable_dropout=True,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=SAVE_STEPS,
+        save_total_limit=1,
         **own_settings,
     )
     tokenizer = job.tokenizer
@@ -176,8 +183,9 @@ def policy_gradient(job: Job) -> tuple[PeftModel, int]:
         train_dataset=Dataset.from_list(list(job.task.rows)),
         processing_class=tokenizer,
         peft_config=job.lora,
+        callbacks=[TimeSpent(job.folder)],
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
     return trainer.accelerator.unwrap_model(trainer.model), updates * job.setting.batch_size
 
 
