@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE = range(5)
+PROPOSE, CORRECT, SHUFFLE, EVALUATE, SAMPLE, DEAL = range(6)
 """What a stream is for: the first number of its address after the run's seed. No two purposes share a stream."""
 
 

@@ -103,12 +103,21 @@ class Proposals:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def log_target(self, tau: float) -> Tensor:
-        """`log L(s) - τ·d(s)`, `[P, n]`: `log p_τ(s)` up to `log Z_τ`, nats."""
+    @property
+    def prompts(self) -> Tensor:
+        """`[P]`, the prompts that were drawn for, as positions among the run's."""
+        return self.rows.view(self.objective.shape)[:, 0]
+
+    def log_target(self, tau: float | Tensor) -> Tensor:
+        """`log L(s) - τ·d(s)`, `[P, n]`: `log p_τ(s)` up to `log Z_τ`, nats.
+
+        Args:
+            tau: the inverse temperature; of each prompt, `[P, 1]`, if they differ.
+        """
         return self.log_prior - tau * self.objective
 
-    def log_weight(self, tau: float) -> Tensor:
-        """`ℓ(s) = log L(s) - τ·d(s) - log q(s)`, `[P, n]`, nats."""
+    def log_weight(self, tau: float | Tensor) -> Tensor:
+        """`ℓ(s) = log L(s) - τ·d(s) - log q(s)`, `[P, n]`, nats; see [`log_target`]."""
         return self.log_target(tau) - self.log_model
 
     def flat(self, index: Tensor) -> Tensor:
@@ -176,6 +185,27 @@ def join_rungs(parts: Sequence[Proposals]) -> Proposals:
         objective=torch.cat([part.objective for part in parts], dim=1),
         log_prior=torch.cat([part.log_prior for part in parts], dim=1),
         log_model=torch.cat([part.log_model for part in parts], dim=1),
+    )
+
+
+def join_prompts(parts: Sequence[Proposals]) -> Proposals:
+    """Proposals for different prompts, as many for each, as one set ordered by prompt; without texts."""
+    order = torch.cat([part.prompts for part in parts]).argsort()
+    rows = torch.cat([part.rows for part in parts])
+    flat = rows.argsort(stable=True)
+
+    def by_prompt(columns: list[Tensor]) -> Tensor:
+        return torch.cat(columns)[order]
+
+    return Proposals(
+        rows=rows[flat],
+        completions=Completions(
+            torch.cat([part.completions.ids for part in parts])[flat],
+            torch.cat([part.completions.length for part in parts])[flat],
+        ),
+        objective=by_prompt([part.objective for part in parts]),
+        log_prior=by_prompt([part.log_prior for part in parts]),
+        log_model=by_prompt([part.log_model for part in parts]),
     )
 
 

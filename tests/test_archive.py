@@ -9,7 +9,7 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
 
 from aldrift_hf.algorithm import diagnostics
-from aldrift_hf.algorithm.archive import Archive
+from aldrift_hf.algorithm.archive import Archive, mixture
 from aldrift_hf.algorithm.samplers.kernels import systematic_resample
 from aldrift_hf.models import snapshots
 from aldrift_hf.models.prior import base_model
@@ -69,7 +69,7 @@ def filled(models=(0, 1, 2), window=16, prompts=1):
 @pytest.mark.parametrize("prompts", [1, 3])
 def test_mixture_weights_give_the_target_exactly(tau, prompts):
     """With exactly α_k·N·q_k(s) copies of each draw, the weighted frequencies are p_τ, and the mean weight is Z_τ."""
-    pool = filled(prompts=prompts)[0].mixture()
+    pool = mixture(filled(prompts=prompts)[0].entries)
     log_weight = pool.log_weight(tau)
     assert log_weight.shape == (prompts, sum(DRAWN))
     target = PRIOR * torch.exp(-tau * COST)
@@ -82,13 +82,13 @@ def test_mixture_weights_give_the_target_exactly(tau, prompts):
 
 def test_weights_are_bounded_by_the_priors_share():
     """`w ≤ exp(-τd) / α_0`, also for an event that the later models hardly draw."""
-    pool = filled()[0].mixture()
+    pool = mixture(filled()[0].entries)
     assert (pool.log_weight(0.0).exp() <= sum(DRAWN) / DRAWN[0] + 1e-9).all()
 
 
 def test_resampled_draws_follow_the_target():
     """Systematic resampling keeps each event's number within one of its share, whatever the number of its copies."""
-    pool = filled()[0].mixture()
+    pool = mixture(filled()[0].entries)
     index = systematic_resample(pool.log_weight(1.0), 1000, torch.Generator().manual_seed(0))
     events = pool.completions.ids[index[0], 0]
     target = PRIOR * torch.exp(-COST)
@@ -104,12 +104,12 @@ def test_what_is_known_is_not_computed_again():
 def test_beyond_the_window_the_oldest_rung_but_the_first_is_forgotten():
     """Its draws and its model together: what is left is as if it had never been."""
     kept, never = filled(window=2)[0], filled(models=(0, 2))[0]
-    for ours, theirs in zip(kept.log_q, never.log_q):
-        assert torch.equal(ours, theirs)
-    assert torch.equal(kept.mixture().log_model, never.mixture().log_model)
-    assert [snapshot.get("number", torch.tensor(0)).item() for snapshot in kept.snapshots] == [0, 2]
+    for ours, theirs in zip(kept.entries, never.entries, strict=True):
+        assert torch.equal(ours.log_q, theirs.log_q)
+    assert torch.equal(mixture(kept.entries).log_model, mixture(never.entries).log_model)
+    assert [entry.snapshot.get("number", torch.tensor(0)).item() for entry in kept.entries] == [0, 2]
     target = PRIOR * torch.exp(-COST)
-    assert diagnostics.log_z(kept.mixture().log_weight(1.0)).exp().item() == pytest.approx(target.sum().item())
+    assert diagnostics.log_z(mixture(kept.entries).log_weight(1.0)).exp().item() == pytest.approx(target.sum().item())
 
 
 def test_rungs_are_joined_by_prompt():
@@ -135,12 +135,13 @@ def test_to_tensors_and_back():
     archive = filled(prompts=2)[0]
     again = Archive(16)
     again.load_state_dict(archive.state_dict())
-    assert torch.equal(again.mixture().log_model, archive.mixture().log_model)
-    assert torch.equal(again.mixture().completions.ids, archive.mixture().completions.ids)
-    assert torch.equal(again.mixture().rows, archive.mixture().rows)
-    assert again.snapshots == archive.snapshots
-    for ours, theirs in zip(again.rungs, archive.rungs):
-        assert torch.equal(ours.log_model, theirs.log_model)
+    ours, theirs = mixture(again.entries), mixture(archive.entries)
+    assert torch.equal(ours.log_model, theirs.log_model)
+    assert torch.equal(ours.completions.ids, theirs.completions.ids)
+    assert torch.equal(ours.rows, theirs.rows)
+    for one, other in zip(again.entries, archive.entries, strict=True):
+        assert one.snapshot == other.snapshot
+        assert torch.equal(one.proposals.log_model, other.proposals.log_model)
 
 
 def test_snapshots_are_of_the_trained_parameters_and_leave_no_trace():
@@ -182,23 +183,24 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
         peft_config=lora_config(model) if peft else None,
     )
     trainer.train()
-    archive = trainer.sampler.archive
-    assert len(archive.rungs) == 3
-    assert archive.snapshots[0] == {}, "the first rung's model is the prior"
-    for number, snapshot in enumerate(archive.snapshots):
-        for rung, log_q in zip(archive.rungs, archive.log_q):
+    entries = trainer.sampler.archive.entries
+    assert len(entries) == 3
+    assert entries[0].snapshot == {}, "the first rung's model is the prior"
+    for number, model_of in enumerate(entries):
+        for entry in entries:
+            rung = entry.proposals
             for prompt, ids in enumerate(trainer.inputs.prompts.token_ids):
                 drawn = rung.completions.select(torch.arange(len(rung.rows))[rung.rows == prompt])
-                with snapshots.loaded(trainer.model, snapshot):
+                with snapshots.loaded(trainer.model, model_of.snapshot):
                     expected = log_probs(prior if number == 0 else base_model(trainer.model), ids, drawn)
-                assert log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
+                assert entry.log_q[number][prompt] == pytest.approx(expected, abs=1e-4)
     completions = every_completion()
     cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
     exact = [
         (log_probs(prior, ids, completions) - 1.5 * cost).logsumexp(0).item()
         for ids in trainer.inputs.prompts.token_ids
     ]
-    log_weight = archive.mixture().log_weight(1.5)
+    log_weight = mixture(entries).log_weight(1.5)
     error = (1 / diagnostics.effective_sample_size(log_weight) - 1).sqrt() / log_weight.shape[1] ** 0.5
     assert ((torch.tensor(trainer.record.log_z) - torch.tensor(exact)).abs() <= 5 * error).all()
     record = trainer.record.rungs[-1]
@@ -218,11 +220,11 @@ def test_an_adapter_that_does_not_begin_as_the_prior_is_not_taken_for_it(config,
     first = log_probs(base_model(trainer.model), ids, every_completion())
     assert (first - log_probs(prior, ids, every_completion())).abs().max() > 0.1
     trainer.train()
-    archive = trainer.sampler.archive
-    assert archive.snapshots[0], "a model of its own"
+    entries = trainer.sampler.archive.entries
+    assert entries[0].snapshot, "a model of its own"
     place = {tuple(tokens): row for row, tokens in enumerate(every_completion().tokens())}
-    drawn = [place[tuple(tokens)] for tokens in archive.rungs[0].completions.tokens()]
-    assert archive.mixture().log_model[0] == pytest.approx(first[drawn], abs=1e-4)
+    drawn = [place[tuple(tokens)] for tokens in entries[0].proposals.completions.tokens()]
+    assert mixture(entries).log_model[0] == pytest.approx(first[drawn], abs=1e-4)
 
 
 def test_models_that_are_too_large_for_memory_are_mapped_from_disk(config, tokenizer, monkeypatch, tmp_path):
@@ -259,7 +261,7 @@ def test_samples_from_the_archive(config, tokenizer):
         trainer.sample(10, prompts=["b"], correction="archive")
     with pytest.raises(ValueError, match="correction must be"):
         trainer.sample(10, correction="gibbs")
-    pool = trainer.sampler.archive.mixture()
+    pool = mixture(trainer.sampler.archive.entries)
     assert drawn["prompt"] == [""] * 20_000 + ["a b"] * 20_000
     for prompt in range(2):
         expected = pool.log_weight(1.5)[prompt].softmax(0) @ pool.objective[prompt]
@@ -286,8 +288,8 @@ def test_a_second_training_starts_a_new_archive(config, tokenizer):
     )
     trainer.train()
     trainer.train()
-    assert len(trainer.sampler.archive.rungs) == 3
-    assert trainer.sampler.archive.snapshots[0], "a fine-tuned model, kept as such"
+    assert len(trainer.sampler.archive.entries) == 3
+    assert trainer.sampler.archive.entries[0].snapshot, "a fine-tuned model, kept as such"
 
 
 def test_smoothing_is_for_the_archive(config):

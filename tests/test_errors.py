@@ -44,14 +44,14 @@ class Policy:
 
 def climb(sampler, rungs):
     """The state, the draws and the influence after the last of `rungs`: pairs of a model and an inverse temperature."""
-    policy, state = Policy(), LadderState(torch.zeros(REPETITIONS, dtype=torch.float64))
+    policy, state = Policy(), LadderState.start(REPETITIONS)
     for seed, (log_q, tau, n) in enumerate(rungs):
         policy.present = log_q
         proposals = drawn(log_q, n, seed)
         pool = sampler.pool(proposals, policy)
         influence = sampler.influence(pool, state, tau)
         log_z = sampler.log_z(pool, state, tau)
-        state = LadderState(log_z, (*state.taus, tau), None, influence.error())
+        state = state.reached(torch.arange(REPETITIONS), tau, log_z, influence.error())
     return state, proposals, influence
 
 

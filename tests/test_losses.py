@@ -9,6 +9,7 @@ from evaluation.enumeration import kl_divergence
 from torch import nn
 
 from aldrift_hf import ALDRIFTConfig
+from aldrift_hf.algorithm.archive import mixture
 from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.losses.generalized_kl import log_reference
 from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
@@ -176,8 +177,8 @@ def test_a_rungs_densities(config, tokenizer):
     trainer = trainer_of(config(sampler="archive", num_generations=256, updates_per_rung=8), tokenizer, prompts)
     trainer.train()
     samples, tau, prior = trainer.run.samples, trainer.run.state.ladder.tau, tiny_gpt2()
-    pool = trainer.sampler.archive.mixture()
-    mixture = {
+    pool = mixture(trainer.sampler.archive.entries)
+    density = {
         (row, *tokens): value
         for row, tokens, value in zip(pool.rows.tolist(), pool.completions.tokens(), pool.log_model.flatten().tolist())
     }
@@ -190,7 +191,7 @@ def test_a_rungs_densities(config, tokenizer):
         cost = count_a([], [tokenizer.decode(item["completion"], skip_special_tokens=True)])[0]
         log_p = log_prior - tau * cost - trainer.record.log_z[row]
         assert float(item["log_target"]) == pytest.approx(log_p, abs=1e-4)
-        log_r = math.log((math.exp(log_p) + math.exp(mixture[(row, *item["completion"])])) / 2)
+        log_r = math.log((math.exp(log_p) + math.exp(density[(row, *item["completion"])])) / 2)
         assert float(item["log_reference"]) == pytest.approx(log_r, abs=1e-4)
 
 

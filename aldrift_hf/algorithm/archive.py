@@ -13,13 +13,16 @@ A new rung costs one forward pass of its model over the draws in the archive, an
 archive over the new draws; known log-probabilities are never computed again. `window` bounds both: beyond it the oldest
 rung after the first is dropped, draws and model together (a draw whose own model has left the mixture would get a wrong
 weight).
+
+Where rungs draw for groups of prompts in turn ([`aldrift_hf.algorithm.prompt_groups`]), all of this holds for each
+group by itself: the mixture of a prompt's draws is that of the models which drew for it. The window counts all rungs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -32,86 +35,121 @@ Scorer = Callable[[Snapshot | None, Proposals], Tensor]
 """`(snapshot, proposals) -> [P, n]`: log-probabilities under a snapshot's model, or the present one (`None`), nats."""
 
 
+@dataclass
+class Entry:
+    """A rung in the archive.
+
+    Attributes:
+        proposals: its draws, without texts.
+        snapshot: the model that drew them.
+        log_q: `[K, S, n]`, their log-probabilities under the `K` models that drew for the same prompts, by age, nats.
+    """
+
+    proposals: Proposals
+    snapshot: Snapshot
+    log_q: Tensor
+
+
 class Archive:
-    """The rungs within the window, and the log-probability of every draw under every rung's model.
+    """The rungs within the window, and the log-probability of every draw under every model that drew for its prompt.
 
     Args:
         window: most rungs to keep, the first included; at least 2.
 
     Attributes:
-        rungs: the proposals of each rung, oldest first, without texts.
-        snapshots: the model that drew each rung's proposals.
-        log_q: for each rung's draws, `[K, P, n]`: log-probabilities under the `K` models, nats.
+        entries: the rungs, oldest first.
     """
 
     def __init__(self, window: int) -> None:
         self.window = window
-        self.rungs: list[Proposals] = []
-        self.snapshots: list[Snapshot] = []
-        self.log_q: list[Tensor] = []
+        self.entries: list[Entry] = []
 
-    @property
-    def drawn(self) -> list[int]:
-        """Draws per prompt of each rung."""
-        return [rung.objective.shape[1] for rung in self.rungs]
+    def groups(self) -> list[list[Entry]]:
+        """The rungs by the prompts that they drew for; within a group by age."""
+        groups: dict[tuple[int, ...], list[Entry]] = {}
+        for entry in self.entries:
+            groups.setdefault(tuple(entry.proposals.prompts.tolist()), []).append(entry)
+        return [*groups.values()]
 
-    def extend(self, proposals: Proposals, snapshot: Snapshot, score: Scorer) -> None:
+    def group(self, prompts: Tensor) -> list[Entry]:
+        """The rungs that drew for these prompts."""
+        return [entry for entry in self.entries if torch.equal(entry.proposals.prompts, prompts)]
+
+    def extend(self, proposals: Proposals, snapshot: Snapshot, score: Scorer) -> list[Entry]:
         """Add a rung's proposals and the model that drew them, which is the present one.
 
         Args:
-            proposals: `n` draws for each of `P` prompts.
+            proposals: `n` draws for each of `S` prompts.
             snapshot: the present model; empty if it is the prior.
-            score: called once per model in the archive, on the new draws, and once on all draws in the archive.
-        """
-        if len(self.rungs) == self.window:
-            self._forget(1)
-        known = [score(past, proposals) if past else proposals.log_prior for past in self.snapshots]
-        if self.rungs:  # all at once: in fuller batches, in each of which equal strings are scored once
-            columns = torch.split(score(None, join_rungs(self.rungs)), self.drawn, dim=1)
-            self.log_q = [torch.cat([log_q, new[None]]) for log_q, new in zip(self.log_q, columns, strict=True)]
-        self.log_q.append(torch.stack([*known, proposals.log_model]))
-        self.rungs.append(replace(proposals, texts=None))
-        self.snapshots.append(snapshot)
+            score: called once per earlier model that drew for these prompts, on the new draws, and once on all earlier
+                draws for them.
 
-    def mixture(self) -> Proposals:
-        """All draws as one set of proposals, whose model is the mixture: `[P, N]`, ordered by prompt."""
-        total = sum(self.drawn)
-        log_share = torch.tensor([math.log(n / total) for n in self.drawn], dtype=torch.float64)[:, None, None]
-        log_mixture = torch.cat([(log_share + log_q).logsumexp(0) for log_q in self.log_q], dim=1)
-        return replace(join_rungs(self.rungs), log_model=log_mixture)
+        Returns:
+            The rungs that drew for these prompts, the new one included.
+        """
+        if len(self.entries) == self.window:
+            self._forget(1)
+        earlier = self.group(proposals.prompts)
+        known = [score(entry.snapshot, proposals) if entry.snapshot else proposals.log_prior for entry in earlier]
+        if earlier:  # all at once: in fuller batches, in each of which equal strings are scored once
+            drawn = [entry.proposals for entry in earlier]
+            columns = torch.split(score(None, join_rungs(drawn)), draws_of(earlier), dim=1)
+            for entry, new in zip(earlier, columns, strict=True):
+                entry.log_q = torch.cat([entry.log_q, new[None]])
+        log_q = torch.stack([*known, proposals.log_model])
+        self.entries.append(Entry(replace(proposals, texts=None), snapshot, log_q))
+        return [*earlier, self.entries[-1]]
 
     def state_dict(self) -> dict[str, Tensor]:
         """As named tensors: `<rung>.<column>`, and `<rung>.model.<parameter>` for the rung's model."""
         kept: dict[str, Tensor] = {}
-        for number, (rung, log_q, snapshot) in enumerate(zip(self.rungs, self.log_q, self.snapshots, strict=True)):
+        for number, entry in enumerate(self.entries):
+            rung = entry.proposals
             columns = {
+                "prompts": rung.prompts,
                 "ids": rung.completions.ids,
                 "length": rung.completions.length,
                 "objective": rung.objective,
                 "log_prior": rung.log_prior,
-                "log_q": log_q,
+                "log_model": rung.log_model,
+                "log_q": entry.log_q,
             }
             kept |= {f"{number}.{name}": column.contiguous() for name, column in columns.items()}
-            kept |= {f"{number}.model.{name}": value for name, value in snapshot.items()}
+            kept |= {f"{number}.model.{name}": value for name, value in entry.snapshot.items()}
         return kept
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """The inverse of [`state_dict`]."""
         rungs = 1 + max((int(name.split(".")[0]) for name in state), default=-1)
-        self.rungs, self.snapshots, self.log_q = [], [], []
+        self.entries = []
         for number in range(rungs):
-            ids, length, objective, log_prior, log_q = (
-                state[f"{number}.{name}"] for name in ("ids", "length", "objective", "log_prior", "log_q")
+            prompts, ids, length, objective, log_prior, log_model, log_q = (
+                state[f"{number}.{name}"]
+                for name in ("prompts", "ids", "length", "objective", "log_prior", "log_model", "log_q")
             )
-            prompts, n = objective.shape
-            rows = torch.arange(prompts).repeat_interleave(n)
-            self.rungs.append(Proposals(rows, Completions(ids, length), objective, log_prior, log_q[number]))
-            self.log_q.append(log_q)
+            rows = prompts.repeat_interleave(objective.shape[1])
+            drawn = Proposals(rows, Completions(ids, length), objective, log_prior, log_model)
             prefix = f"{number}.model."
-            self.snapshots.append(
-                {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-            )
+            snapshot = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+            self.entries.append(Entry(drawn, snapshot, log_q))
 
     def _forget(self, number: int) -> None:
-        del self.rungs[number], self.snapshots[number], self.log_q[number]
-        self.log_q = [torch.cat([log_q[:number], log_q[number + 1 :]]) for log_q in self.log_q]
+        gone = self.entries[number]
+        group = self.group(gone.proposals.prompts)
+        age = next(age for age, entry in enumerate(group) if entry is gone)
+        del self.entries[number]
+        for entry in group:
+            entry.log_q = torch.cat([entry.log_q[:age], entry.log_q[age + 1 :]])
+
+
+def draws_of(group: Sequence[Entry]) -> list[int]:
+    """Draws per prompt of each rung."""
+    return [entry.proposals.objective.shape[1] for entry in group]
+
+
+def mixture(group: Sequence[Entry]) -> Proposals:
+    """The draws of rungs for the same prompts as one set of proposals, `[S, N]`, whose model is their mixture."""
+    drawn = draws_of(group)
+    log_share = torch.tensor([math.log(n / sum(drawn)) for n in drawn], dtype=torch.float64)[:, None, None]
+    log_mixture = torch.cat([(log_share + entry.log_q).logsumexp(0) for entry in group], dim=1)
+    return replace(join_rungs([entry.proposals for entry in group]), log_model=log_mixture)

@@ -71,7 +71,7 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
         rung: the rung.
         threshold: a draw that costs at most this is a success.
     """
-    proposals, pool, tau, log_z = rung.proposals, rung.pool, rung.state.tau, rung.state.log_z
+    proposals, pool, tau, log_z = rung.proposals, rung.pool, rung.state.tau, rung.after.log_z
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
@@ -81,7 +81,7 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
         "acceptance_rate": rung.selection.acceptance_rate,
         "log_z_increment": (log_z - rung.before.log_z).mean().item(),
         "log_z": log_z.mean().item(),
-        "log_z_error": mean_error(rung.state.log_z_error),
+        "log_z_error": mean_error(rung.after.log_z_error),
         "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
         "missing_mass_error": mean_error(rung.influence.error(log_weight.softmax(-1))),
         "kl_to_target": diagnostics.reverse_kl(log_weight, log_z).mean().item(),

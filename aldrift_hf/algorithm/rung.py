@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -42,8 +42,8 @@ class Rung:
     """One rung's results.
 
     Attributes:
-        before: where the ladder stood.
-        state: where it stands now.
+        before: where the ladder stood, for the rung's prompts.
+        state: where it stands now, for all prompts of the run.
         influence: of the draws on log Z.
         proposals: the rung's independent draws, `n` per prompt.
         pool: the draws that the samples were chosen from; with the density that they were drawn from, unless the
@@ -61,6 +61,11 @@ class Rung:
     selection: Selection
     redrawn: tuple[Proposals, ...]
     samples: Samples
+
+    @property
+    def after(self) -> LadderState:
+        """Where the ladder stands now, for the rung's prompts."""
+        return self.state.of(self.proposals.prompts)
 
     @property
     def drawn(self) -> tuple[Proposals, ...]:
@@ -93,16 +98,16 @@ def run_rung(
     rung = len(state.taus)
     proposals = rollout.propose(rung)  # 1. propose: s ~ q
     pool = sampler.pool(proposals, rollout)
-    tau = ladder.next_tau(state, pool)
-    log_z, influence = sampler.log_z(pool, state, tau), sampler.influence(pool, state, tau)
+    tau, here = ladder.next_tau(state, pool), state.of(pool.prompts)
+    log_z, influence = sampler.log_z(pool, here, tau), sampler.influence(pool, here, tau)
     size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
     chance, shuffle = (streams.generator(seed, purpose, rung) for purpose in (streams.CORRECT, streams.SHUFFLE))
     selection = sampler.select(pool, state.tau, tau, size, chance)  # 2. correct
     moved = sampler.move(pool, selection, tau, partial(rollout.redraw, rung), chance)
     samples = _lay_out(moved.pool, moved.selection.index, loss, tau, log_z, num_rows, shuffle)
-    reached = replace(state, taus=(*state.taus, tau), log_z=log_z, log_z_error=influence.error())
+    reached = state.reached(pool.prompts, tau, log_z, influence.error())
     # 3. learn: the loss on the samples
-    return Rung(state, reached, influence, proposals, **vars(moved), samples=samples)
+    return Rung(here, reached, influence, proposals, **vars(moved), samples=samples)
 
 
 def _lay_out(

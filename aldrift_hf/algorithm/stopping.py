@@ -18,14 +18,16 @@ Figures = Mapping[str, float]
 """A rung's: `tau`, `ess` (a share), `missing_mass` and `kl_to_target` (nats) with the standard errors `…_error`."""
 
 
-def done(rungs: Sequence[Figures], tau_max: float, target_ess: float) -> str | None:
+def done(rungs: Sequence[Figures], tau_max: float, target_ess: float, groups: int = 1) -> str | None:
     """Why a run that may stay at T for as long as it likes is done, as a sentence; `None` to go on.
 
     Args:
         rungs: all rungs so far.
         tau_max: T, nats per unit of cost.
         target_ess: effective sample size of fresh draws from which on the model is close, as a share of them.
+        groups: rungs per epoch over the prompts. Whole epochs are compared, which are of the same prompts.
     """
+    compared = groups * math.ceil(RUNGS_COMPARED / groups)
     at_target = [figures for figures in rungs if figures["tau"] == tau_max]
     last = at_target[-RUNGS_CLOSE:]
     if len(last) == RUNGS_CLOSE and all(is_close(figures, target_ess) for figures in last):
@@ -34,18 +36,16 @@ def done(rungs: Sequence[Figures], tau_max: float, target_ess: float) -> str | N
             f"independent ones each (ESS/n {last[-1]['ess']:.2f}), and the missing mass was within its standard error "
             f"of 0 ({last[-1]['missing_mass']:.3f} ± {last[-1]['missing_mass_error']:.3f} nats)."
         )
-    if len(at_target) < 2 * RUNGS_COMPARED:
+    if len(at_target) < 2 * compared:
         return None
-    before, after = (
-        _mean_kl(part) for part in (at_target[-2 * RUNGS_COMPARED : -RUNGS_COMPARED], at_target[-RUNGS_COMPARED:])
-    )
+    before, after = (_mean_kl(part) for part in (at_target[-2 * compared : -compared], at_target[-compared:]))
     error = (before[1] ** 2 + after[1] ** 2) ** 0.5
     gain = before[0] - after[0]
     if not (math.isfinite(gain) and gain <= error):  # infinite if a draw has probability 0 under the prior
         return None
     return (
         f"The model no longer comes closer to p_T: KL(model‖p_T) was {before[0]:.3f} and then {after[0]:.3f} nats on "
-        f"average over {RUNGS_COMPARED} rungs at T each (± {error:.3f} for the difference), with ESS/n at "
+        f"average over {compared} rungs at T each (± {error:.3f} for the difference), with ESS/n at "
         f"{last[-1]['ess']:.2f}. More proposals per rung (num_generations), more updates (updates_per_rung), another "
         "learning_rate or an adapter of higher rank may bring it closer."
     )

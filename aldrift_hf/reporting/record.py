@@ -41,8 +41,10 @@ class RunRecord:
         ended_by: why, as a sentence; empty before.
         metrics: metrics of the final model, named as in [`ALDRIFTTrainer.evaluate`], without prefix. Empty before the
             end, and if `max_objective_calls` left too few calls for it.
-        log_z: the ladder's estimate of `log Z_τ` at the last rung's τ, one per training prompt, nats.
+        log_z: the ladder's estimate of `log Z_τ` at the τ of the last rung that drew for the prompt, one per training
+            prompt, nats.
         log_z_error: its standard error, likewise.
+        prompt_tau: that τ, likewise; 0 for a prompt that no rung has drawn for.
         rungs: one record per complete rung; means over prompts. Among them:
 
             - `rung` (index), `tau`, `draws` (per prompt), `objective_mean`, `objective_best`, `success` (share
@@ -69,6 +71,7 @@ class RunRecord:
     metrics: dict[str, float] = field(default_factory=dict)
     log_z: list[float] = field(default_factory=list)
     log_z_error: list[float] = field(default_factory=list)
+    prompt_tau: list[float] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     draws: list[dict[str, Any]] = field(default_factory=list)
 
@@ -99,7 +102,7 @@ class RunRecord:
         if self.draws:
             replace_file(folder / DRAWS_FILE, map(_line, self.draws))
         replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
-        names = ("settings", "objective_range", "finished", "ended_by", "metrics", "log_z", "log_z_error")
+        names = ("settings", "objective_range", "finished", "ended_by", "metrics", "log_z", "log_z_error", "prompt_tau")
         run = {name: getattr(self, name) for name in names}
         replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
 

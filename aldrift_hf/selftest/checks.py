@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from ..algorithm.archive import draws_of, mixture
 from ..algorithm.samplers import ArchiveSampler
 from ..algorithm.samplers.kernels import isir, metropolis_hastings
 from ..models import snapshots
@@ -225,14 +226,13 @@ def archive(subject: Subject) -> Distance:
     """
     # log Σ α_k q_k(s) of all proposals of a run: each model of the archive is loaded again and scores them.
     trainer = subject.runs["archive"]
-    archive = cast(ArchiveSampler, trainer.sampler).archive
-    pool, drawn, total = archive.mixture(), 0, torch.zeros(())
-    for rung, snapshot in zip(archive.rungs, archive.snapshots, strict=True):
-        with snapshots.loaded(trainer.rollout.policy(), snapshot):
-            log_q = trainer.rollout.score(trainer.run.prompts, pool) if snapshot else pool.log_prior
-        n = rung.objective.shape[1]
-        total, drawn = total + n * log_q.exp(), drawn + n
-    return Distance(_max_gap(pool.log_model, (total / drawn).log()), subject.rounding())
+    rungs = cast(ArchiveSampler, trainer.sampler).archive.entries
+    pool, total = mixture(rungs), torch.zeros(())
+    for rung, drawn in zip(rungs, draws_of(rungs), strict=True):
+        with snapshots.loaded(trainer.rollout.policy(), rung.snapshot):
+            log_q = trainer.rollout.score(trainer.run.prompts, pool) if rung.snapshot else pool.log_prior
+        total = total + drawn * log_q.exp()
+    return Distance(_max_gap(pool.log_model, (total / sum(draws_of(rungs))).log()), subject.rounding())
 
 
 def _counts(drawn: Sequence[Sequence[Any]], known: Sequence[Sequence[Any]]) -> Tensor:

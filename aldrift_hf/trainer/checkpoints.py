@@ -35,8 +35,17 @@ STAGING = "_saving"
 
 MUST_AGREE = (
     *("architecture", "tuning", "vocabulary", "objective", "objective_weights", "objective_range", "tau_max"),
-    *("ladder", "tau_step", "ess_threshold", "sampler", "num_generations", "chain_length", "archive_window"),
-    *("pareto_smoothing", "loss", "engine", "max_completion_length", "prompts", "prompts_fingerprint", "seed"),
+    *("ladder", "tau_step", "ess_threshold", "sampler", "num_generations", "prompts_per_rung", "chain_length"),
+    *(
+        "archive_window",
+        "pareto_smoothing",
+        "loss",
+        "engine",
+        "max_completion_length",
+        "prompts",
+        "prompts_fingerprint",
+        "seed",
+    ),
 )
 """Settings that must be the same when a run is resumed; others may change."""
 

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 import torch
-from transformers import TrainingArguments
 
 from ..algorithm.ladders import LADDERS
 from ..algorithm.losses import LOSSES
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES
+from .defaults import TrainerDefaults
 from .secret import Secret
 from .validation import (
     MORE_IS_BETTER,
@@ -30,7 +30,7 @@ from .validation import (
 
 
 @dataclass
-class ALDRIFTConfig(TrainingArguments):
+class ALDRIFTConfig(TrainerDefaults):
     r"""
     Settings of [`ALDRIFTTrainer`]: those below, and those of [`transformers.TrainingArguments`].
 
@@ -62,7 +62,8 @@ class ALDRIFTConfig(TrainingArguments):
             before), or a budget is spent (`max_objective_calls`, `max_rungs`); [`RunRecord.ended_by`] says which.
             Samplers without a correction end where the ladder ends.
         max_rungs (`int`, *optional*):
-            Largest number of rungs where `num_rungs` is `None`. `None` is 200, or twice as many as the ladder has to T.
+            Largest number of rungs where `num_rungs` is `None`. `None` is 200; or twice as many as the ladder has to
+            T, or as many as it has and two epochs over the prompts, if that is more.
         target_ess (`float`, *optional*, defaults to `0.5`):
             The model is close to `p_T` when, on two rungs running, the effective sample size of its draws at T is at
             least this share of them, and the missing mass is within its standard error of 0.
@@ -80,6 +81,10 @@ class ALDRIFTConfig(TrainingArguments):
         num_generations (`int`, *optional*, defaults to `1024`):
             n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
             `chain_length`.
+        prompts_per_rung (`int`, *optional*):
+            Number of prompts that a rung draws for, at most. They are dealt out to groups at random, of which each rung
+            takes one: each epoch over the prompts takes every group once, in a new order. A rung's time and memory do
+            not depend on how many prompts there are beside its own. `None` draws for all.
         chain_length (`int`, *optional*, defaults to `8`):
             M, the number of proposals per Metropolis-Hastings chain. A rung has `m = n/M` chains per prompt (so n must
             be a multiple of M), and one sample per chain. `None` is the paper's M = m². For the other samplers n/M,
@@ -87,8 +92,8 @@ class ALDRIFTConfig(TrainingArguments):
             by chains of this length, whatever the sampler.
         archive_window (`int`, *optional*, defaults to `16`):
             Largest number of rungs whose proposals and models `sampler="archive"` keeps, at least 2: the first rung
-            (the prior's) and the latest ones. A rung costs about twice as many forward passes over its proposals as
-            there are rungs in the window.
+            (the prior's) and the latest ones, whichever prompts they drew for. A rung costs about twice as many forward
+            passes over its proposals as there are rungs for its prompts in the window.
         pareto_smoothing (`bool`, *optional*, defaults to `False`):
             Whether `sampler="archive"` replaces the largest weights by the quantiles of the Pareto distribution fitted
             to them before it resamples. The fitted shape, k-hat, is reported in any case.
@@ -148,35 +153,7 @@ class ALDRIFTConfig(TrainingArguments):
             Whether to print the best and a random completion of every rung.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]
-
-    # Defaults that differ from TrainingArguments
-    learning_rate: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "The initial learning rate of the optimizer. None: found by the first updates, such that one "
-            "changes the samples' log-probabilities by 0.3 nats (standard deviation)."
-        },
-    )
-    lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "Learning rate schedule. Constant by default: every rung has a new target to learn."},
-    )
-    logging_steps: float = field(
-        default=50, metadata={"help": "Log the loss every this many updates, in addition to the log of every rung."}
-    )
-    save_strategy: str = field(
-        default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
-    )
-    save_total_limit: Optional[int] = field(
-        default=2, metadata={"help": "Number of checkpoints to keep; the oldest are deleted first."}
-    )
-    remove_unused_columns: Optional[bool] = field(
-        default=False, metadata={"help": "Must stay off: the columns belong to the objective and the loss."}
-    )
-    dataloader_pin_memory: bool = field(
-        default=False, metadata={"help": "Off by default: a batch is a few token ids, so pinning gains nothing."}
-    )
+    _VALID_DICT_FIELDS = [*TrainerDefaults._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Parameters that control the target and the ladder
     tau_max: Positive = field(
@@ -218,7 +195,10 @@ class ALDRIFTConfig(TrainingArguments):
     )
     max_rungs: Optional[Count] = field(
         default=None,
-        metadata={"help": "Largest number of rungs where num_rungs is not set. None: 200, or twice the ladder's."},
+        metadata={
+            "help": "Largest number of rungs where num_rungs is not set. None: 200, or more for long ladders and many "
+            "prompts."
+        },
     )
     target_ess: Share = field(
         default=0.5,
@@ -240,6 +220,13 @@ class ALDRIFTConfig(TrainingArguments):
         },
     )
     num_generations: Count = field(default=1024, metadata={"help": "n, the number of proposals per prompt per rung."})
+    prompts_per_rung: Optional[Count] = field(
+        default=None,
+        metadata={
+            "help": "Number of prompts that a rung draws for, at most: a random subset, and another one on the next "
+            "rung, until all had their turn. None: all."
+        },
+    )
     chain_length: Optional[Count] = field(
         default=8,
         metadata={

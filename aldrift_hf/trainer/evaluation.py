@@ -17,7 +17,7 @@ from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
 from ..algorithm.samplers.kernels import isir, metropolis_hastings
 from ..algorithm.samplers.suffix import suffix_chains
-from ..types import Prompts, Proposals
+from ..types import Prompts, Proposals, join_prompts
 from .parts import check_continues
 from .run import Run
 
@@ -25,7 +25,9 @@ KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
 """Corrections of fresh draws, all made in advance; `"suffix"` draws as its chains go on, and `"archive"` not at all."""
 
 
-def measure(run: Run, prompts: Prompts, step: int, per_prompt: int) -> tuple[dict[str, float], Proposals]:
+def measure(
+    run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tensor | None = None
+) -> tuple[dict[str, float], Proposals]:
     """The metrics of [`ALDRIFTTrainer.evaluate`], without prefix, and the fresh draws that they were measured on.
 
     Args:
@@ -33,9 +35,10 @@ def measure(run: Run, prompts: Prompts, step: int, per_prompt: int) -> tuple[dic
         prompts: what to draw for.
         step: the update after which the model is measured: the address of the random stream.
         per_prompt: draws per prompt.
+        which: `[S]`, positions of the prompts to draw for among `prompts`; `None` for all.
     """
     tau, ladder = run.args.tau_max, run.state.ladder
-    proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step))
+    proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step), which=which)
     log_weight = proposals.log_weight(tau)
     log_z, fresh = diagnostics.log_z(log_weight), pooled_influence(log_weight, [log_weight.shape[-1]])
     measured = proposal_metrics(proposals, tau, run.args.success_threshold)
@@ -47,15 +50,19 @@ def measure(run: Run, prompts: Prompts, step: int, per_prompt: int) -> tuple[dic
         "log_z_error": mean_error(fresh.error()),
         "kl_forward": diagnostics.forward_kl(log_weight).mean().item(),
     }
+    evenly = torch.full_like(log_weight, 1 / log_weight.shape[-1])
+    kl_error = fresh.error(log_weight * evenly)
     if prompts.keys == run.prompts.keys and ladder.taus:
-        at_its_end = proposals.log_weight(ladder.tau)
-        of_ladder = Influence(torch.zeros_like(log_weight), ladder.log_z_error.square().expand(len(prompts)))
-        metrics["missing_mass"] = diagnostics.missing_mass(ladder.log_z, at_its_end).mean().item()
+        here = ladder.of(proposals.prompts)
+        at_its_end = proposals.log_weight(here.prompt_tau[:, None])
+        of_ladder = Influence(torch.zeros_like(log_weight), here.log_z_error.square())
+        metrics["missing_mass"] = diagnostics.missing_mass(here.log_z, at_its_end).mean().item()
         metrics["missing_mass_error"] = mean_error(of_ladder.error(at_its_end.softmax(-1)))
-        if ladder.tau == tau:
-            log_z, fresh = ladder.log_z, of_ladder
+        known = here.prompt_tau == tau
+        log_z = torch.where(known, here.log_z, log_z)
+        kl_error = torch.where(known, of_ladder.error(log_weight * evenly), kl_error)
     metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
-    metrics["kl_error"] = mean_error(fresh.error(log_weight / log_weight.shape[-1]))
+    metrics["kl_error"] = mean_error(kl_error)
     return metrics, proposals
 
 
@@ -67,13 +74,13 @@ class CorrectedDraws:
         proposals: the draws.
         selection: the samples among them.
         prompts: what was drawn for.
-        fresh: draws of the model, or of the archive's mixture, on which the diagnostics are measured.
+        fresh: draws of the model, or of the archive's mixtures, on which the diagnostics are measured.
     """
 
     proposals: Proposals
     selection: Selection
     prompts: Prompts
-    fresh: Proposals
+    fresh: Sequence[Proposals]
 
     @property
     def chosen(self) -> Tensor:
@@ -82,13 +89,13 @@ class CorrectedDraws:
 
     def metrics(self, tau: float, threshold: float) -> dict[str, float]:
         """Diagnostics of the draws, and cost and variety of the samples."""
-        measured = proposal_metrics(self.fresh, tau, threshold)
+        weights = [draws.log_weight(tau) for draws in self.fresh]
         picked = self.proposals.objective.flatten()[self.chosen]
         return {
             "acceptance_rate": self.selection.acceptance_rate,
-            "ess": measured["ess"],
-            "khat": measured["khat"],
-            "log_z": diagnostics.log_z(self.fresh.log_weight(tau)).mean().item(),
+            "ess": torch.cat([diagnostics.effective_sample_size(part) for part in weights]).mean().item(),
+            "khat": torch.cat([diagnostics.pareto_khat(part) for part in weights]).nanmean().item(),
+            "log_z": torch.cat([diagnostics.log_z(part) for part in weights]).mean().item(),
             "objective": picked.mean().item(),
             "success": success_share(picked, threshold),
             "distinct": self.proposals.distinct_share(self.chosen),
@@ -132,20 +139,33 @@ def draw_corrected(
     tau, address = run.args.tau_max, (streams.SAMPLE, call)
     generator = streams.generator(run.args.seed, *address)
     if correction == "archive":
-        pool = run.sampler.draws() if prompts is run.prompts else None
-        if pool is None:
-            raise ValueError(
-                "correction='archive' takes samples from the proposals of the run: train with a sampler that keeps "
-                "them (sampler='archive') first, and leave prompts out."
-            )
-        return CorrectedDraws(pool, run.sampler.select(pool, tau, tau, num_samples, generator), prompts, pool)
+        return _from_archive(run, prompts, num_samples, generator)
     if correction == "suffix":
         return _suffix_chains(run, prompts, num_samples, steps, address, generator)
     if correction not in KERNELS:
         raise ValueError(f"correction must be one of {', '.join(KERNELS)}, suffix or archive, got {correction!r}")
     proposals = run.rollout.propose(prompts, num_samples * steps, address)
     selection = run_chains(proposals.log_weight(tau), num_samples, generator, KERNELS[correction])
-    return CorrectedDraws(proposals, selection, prompts, proposals)
+    return CorrectedDraws(proposals, selection, prompts, [proposals])
+
+
+def _from_archive(run: Run, prompts: Prompts, num_samples: int, generator: torch.Generator) -> CorrectedDraws:
+    """Samples from the draws that the sampler keeps."""
+    tau, pools = run.args.tau_max, run.sampler.draws() if prompts is run.prompts else []
+    if not pools:
+        raise ValueError(
+            "correction='archive' takes samples from the proposals of the run: train with a sampler that keeps "
+            "them (sampler='archive') first, and leave prompts out."
+        )
+    if missing := len(prompts) - sum(len(pool.prompts) for pool in pools):
+        raise ValueError(
+            f"correction='archive' takes samples from the proposals of the run, which keeps none for {missing} of "
+            f"{len(prompts)} prompts: the last archive_window={run.args.archive_window} rungs did not draw for them. "
+            "Raise archive_window, or take another correction."
+        )
+    chosen = [pool.select(run.sampler.select(pool, tau, tau, num_samples, generator).index) for pool in pools]
+    everything = torch.arange(num_samples).expand(len(prompts), -1)
+    return CorrectedDraws(join_prompts(chosen), Selection(everything), prompts, pools)
 
 
 def _suffix_chains(
@@ -159,7 +179,7 @@ def _suffix_chains(
         return run.rollout.propose(prompts, num_samples, (*address, step), beginnings)
 
     moved = suffix_chains(fresh, steps, run.args.tau_max, redraw, generator)
-    return CorrectedDraws(moved.pool, moved.selection, prompts, fresh)
+    return CorrectedDraws(moved.pool, moved.selection, prompts, [fresh])
 
 
 def decoded(run: Run, draws: CorrectedDraws) -> list[str]:

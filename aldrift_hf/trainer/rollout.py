@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .. import streams
 from ..algorithm.archive import Snapshot
+from ..algorithm.prompt_groups import group_of
 from ..models import snapshots
 from ..models.batching import Batches, fitting
 from ..models.engines import Engine
@@ -99,8 +100,9 @@ class Rollout:
         per_prompt: int,
         stream: Sequence[int],
         beginnings: Sequence[Sequence[int]] | None = None,
+        which: Tensor | None = None,
     ) -> Proposals:
-        """`per_prompt` draws for every prompt, scored and evaluated.
+        """`per_prompt` draws for every prompt, or for some, scored and evaluated.
 
         What a row draws depends on its place in the stream, and not on how many rows or processes work at once. The
         objective evaluates one round of blocks while the next one is drawn.
@@ -111,11 +113,13 @@ class Rollout:
             stream: the address of the random numbers.
             beginnings: tokens with which each draw begins, fewer than a completion has at most; `None` for none. The
                 draws' `log q` is that of the whole completions all the same.
+            which: `[S]`, the prompts to draw for, as positions among `prompts`; `None` for all.
 
         Raises:
             FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
         """
-        rows = [row for row in range(len(prompts)) for _ in range(per_prompt)]
+        which = torch.arange(len(prompts)) if which is None else which
+        rows = which.repeat_interleave(per_prompt).tolist()
         self.seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         parts: list[_Part] = []
         texts: list[str] = []
@@ -130,7 +134,7 @@ class Rollout:
                     self.runtime.stop_if_asked()
             with self._timed("seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
-        shape = (len(prompts), per_prompt)
+        shape = (len(which), per_prompt)
         ids, length, log_model, log_prior = (
             torch.cat(column)
             for column in zip(*((*part.completions, part.log_model, part.log_prior) for part in parts), strict=True)
@@ -174,7 +178,7 @@ class Rollout:
             rows: the prompt of each row.
             work: takes a range of rows and their prompts' token ids.
         """
-        args, batches = self.args, self._fitting(prompts, len(rows) // len(prompts))
+        args, batches = self.args, self._fitting(prompts, len(rows) // len(set(rows)))
         blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
         with self.runtime.progress(what, len(rows)) as advance:
             for first in range(0, len(blocks), args.world_size):
@@ -276,31 +280,36 @@ class TrainingRollout:
     Args:
         rollout: draws for any prompts.
         prompts: the run's.
-        per_prompt: proposals per prompt per rung.
         folder: for snapshots of the model that are too large for memory.
+        is_prior: as below.
 
     Attributes:
         per_prompt: proposals per prompt of the next rung.
         is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
     """
 
-    def __init__(self, rollout: Rollout, prompts: Prompts, per_prompt: int, folder: str, is_prior: bool) -> None:
-        self.rollout, self.prompts, self.per_prompt, self.folder = rollout, prompts, per_prompt, folder
-        self.is_prior = is_prior
+    def __init__(self, rollout: Rollout, prompts: Prompts, folder: str, is_prior: bool) -> None:
+        self.rollout, self.prompts, self.folder, self.is_prior = rollout, prompts, folder, is_prior
+        self.per_prompt = rollout.args.num_generations
         self._ahead: Proposals | None = None
+
+    def group(self, rung: int) -> Tensor:
+        """`[S]`, the prompts of a rung."""
+        args = self.rollout.args
+        return group_of(rung, len(self.prompts), args.prompts_per_rung, args.seed)
 
     def propose(self, rung: int) -> Proposals:
         """A rung's independent proposals."""
         drawn, self._ahead = self._ahead, None
         if drawn is not None:
             return drawn
-        return self.rollout.propose(self.prompts, self.per_prompt, (streams.PROPOSE, rung))
+        return self.rollout.propose(self.prompts, self.per_prompt, (streams.PROPOSE, rung), which=self.group(rung))
 
     def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
         """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
-        before = self.rollout.seconds
-        per_prompt = len(beginnings) // len(self.prompts)
-        drawn = self.rollout.propose(self.prompts, per_prompt, (streams.PROPOSE, rung, step), beginnings)
+        before, which = self.rollout.seconds, self.group(rung)
+        per_prompt = len(beginnings) // len(which)
+        drawn = self.rollout.propose(self.prompts, per_prompt, (streams.PROPOSE, rung, step), beginnings, which)
         self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}
         return drawn
 

@@ -17,6 +17,7 @@ from ..algorithm import stopping
 from ..algorithm.ladders import Ladder, LadderState
 from ..algorithm.losses import Loss
 from ..algorithm.metrics import completion_metrics, rung_metrics
+from ..algorithm.prompt_groups import num_groups
 from ..algorithm.rung import Rung, run_rung
 from ..algorithm.samplers import Sampler
 from ..objective.objective import Objective
@@ -31,7 +32,8 @@ from .validation import MAX_COUNT
 logger = logging.getLogger(__name__)
 
 MAX_RUNGS = 200
-"""Most rungs where neither `num_rungs` nor `max_rungs` is set, or twice as many as the ladder has to T."""
+"""Most rungs where neither `num_rungs` nor `max_rungs` is set; or twice as many as the ladder has to T, or as many as
+it has and two epochs over the prompts, if that is more."""
 NUM_SCORED = 128
 """Samples whose log-probabilities tell how far updates have moved the model, at most."""
 LEAST_MEASURED = 32
@@ -81,8 +83,9 @@ class Run:
         self.sampler.load_state_dict({})
         if not self._affordable():
             raise ValueError(
-                f"max_objective_calls={self.args.max_objective_calls} does not allow one proposal for each of the "
-                f"{len(self.prompts)} prompts{self._chains_in_words()}. Raise it, or take fewer prompts."
+                f"max_objective_calls={self.args.max_objective_calls} does not allow one proposal for each of "
+                f"{len(self.on_prompts.group(0))} prompts{self._chains_in_words()}. Raise it, or take fewer prompts, "
+                "or fewer per rung (prompts_per_rung)."
             )
         self.on_prompts.per_prompt = self._affordable()
         if self.state.ladder.objective_range is None:
@@ -142,8 +145,9 @@ class Run:
         self.on_prompts.is_prior = False
         same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
         if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
-            log_z, error = (torch.tensor(each, dtype=torch.float64) for each in (record.log_z, record.log_z_error))
-            self.state.ladder = LadderState(log_z, (record.rungs[-1]["tau"],), record.objective_range, error)
+            known = (record.log_z, record.log_z_error, record.prompt_tau)
+            log_z, error, tau = (torch.tensor(values, dtype=torch.float64) for values in known)
+            self.state.ladder = LadderState(log_z, error, tau, (record.rungs[-1]["tau"],), record.objective_range)
 
     def learned(self, loss: float) -> None:
         """Count a micro-batch's loss."""
@@ -171,6 +175,7 @@ class Run:
         self.record.rungs = list(rungs if self.state.phase is Phase.LEARNED else rungs[:-1])
         self.record.log_z = self.state.ladder.log_z.tolist()
         self.record.log_z_error = self.state.ladder.log_z_error.tolist()
+        self.record.prompt_tau = self.state.ladder.prompt_tau.tolist()
         self.record.objective_range = self.state.ladder.objective_range
 
     @property
@@ -191,7 +196,7 @@ class Run:
             return f"All of num_rungs={rungs} rungs were climbed." if rungs == args.num_rungs else None
         reason = self.ladder.stop_reason(state.ladder)
         if reason is None and self.sampler.corrects:
-            reason = stopping.done(state.rungs, args.tau_max, args.target_ess)
+            reason = stopping.done(state.rungs, args.tau_max, args.target_ess, self._groups)
         elif reason is None and rungs == self.ladder.num_rungs(state.ladder):
             reason = f"The ladder has reached its last rung, {at}; sampler={args.sampler!r} does not aim at p_T."
         if reason is None and rungs == self._most_rungs():
@@ -233,12 +238,18 @@ class Run:
     def _draws_left(self) -> int:
         """Draws per prompt, each of which may be a call of the objective, for which there are calls left."""
         limit = self.args.max_objective_calls
-        return MAX_COUNT if limit is None else (limit - self.objective.calls) // len(self.prompts)
+        here = len(self.on_prompts.group(self.state.rung + 1))
+        return MAX_COUNT if limit is None else (limit - self.objective.calls) // here
 
     def _most_rungs(self) -> int:
         """The largest number of rungs that the run may have."""
         own = self.ladder.num_rungs(self.state.ladder) or 0
-        return self.args.num_rungs or self.args.max_rungs or max(MAX_RUNGS, 2 * own)
+        return self.args.num_rungs or self.args.max_rungs or max(MAX_RUNGS, 2 * own, own + 2 * self._groups)
+
+    @property
+    def _groups(self) -> int:
+        """Rungs per epoch over the prompts."""
+        return num_groups(len(self.prompts), self.args.prompts_per_rung)
 
     def _chains_in_words(self) -> str:
         steps = self.args.steps_per_chain

@@ -79,14 +79,15 @@ def make_run(
         args, runtime, prior, engine_of(args, for_engine, engine), objective, inputs.tokenizer, inputs.pad_token_id
     )
     snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
-    one_pass = math.ceil(len(prompts) * args.num_chains / rows_per_update)
+    at_once = min(len(prompts), args.prompts_per_rung or len(prompts))
+    one_pass = math.ceil(at_once * args.num_chains / rows_per_update)
     updates_per_rung = args.updates_per_rung or (MOST_UPDATES if parts.loss.needs_weighted_draws else one_pass)
     named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
     return Run(
         args=args,
         prompts=prompts,
         rollout=rollout,
-        on_prompts=TrainingRollout(rollout, prompts, args.num_generations, snapshots, prior.is_start),
+        on_prompts=TrainingRollout(rollout, prompts, snapshots, prior.is_start),
         objective=objective,
         **vars(parts),
         eos_token_ids=eos_token_ids,

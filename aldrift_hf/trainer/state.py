@@ -68,8 +68,7 @@ class RunState:
     @classmethod
     def start(cls, num_prompts: int, objective_range: float | None) -> RunState:
         """Before the first rung."""
-        zeros = torch.zeros(num_prompts, dtype=torch.float64)
-        return cls(LadderState(zeros, objective_range=objective_range, log_z_error=zeros))
+        return cls(LadderState.start(num_prompts, objective_range))
 
     def begin_learning(self, spread: float) -> None:
         """Nothing is learned on the rung yet.
@@ -85,6 +84,7 @@ class RunState:
         ladder = {
             "log_z": self.ladder.log_z.tolist(),
             "log_z_error": self.ladder.log_z_error.tolist(),
+            "prompt_tau": self.ladder.prompt_tau.tolist(),
             "taus": list(self.ladder.taus),
             "objective_range": self.ladder.objective_range,
         }
@@ -94,6 +94,8 @@ class RunState:
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """The inverse of [`to_json`]."""
         ladder = values["ladder"]
-        log_z, error = (torch.tensor(ladder[name], dtype=torch.float64) for name in ("log_z", "log_z_error"))
-        state = LadderState(log_z, tuple(ladder["taus"]), ladder["objective_range"], error)
+        log_z, error, tau = (
+            torch.tensor(ladder[name], dtype=torch.float64) for name in ("log_z", "log_z_error", "prompt_tau")
+        )
+        state = LadderState(log_z, error, tau, tuple(ladder["taus"]), ladder["objective_range"])
         return cls(**{**values, "ladder": state, "phase": Phase(values["phase"])})

@@ -18,6 +18,7 @@ from typing import Any, cast
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -253,7 +254,8 @@ class ALDRIFTTrainer(HookedTrainer):
                 return output
             run.record.finished = True
             if draws := run.measurable():
-                output.metrics.update(self._measure(self.inputs.prompts, "final", draws))
+                which = run.on_prompts.group(run.state.rung + 1)
+                output.metrics.update(self._measure(self.inputs.prompts, "final", draws, which))
             run.update_record()
             self.events.tell("on_run_end")
         return output
@@ -303,11 +305,11 @@ class ALDRIFTTrainer(HookedTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _measure(self, prompts: Prompts, prefix: str, per_prompt: int) -> dict[str, float]:
-        """The metrics of [`evaluate`] from `per_prompt` draws per prompt, logged and told."""
+    def _measure(self, prompts: Prompts, prefix: str, per_prompt: int, which: Tensor | None = None) -> dict[str, float]:
+        """The metrics of [`evaluate`] from `per_prompt` draws for these prompts (`None`: all), logged and told."""
         start = time.time()
         with self.objective.open():
-            metrics, proposals = measure(self.run, prompts, self.state.global_step, per_prompt)
+            metrics, proposals = measure(self.run, prompts, self.state.global_step, per_prompt, which)
         metrics["runtime"] = time.time() - start
         if prefix == "final":
             self.record.metrics = dict(metrics)

@@ -12,7 +12,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from typing import Annotated, Any, NamedTuple, Protocol, Union, get_args, get_origin, get_type_hints
 
-import torch
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
@@ -215,7 +214,7 @@ def check_settings_of_parts(settings: PartsSettings, sampler: type[Sampler], lad
             "steps. Leave tau_step out, or use ladder='linear'."
         )
     if ladder.takes_step and (settings.tau_step or settings.objective_range):
-        start = LadderState(torch.zeros(1), objective_range=settings.objective_range)
+        start = LadderState.start(1, settings.objective_range)
         ladder.from_settings(settings).num_rungs(start)  # raises for too many
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...types import Proposals
 from .. import diagnostics
-from ..archive import Archive
+from ..archive import Archive, Entry, draws_of, mixture
 from ..errors import Influence, pooled_influence
 from ..ladders.base import LadderState
 from .base import Policy, Sampler, SamplerSettings, Selection
@@ -29,6 +29,7 @@ class ArchiveSampler(Sampler):
 
     def __init__(self, window: int = 16, pareto_smoothing: bool = False) -> None:
         self.archive = Archive(window)
+        self._group: list[Entry] = []
         self.pareto_smoothing = pareto_smoothing
 
     @classmethod
@@ -36,8 +37,8 @@ class ArchiveSampler(Sampler):
         return cls(settings.archive_window, settings.pareto_smoothing)
 
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
-        self.archive.extend(proposals, policy.snapshot(), policy.log_prob)
-        return self.archive.mixture()
+        self._group = self.archive.extend(proposals, policy.snapshot(), policy.log_prob)
+        return mixture(self._group)
 
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
@@ -51,7 +52,7 @@ class ArchiveSampler(Sampler):
         return diagnostics.log_z(pool.log_weight(tau))  # the prior's draws are still there: no need to go step by step
 
     def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
-        return pooled_influence(pool.log_weight(tau), self.archive.drawn)
+        return pooled_influence(pool.log_weight(tau), draws_of(self._group))
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
         log_weight = pool.log_weight(tau)
@@ -61,8 +62,8 @@ class ArchiveSampler(Sampler):
             "archive_khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
         }
 
-    def draws(self) -> Proposals | None:
-        return self.archive.mixture() if self.archive.rungs else None
+    def draws(self) -> list[Proposals]:
+        return [mixture(group) for group in self.archive.groups()]
 
     def state_dict(self) -> dict[str, Tensor]:
         return self.archive.state_dict()

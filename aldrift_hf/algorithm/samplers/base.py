@@ -142,7 +142,7 @@ class Sampler(ABC):
 
     def log_z(self, pool: Proposals, state: LadderState, tau: float) -> Tensor:
         """`[P]`, the ladder's estimate of `log Z_τ`, nats: by default step by step, from one rung to the next."""
-        increment = diagnostics.log_z_increment(pool.log_weight(state.tau), pool.log_weight(tau))
+        increment = diagnostics.log_z_increment(pool.log_weight(state.prompt_tau[:, None]), pool.log_weight(tau))
         return state.log_z.to(increment) + increment
 
     def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
@@ -151,16 +151,17 @@ class Sampler(ABC):
         Args:
             pool, state, tau: as given to [`log_z`].
         """
-        own = pool.log_weight(tau).softmax(-1) - pool.log_weight(state.tau).softmax(-1)
+        own = pool.log_weight(tau).softmax(-1) - pool.log_weight(state.prompt_tau[:, None]).softmax(-1)
         return Influence(own, state.log_z_error.to(own).square())
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
         """Figures of its own for a rung's record."""
         return {}
 
-    def draws(self) -> Proposals | None:
-        """All draws that are kept from rung to rung, with their density; `None` where none are."""
-        return None
+    def draws(self) -> list[Proposals]:
+        """All draws that are kept from rung to rung, with their density, by the groups of prompts that rungs drew for;
+        empty where none are kept."""
+        return []
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps, as named tensors; empty before the first rung."""

@@ -1,0 +1,39 @@
+"""Defaults that differ from those of `TrainingArguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class TrainerDefaults(TrainingArguments):
+    """`TrainingArguments` for a run along a ladder."""
+
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "The initial learning rate of the optimizer. None: found by the first updates, such that one "
+            "changes the samples' log-probabilities by 0.3 nats (standard deviation)."
+        },
+    )
+    lr_scheduler_type: str = field(
+        default="constant",
+        metadata={"help": "Learning rate schedule. Constant by default: every rung has a new target to learn."},
+    )
+    logging_steps: float = field(
+        default=50, metadata={"help": "Log the loss every this many updates, in addition to the log of every rung."}
+    )
+    save_strategy: str = field(
+        default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
+    )
+    save_total_limit: int | None = field(
+        default=2, metadata={"help": "Number of checkpoints to keep; the oldest are deleted first."}
+    )
+    remove_unused_columns: bool | None = field(
+        default=False, metadata={"help": "Must stay off: the columns belong to the objective and the loss."}
+    )
+    dataloader_pin_memory: bool = field(
+        default=False, metadata={"help": "Off by default: a batch is a few token ids, so pinning gains nothing."}
+    )
