@@ -12,7 +12,6 @@ The whole benchmark takes long (see recipes/README.md); run parts of it with --p
 and --learning_rates.
 """
 
-import json
 import sys
 import time
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 from evaluation.baselines import TRL, expert_iteration, policy_gradient
 from evaluation.benchmark import report
 from evaluation.exact_distance import ExactTarget
+from evaluation.kept_runs import KeptRuns, Run
 from problems.line_scheduling import LineSchedulingProblem
 from problems.prior import RecipeModelConfig, make_prior
 from problems.round_trips import RoundTripProblem
@@ -98,9 +98,8 @@ class Bench:
     """The runs of the benchmark, each made once and kept in a file."""
 
     def __init__(self, options: BenchmarkArguments, model_config: RecipeModelConfig, path: Path) -> None:
-        self.options, self.model_config, self.path = options, model_config, path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.runs = {tuple(run[part] for part in KEY): run for run in map(json.loads, lines)}
+        self.options, self.model_config = options, model_config
+        self.kept = KeptRuns(path, KEY)
         self.targets: dict[str, ExactTarget] = {}
 
     def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:
@@ -113,15 +112,9 @@ class Bench:
         best = min((self.run(problem, method, usual, rate, first) for rate in rates), key=lambda run: run["kl"])
         return [self.run(problem, method, budget, best["learning_rate"], seed) for seed in self.options.seeds]
 
-    def run(self, *key: Any) -> dict[str, Any]:
-        """The measures of one run, from the file if it was made before."""
-        if key not in self.runs:
-            measures = self.measure(*key)
-            self.runs[key] = dict(zip(KEY, key, strict=True)) | measures
-            with self.path.open("a") as file:
-                file.write(json.dumps(self.runs[key]) + "\n")
-            print(*key, {name: round(value, 3) for name, value in measures.items()}, flush=True)
-        return self.runs[key]
+    def run(self, *key: Any) -> Run:
+        """The measures of one run."""
+        return self.kept.get(key, self.measure)
 
     def measure(self, name: str, method: str, budget: int, rate: float, seed: int) -> dict[str, float]:
         """Train, and compare the model with the enumerated p_T; means over prompts."""
@@ -137,7 +130,7 @@ class Bench:
         elif method in TRL:
             model, tokenizer, calls = policy_gradient(
                 method, problem, self.model_config, tau_max=tau_max, proposals=budget,
-                batch_size=self.options.trl_batch_size, learning_rate=rate, seed=seed,
+                generations=self.options.trl_batch_size // len(problem.prompts), learning_rate=rate, seed=seed,
             )  # fmt: skip
         else:
             model, tokenizer, calls = expert_iteration(
@@ -164,7 +157,7 @@ class Bench:
         _, tau_max, _ = PROBLEMS[problem]
         prompts = len(PROBLEMS[problem][0].prompts)
         return RecipeConfig(
-            output_dir=str(self.path.parent / "last_run"),
+            output_dir=str(self.kept.path.parent / "last_run"),
             sampler=sampler,
             tau_max=tau_max,
             tau_step=tau_max / rungs(budget),

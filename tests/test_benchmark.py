@@ -92,7 +92,7 @@ def test_baselines_lower_the_cost_within_their_budget(method, tmp_path, monkeypa
         )
     else:
         model, tokenizer, calls = policy_gradient(
-            method, problem, QUICK, tau_max=4.0, proposals=560, batch_size=70, learning_rate=3e-3, seed=0
+            method, problem, QUICK, tau_max=4.0, proposals=560, generations=10, learning_rate=3e-3, seed=0
         )
     assert 100 < calls <= 560
     prior = base_model(make_prior(problem, QUICK)[0])

@@ -43,6 +43,7 @@ config = ALDRIFTConfig(
     per_device_train_batch_size=8 // world, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
     use_cpu=True, save_strategy="steps", save_steps=6,
     sampler=next((name for name in ("archive", "suffix") if f"--{{name}}" in sys.argv), "metropolis_hastings"),
+    prompts_per_rung=1 if "--groups" in sys.argv else None,
 )
 trainer = ALDRIFTTrainer(
     model, cost, config, train_dataset=["", "a b"], processing_class=word_tokenizer(["a", "b", "c"], " "),

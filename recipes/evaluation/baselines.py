@@ -63,9 +63,10 @@ def policy_gradient(
     *,
     tau_max: float,
     proposals: int,
-    batch_size: int,
+    generations: int,
     learning_rate: float,
     seed: int,
+    prompts_per_update: int | None = None,
 ) -> Learned:
     """Train with one of TRL's trainers and `beta = 1/T`, with one update per batch of proposals.
 
@@ -75,14 +76,15 @@ def policy_gradient(
         model_config: the prior, with LoRA.
         tau_max: T, the target's inverse temperature.
         proposals: number of proposals, rounded down to whole batches.
-        batch_size: proposals per update, over all prompts.
+        generations: proposals per prompt per update.
         learning_rate: learning rate, which is constant.
         seed: random seed.
+        prompts_per_update: as it says; `None` for all.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     tokenizer.pad_token = tokenizer.eos_token
     objective, prompts = CountedObjective(problem), problem.prompts
-    generations = batch_size // len(prompts)
+    batch_size = generations * (prompts_per_update or len(prompts))
     trainer_class, config_class, own_settings = TRL[method]
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -94,8 +96,8 @@ def policy_gradient(
             beta=1 / tau_max,
             learning_rate=learning_rate,
             lr_scheduler_type="constant",
-            max_steps=proposals // (generations * len(prompts)),
-            per_device_train_batch_size=generations * len(prompts),
+            max_steps=proposals // batch_size,
+            per_device_train_batch_size=batch_size,
             num_generations=generations,
             max_completion_length=longest_completion(problem, tokenizer),
             disable_dropout=True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
 from evaluation.figures import figure, plot_lines
+from evaluation.kept_runs import Run
 from evaluation.tables import Comparison
 
 COLUMNS = {
@@ -24,9 +24,6 @@ COLUMNS = {
     "seconds": ("seconds", ",.0f"),
 }
 """The tables' columns: for each, the measure that it shows and the format of its numbers."""
-
-Run = dict[str, Any]
-"""The measures of one run, with its problem, method, budget, learning rate and seed."""
 
 
 def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
