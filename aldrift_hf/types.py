@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
@@ -12,6 +13,10 @@ from torch import Tensor
 
 RESERVED_COLUMNS = ("prompts", "completions", "completion_ids", "self")
 """Arguments of a cost function that are not columns of the data set: what is to be judged, and a method's object."""
+
+
+SLACK = 1e-9
+"""By so much a cost may exceed a threshold because of rounding."""
 
 
 class Completions(NamedTuple):
@@ -120,6 +125,10 @@ class Proposals:
         """`ℓ(s) = log L(s) - τ·d(s) - log q(s)`, `[P, n]`, nats; see [`log_target`]."""
         return self.log_target(tau) - self.log_model
 
+    def successes(self, threshold: float) -> Tensor:
+        """`[P, n]`: 1 for a draw that costs at most `threshold`, up to rounding; 0 for another."""
+        return (self.objective <= threshold + SLACK).double()
+
     def flat(self, index: Tensor) -> Tensor:
         """Positions in the flat columns of the draws `index` (`[P, m]`, into each prompt's `n`); `[P·m]`."""
         prompts, n = self.objective.shape
@@ -224,6 +233,22 @@ class Samples:
     completions: Completions
     order: Tensor
     columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def joined(cls, parts: Sequence[Samples], length: int, generator: torch.Generator) -> Samples:
+        """All of them, in whole random passes, the last one cut to `length` training rows.
+
+        Args:
+            parts: samples with the same columns.
+            length: training rows.
+            generator: the source of the order.
+        """
+        rows = torch.cat([part.rows for part in parts])
+        passes = math.ceil(length / len(rows))
+        order = torch.cat([torch.randperm(len(rows), generator=generator) for _ in range(passes)])[:length]
+        ids, lengths = (torch.cat(column) for column in zip(*(part.completions for part in parts), strict=True))
+        columns = {name: torch.cat([part.columns[name] for part in parts]) for name in parts[0].columns}
+        return cls(rows, Completions(ids, lengths), order, columns)
 
     def state_dict(self) -> dict[str, Tensor]:
         """As named tensors, for a checkpoint."""

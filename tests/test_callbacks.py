@@ -160,7 +160,7 @@ def events(callback: RunCallback, args, proposals: Proposals, first: bool) -> No
     prompts = Prompts([{"prompt": "x"}], [[1]], ["key"])
     record.take_draws(proposals, prompts, 2.0)
     callback.on_train_begin(*event)
-    callback.on_rung_begin(*event, rung=0, num_rungs=1, tau=0.0)
+    callback.on_rung_begin(*event, rung=0, num_rungs=1, tau=0.0, tau_max=2.0)
     callback.on_rung_drawn(*event, record=record, metrics=RUNG, proposals=proposals, prompts=prompts)
     record.rungs = [RUNG]
     callback.on_log(*event, logs=RUNG)

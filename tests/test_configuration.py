@@ -229,20 +229,20 @@ def test_a_registered_sampler_can_be_named(config, monkeypatch, tmp_path):
 
 def test_instances_are_checked_by_what_they_can_do(config):
     settings = config(sampler="archive")
-    check_parts(settings, ArchiveSampler(), LinearLadder(1.0), GeneralizedKL())
-    check_parts(settings, Own(), LinearLadder(1.0), MaximumLikelihood())
+    check_parts(settings, ArchiveSampler(), LinearLadder(), GeneralizedKL())
+    check_parts(settings, Own(), LinearLadder(), MaximumLikelihood())
     with pytest.raises(ValueError, match=r"generalized_kl. .* sampler=.Own. does not draw by weight"):
-        check_parts(settings, Own(), LinearLadder(1.0), GeneralizedKL())
+        check_parts(settings, Own(), LinearLadder(), GeneralizedKL())
     with pytest.raises(ValueError, match="sampler='Own' has none"):
-        check_parts(settings, Own(), AdaptiveLadder(1.0, 0.5, 64), MaximumLikelihood())
+        check_parts(settings, Own(), AdaptiveLadder(0.5, 64), MaximumLikelihood())
     with pytest.raises(ValueError, match="num_generations must be a multiple"):
-        check_parts(config(num_generations=30), MetropolisHastings(3), LinearLadder(1.0), MaximumLikelihood())
+        check_parts(config(num_generations=30), MetropolisHastings(3), LinearLadder(), MaximumLikelihood())
 
 
 def test_parts_are_named_as_in_the_settings_or_by_their_class():
     assert name_of(Top(2), SAMPLERS) == name_of(Top, SAMPLERS) == "top"
     assert name_of(GeneralizedKL(), LOSSES) == "generalized_kl"
-    assert name_of(AdaptiveLadder(1.0, 0.5, 64), LADDERS) == "adaptive"
+    assert name_of(AdaptiveLadder(0.5, 64), LADDERS) == "adaptive"
     assert name_of(Own(), SAMPLERS) == "Own"
 
 
@@ -363,7 +363,7 @@ def test_the_recorded_settings_are_plain_and_as_asked(config, tokenizer, adapter
         Prompts([{"prompt": ""}], [[EOS]], ["key"]),
         tokenizer,
         sampler=Own(),
-        ladder=LinearLadder(1.0),
+        ladder=LinearLadder(),
         loss=MaximumLikelihood(),
         engine=engine,
     )

@@ -9,7 +9,7 @@ from test_diagnostics import COST, LOG_L, LOG_Q, exact_log_z
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.errors import mean_error, pooled_influence
 from aldrift_hf.algorithm.ladders import LadderState
-from aldrift_hf.algorithm.metrics import success_error, success_share
+from aldrift_hf.algorithm.metrics import share_error
 from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
 from aldrift_hf.types import Completions, Proposals
 
@@ -90,11 +90,11 @@ def test_the_errors_of_two_estimates_do_not_add_up():
 
 def test_success_and_means_over_prompts():
     cost = drawn(LOG_L, 100, 3).objective.view(-1, 4, 100)  # four prompts in each repetition
-    shares = torch.tensor([success_share(each, 0.5) for each in cost])
-    assert_right(shares, torch.tensor([success_error(each, 0.5) for each in cost]))
+    successes = (cost <= 0.5).double()
+    assert_right(successes.mean((1, 2)), torch.tensor([share_error(each) for each in successes]))
     assert mean_error(torch.tensor([3.0, 4.0])) == pytest.approx(2.5)
 
 
 def test_one_draw_has_no_error():
     assert math.isnan(pooled_influence(torch.zeros(1, 1), [1]).error().item())
-    assert math.isnan(success_error(torch.zeros(1, 1), 0.0))
+    assert math.isnan(share_error(torch.zeros(1, 1)))

@@ -11,7 +11,7 @@ T = 2.0
 
 def rung(tau=T, ess=0.2, missing=0.3, error=0.1, kl=1.0, kl_error=0.02):
     return {
-        **{"tau": tau, "ess": ess, "missing_mass": missing, "missing_mass_error": error},
+        **{"tau": tau, "tau_max": T, "ess": ess, "missing_mass": missing, "missing_mass_error": error},
         **{"kl_to_target": kl, "kl_to_target_error": kl_error},
     }
 
@@ -35,7 +35,7 @@ CLOSE = rung(ess=0.6, missing=-0.05)
     ],
 )
 def test_close_to_the_target_on_two_rungs_running(rungs, close):
-    reason = done(rungs, T, 0.5)
+    reason = done(rungs, 0.5)
     assert (reason is not None) == close
     if reason:
         assert reason.startswith("The model is close to p_T: on 2 rungs running")
@@ -61,7 +61,7 @@ def falling(step, count=8, **figures):
     ],
 )
 def test_no_longer_coming_closer(rungs, stalled):
-    reason = done(rungs, T, 0.5)
+    reason = done(rungs, 0.5)
     assert (reason is not None) == stalled
     if reason:
         assert reason.startswith("The model no longer comes closer to p_T")

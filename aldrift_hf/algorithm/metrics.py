@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..types import Completions, Proposals
+from ..types import SLACK, Completions, Proposals
 from . import diagnostics
 from .errors import mean_error, variance_of_sum
 from .rung import Rung
@@ -16,17 +16,12 @@ from .rung import Rung
 
 def success_share(objective: Tensor, threshold: float) -> float:
     """Share of draws that cost at most `threshold`, up to rounding."""
-    return _successes(objective, threshold).mean().item()
+    return (objective <= threshold + SLACK).double().mean().item()
 
 
-def success_error(objective: Tensor, threshold: float) -> float:
-    """The standard error of [`success_share`] of draws for given prompts, `[P, n]`."""
-    return mean_error(variance_of_sum(_successes(objective, threshold) / objective.shape[-1]).sqrt())
-
-
-def _successes(objective: Tensor, threshold: float) -> Tensor:
-    """1 for a success, 0 for another draw."""
-    return (objective <= threshold + 1e-9).double()
+def share_error(successes: Tensor) -> float:
+    """The standard error of the share of 1 among 0 and 1, of draws for given prompts, `[P, n]`."""
+    return mean_error(variance_of_sum(successes / successes.shape[-1]).sqrt())
 
 
 def proposal_metrics(proposals: Proposals, tau: float, threshold: float) -> dict[str, float]:
@@ -37,13 +32,13 @@ def proposal_metrics(proposals: Proposals, tau: float, threshold: float) -> dict
         tau: the inverse temperature of the target.
         threshold: a draw that costs at most this is a success.
     """
-    log_weight = proposals.log_weight(tau)
+    log_weight, successes = proposals.log_weight(tau), proposals.successes(threshold)
     return {
         "draws": proposals.objective.shape[-1],
         "objective_mean": proposals.objective.mean().item(),
         "objective_best": proposals.objective.min().item(),
-        "success": success_share(proposals.objective, threshold),
-        "success_error": success_error(proposals.objective, threshold),
+        "success": successes.mean().item(),
+        "success_error": share_error(successes),
         "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
         "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
     }
@@ -72,6 +67,7 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
         threshold: a draw that costs at most this is a success.
     """
     proposals, pool, tau, log_z = rung.proposals, rung.pool, rung.state.tau, rung.after.log_z
+    error = rung.state.tau_max_error
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
@@ -89,6 +85,8 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
         "distinct_proposals": proposals.distinct_share(),
         "distinct_samples": pool.distinct_share(chosen),
         "constant_cost": proposals.constant_cost_share(),
+        "tau_max": rung.state.tau_max,
+        **({} if error is None else {"tau_max_error": error}),
         **({"excluded": excluded} if excluded else {}),
     }
 

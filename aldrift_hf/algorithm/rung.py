@@ -19,6 +19,7 @@ from torch import Tensor
 from .. import streams
 from ..types import Proposals, Samples
 from .errors import Influence
+from .goals import Goal
 from .ladders.base import Ladder, LadderState
 from .losses.base import Loss
 from .samplers.base import Policy, Sampler, Selection
@@ -84,7 +85,15 @@ class Rung:
 
 
 def run_rung(
-    state: LadderState, rollout: Rollout, sampler: Sampler, ladder: Ladder, loss: Loss, *, num_rows: int, seed: int
+    state: LadderState,
+    rollout: Rollout,
+    sampler: Sampler,
+    ladder: Ladder,
+    loss: Loss,
+    goal: Goal | None = None,
+    *,
+    num_rows: int,
+    seed: int,
 ) -> Rung:
     """Steps 1 and 2 of ALDRIFT on the next rung, and the rows for step 3.
 
@@ -92,33 +101,40 @@ def run_rung(
         state: where the ladder stands.
         rollout: the model that is trained.
         sampler, ladder, loss: the run's.
-        num_rows: training rows that the rung's updates take in, over all prompts.
+        goal: what T is chosen for; `None` where it is given.
+        num_rows: training rows that the rung's updates take in, over all prompts that have draws.
         seed: the run's; the rung's random numbers depend on it and on the rung's index alone.
     """
     rung = len(state.taus)
     proposals = rollout.propose(rung)  # 1. propose: s ~ q
     pool = sampler.pool(proposals, rollout)
-    tau, here = ladder.next_tau(state, pool), state.of(pool.prompts)
+    state = state if goal is None else goal.aim(state, pool)
+    tau, here = min(ladder.next_tau(state, pool), state.tau_max), state.of(pool.prompts)
     log_z, influence = sampler.log_z(pool, here, tau), sampler.influence(pool, here, tau)
-    size = math.ceil((1 - loss.reference_share) * num_rows / len(log_z))
+    replayed = sampler.replay()
+    size = math.ceil((1 - loss.reference_share) * num_rows / sum(len(part.prompts) for part in (pool, *replayed)))
     chance, shuffle = (streams.generator(seed, purpose, rung) for purpose in (streams.CORRECT, streams.SHUFFLE))
     selection = sampler.select(pool, state.tau, tau, size, chance)  # 2. correct
     moved = sampler.move(pool, selection, tau, partial(rollout.redraw, rung), chance)
-    samples = _lay_out(moved.pool, moved.selection.index, loss, tau, log_z, num_rows, shuffle)
+    parts = [_rows_of(moved.pool, moved.selection.index, loss, tau, log_z, shuffle)]
+    for other in replayed:
+        its_log_z = sampler.log_z(other, state.of(other.prompts), tau)
+        parts.append(
+            _rows_of(other, sampler.select(other, tau, tau, size, chance).index, loss, tau, its_log_z, shuffle)
+        )
+    samples = Samples.joined(parts, num_rows, shuffle)
     reached = state.reached(pool.prompts, tau, log_z, influence.error())
     # 3. learn: the loss on the samples
     return Rung(here, reached, influence, proposals, **vars(moved), samples=samples)
 
 
-def _lay_out(
-    pool: Proposals, index: Tensor, loss: Loss, tau: float, log_z: Tensor, num_rows: int, generator: torch.Generator
+def _rows_of(
+    pool: Proposals, index: Tensor, loss: Loss, tau: float, log_z: Tensor, generator: torch.Generator
 ) -> Samples:
-    """The rung's training rows: whole random passes over its samples, the last one cut to `num_rows`."""
+    """The draws `index` of a pool, and what the loss wants beside them, with what it needs to know of each."""
     if loss.reference_share:  # as many again of the pool's draws, unweighted
         unweighted = systematic_resample(torch.zeros_like(pool.objective), index.shape[1], generator)
         index = torch.cat([index, unweighted], dim=1)
     columns = {name: column.gather(1, index).flatten() for name, column in loss.columns(pool, tau, log_z).items()}
     chosen = pool.flat(index)
-    passes = math.ceil(num_rows / len(chosen))
-    order = torch.cat([torch.randperm(len(chosen), generator=generator) for _ in range(passes)])[:num_rows]
-    return Samples(pool.rows[chosen], pool.completions.select(chosen), order, columns)
+    return Samples(pool.rows[chosen], pool.completions.select(chosen), torch.arange(len(chosen)), columns)

@@ -15,20 +15,19 @@ RUNGS_COMPARED = 4
 """The mean of as many rungs is compared with that of as many before, so that single rungs' noise does not decide."""
 
 Figures = Mapping[str, float]
-"""A rung's: `tau`, `ess` (a share), `missing_mass` and `kl_to_target` (nats) with the standard errors `…_error`."""
+"""A rung's: `tau`, `tau_max`, `ess` (a share), `missing_mass` and `kl_to_target` (nats), and their errors `…_error`."""
 
 
-def done(rungs: Sequence[Figures], tau_max: float, target_ess: float, groups: int = 1) -> str | None:
+def done(rungs: Sequence[Figures], target_ess: float, groups: int = 1) -> str | None:
     """Why a run that may stay at T for as long as it likes is done, as a sentence; `None` to go on.
 
     Args:
         rungs: all rungs so far.
-        tau_max: T, nats per unit of cost.
         target_ess: effective sample size of fresh draws from which on the model is close, as a share of them.
         groups: rungs per epoch over the prompts. Whole epochs are compared, which are of the same prompts.
     """
     compared = groups * math.ceil(RUNGS_COMPARED / groups)
-    at_target = [figures for figures in rungs if figures["tau"] == tau_max]
+    at_target = [figures for figures in rungs if figures["tau"] == figures["tau_max"]]
     last = at_target[-RUNGS_CLOSE:]
     if len(last) == RUNGS_CLOSE and all(is_close(figures, target_ess) for figures in last):
         return (

@@ -56,7 +56,19 @@ class AdapterConfig(ModelConfig):
 
 GROUPS = {
     "target and ladder": (
-        *("tau_max", "objective_range", "ladder", "tau_step", "ess_threshold", "num_rungs", "max_rungs", "target_ess"),
+        *(
+            "tau_max",
+            "target_cost",
+            "target_success",
+            "kl_budget",
+            "objective_range",
+            "ladder",
+            "tau_step",
+            "ess_threshold",
+            "num_rungs",
+            "max_rungs",
+            "target_ess",
+        ),
         "success_threshold",
     ),
     "correction": (

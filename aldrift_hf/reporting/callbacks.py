@@ -43,6 +43,7 @@ class RunCallback(TrainerCallback):
         rung: int,
         num_rungs: int | None,
         tau: float,
+        tau_max: float | None,
         **kwargs: Any,
     ) -> None:
         """A rung begins.
@@ -51,6 +52,7 @@ class RunCallback(TrainerCallback):
             rung: index of the rung, from 0.
             num_rungs: number of rungs in the run; `None` where it ends by itself.
             tau: inverse temperature of the previous rung; 0 before the first.
+            tau_max: T, as far as it is known; `None` before.
         """
 
     def on_rung_drawn(

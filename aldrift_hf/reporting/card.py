@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
+from ..algorithm.goals import GOALS
 from . import health
 from .numbers import with_error
 from .record import RunRecord
@@ -164,7 +165,7 @@ def _settings(record: RunRecord) -> str:
         updates = f"{min(made)} to {max(made)} updates per rung" if made else "a number of updates that is found"
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * settings["processes"]
     table = [
-        ("inverse temperature T", f"{settings['tau_max']:g}"),
+        ("inverse temperature T", health.target_temperature(record)),
         ("largest cost D", "not measured yet" if record.objective_range is None else f"{record.objective_range:g}"),
         ("ladder", _ladder(settings)),
         ("sampler", f"`{settings['sampler']}`, {settings['num_generations']:,} proposals per prompt per rung"),
@@ -195,7 +196,7 @@ def _ladder(settings: dict[str, Any]) -> str:
 
 
 def _arguments(settings: dict[str, Any]) -> str:
-    names = ("tau_max", "num_generations", "chain_length", "max_completion_length", "objective_weights")
+    names = ("tau_max", *GOALS, "num_generations", "chain_length", "max_completion_length", "objective_weights")
     return ", ".join(f"{name}={settings[name]!r}" for name in names if settings[name] is not None)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
+from ..algorithm.goals import GOALS
 from .callbacks import RunCallback
 from .record import RunRecord
 
@@ -25,12 +26,23 @@ MIN_ACCEPTANCE_RATE = 0.05
 
 def target_in_words(record: RunRecord) -> str:
     """The formula of `p_T`, and what it means."""
-    settings = record.settings
+    costs = " + ".join(record.settings["objective"])
+    if record.tau_max is None:
+        return f"p_T(s) ∝ L(s)·exp(-T·d(s)), with a T that is not found yet, for the cost d ({costs})"
     return (
-        f"p_T(s) ∝ L(s)·exp(-T·d(s)) with T = {settings['tau_max']:g}: the distribution of the prior L, in which each "
-        f"unit of the cost d ({' + '.join(settings['objective'])}) makes a text "
-        f"{math.exp(min(settings['tau_max'], 700)):.3g} times less likely"
+        f"p_T(s) ∝ L(s)·exp(-T·d(s)) with T = {target_temperature(record)}: the distribution of the prior L, in which "
+        f"each unit of the cost d ({costs}) makes a text {math.exp(min(record.tau_max, 700)):.3g} times less likely"
     )
+
+
+def target_temperature(record: RunRecord) -> str:
+    """T, with its standard error where it was found."""
+    if record.tau_max is None:
+        return "not found"
+    if record.tau_max_error is None:
+        return f"{record.tau_max:g}"
+    (asked,) = (name for name in GOALS if record.settings[name] is not None)
+    return f"{record.tau_max:.4g} ± {record.tau_max_error:.2g} (for {asked}={record.settings[asked]:g})"
 
 
 def outcome(record: RunRecord) -> str:
@@ -85,13 +97,14 @@ def run_warnings(record: RunRecord) -> list[str]:
     of_model = health_warnings("The model", record, kept | record.metrics if record.metrics else last)
     found += [of_prior["constant_cost"]] if "constant_cost" in of_prior else []
     found += [text for kind, text in of_model.items() if kind != "constant_cost"]
-    if record.finished and last["tau"] < settings["tau_max"]:
+    if record.finished and (record.tau_max is None or last["tau"] < record.tau_max):
+        below = "without having found T" if record.tau_max is None else f"below T = {target_temperature(record)}"
         found.append(
-            f"The run ended at inverse temperature {last['tau']:.3g}, below T = {settings['tau_max']:g}, so the model "
-            "was not trained on the target. Allow more rungs or objective calls (num_rungs, max_objective_calls), or "
-            "lower tau_max."
+            f"The run ended at inverse temperature {last['tau']:.3g}, {below}, so the model was not trained on the "
+            "target. Allow more rungs or objective calls (num_rungs, max_objective_calls), or lower tau_max, or ask "
+            "for less."
         )
-    if record.finished and not record.metrics:
+    if record.finished and not record.metrics and record.tau_max is not None:
         found.append(
             "max_objective_calls was spent before the final model could be measured: the metrics are those of the "
             "model that drew the last rung's proposals. Call evaluate() to measure the final model."

@@ -94,13 +94,14 @@ class ProgressBars(RunCallback):
         rung: int,
         num_rungs: int | None,
         tau: float,
+        tau_max: float | None,
         **kwargs: Any,
     ) -> None:
         """Move the ladder's bar on: in rungs or, if their number is not known, in inverse temperature."""
         if self._display is None:
             return
         if num_rungs is None:
-            description, total, done = f"rung {rung}, inverse temperature", args.tau_max, round(tau, 3)
+            description, total, done = f"rung {rung}, inverse temperature", tau_max, round(tau, 3)
         else:
             description, total, done = "rungs", num_rungs, rung
         if self._ladder is None:

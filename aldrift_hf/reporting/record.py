@@ -41,6 +41,8 @@ class RunRecord:
         ended_by: why, as a sentence; empty before.
         metrics: metrics of the final model, named as in [`ALDRIFTTrainer.evaluate`], without prefix. Empty before the
             end, and if `max_objective_calls` left too few calls for it.
+        tau_max: T: as given, or as it was found; `None` while it is not known.
+        tau_max_error: the standard error of a T that was found; `None` for one that was given.
         log_z: the ladder's estimate of `log Z_τ` at the τ of the last rung that drew for the prompt, one per training
             prompt, nats.
         log_z_error: its standard error, likewise.
@@ -69,6 +71,8 @@ class RunRecord:
     finished: bool = False
     ended_by: str = ""
     metrics: dict[str, float] = field(default_factory=dict)
+    tau_max: float | None = None
+    tau_max_error: float | None = None
     log_z: list[float] = field(default_factory=list)
     log_z_error: list[float] = field(default_factory=list)
     prompt_tau: list[float] = field(default_factory=list)
@@ -102,8 +106,7 @@ class RunRecord:
         if self.draws:
             replace_file(folder / DRAWS_FILE, map(_line, self.draws))
         replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
-        names = ("settings", "objective_range", "finished", "ended_by", "metrics", "log_z", "log_z_error", "prompt_tau")
-        run = {name: getattr(self, name) for name in names}
+        run = {name: value for name, value in vars(self).items() if name not in ("rungs", "draws")}
         replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
 
     @classmethod

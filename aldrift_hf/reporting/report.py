@@ -113,7 +113,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ("effective sample size", "ess", "{:.1%}".format, f"of {settings['num_generations']:,} draws per prompt"),
         ("k-hat", "khat", "{:.2f}".format, f"reliable up to {health.MAX_KHAT}"),
         ("acceptance rate", "acceptance_rate", "{:.1%}".format, "of the last rung's chains"),
-        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {settings['tau_max']:g}"),
+        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {health.target_temperature(record)}"),
         ("distinct objective calls", "objective_calls", "{:,}".format, f"for {model['proposals']:,} proposals"),
     ]
     return [

@@ -109,7 +109,7 @@ class Subject:
     def log_target(self) -> Tensor:
         """`log p_T` up to a constant for each prompt, `[P, n]`, nats."""
         texts = self.trainer.rollout.decode(self.completions)
-        return self.before - self.trainer.args.tau_max * torch.tensor(_count_other_words([], texts)).double()
+        return self.before - self.trainer.run.tau_max * torch.tensor(_count_other_words([], texts)).double()
 
     def draw(self, per_prompt: int, length: int, ends: list[int]) -> tuple[Draws, Tensor]:
         """Draws of the policy, with the prompts in turn, and their log-probabilities by the scorer."""

@@ -35,6 +35,7 @@ STAGING = "_saving"
 
 MUST_AGREE = (
     *("architecture", "tuning", "vocabulary", "objective", "objective_weights", "objective_range", "tau_max"),
+    *("target_cost", "target_success", "kl_budget"),
     *("ladder", "tau_step", "ess_threshold", "sampler", "num_generations", "prompts_per_rung", "chain_length"),
     *(
         "archive_window",

@@ -25,7 +25,9 @@ from .validation import (
     check_fields,
     check_parts,
     check_settings_of_parts,
+    check_target,
     check_trainer_settings,
+    chooses_target,
 )
 
 
@@ -42,9 +44,16 @@ class ALDRIFTConfig(TrainerDefaults):
     Parameters:
         **Parameters that control the target and the ladder**
 
-        tau_max (`float`, *optional*, defaults to `1.0`):
+        tau_max (`float`, *optional*):
             T, the inverse temperature of the target `p_T(s) ∝ L(s)·exp(-T·d(s))`, in nats per unit of cost. L is the
-            prior and d the cost.
+            prior and d the cost. `None` is the T that one of the next three settings asks for; without them, 1.
+        target_cost (`float`, *optional*):
+            Mean cost under `p_T`, on average over prompts, for which T is chosen: found from each rung's weights, with
+            a standard error (`tau_max`, `tau_max_error` of the record).
+        target_success (`float`, *optional*):
+            Likewise, share of `p_T` that costs at most `success_threshold`.
+        kl_budget (`float`, *optional*):
+            Likewise, `KL(p_T‖L)`: how far `p_T` may be from the prior, in nats.
         objective_range (`float`, *optional*):
             D, the largest value that the (weighted) cost can take; a cost above it is an error. `None` measures D as
             the largest cost among the first rung's proposals, which are draws from the prior, and sets no upper bound.
@@ -156,11 +165,21 @@ class ALDRIFTConfig(TrainerDefaults):
     _VALID_DICT_FIELDS = [*TrainerDefaults._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Parameters that control the target and the ladder
-    tau_max: Positive = field(
-        default=1.0,
+    tau_max: Optional[Positive] = field(
+        default=None,
         metadata={
-            "help": "T, the inverse temperature of the target p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost."
+            "help": "T, the inverse temperature of the target p_T(s) ~ L(s) exp(-T d(s)), in nats per unit of cost. "
+            "None: the one that target_cost, target_success or kl_budget asks for; otherwise 1."
         },
+    )
+    target_cost: Optional[Positive] = field(
+        default=None, metadata={"help": "Choose T such that this is the mean cost under p_T."}
+    )
+    target_success: Optional[Share] = field(
+        default=None, metadata={"help": "Choose T such that this share of p_T costs at most success_threshold."}
+    )
+    kl_budget: Optional[Positive] = field(
+        default=None, metadata={"help": "Choose T such that p_T is so far from the prior, KL(p_T||L), in nats."}
     )
     objective_range: Optional[Positive] = field(
         default=None,
@@ -339,6 +358,9 @@ class ALDRIFTConfig(TrainerDefaults):
 
     def __post_init__(self) -> None:
         check_fields(self, ALDRIFTConfig)
+        check_target(self)
+        if self.tau_max is None and not chooses_target(self):
+            self.tau_max = 1.0
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better: bool | None = self.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
         # On a machine with nothing but a CPU, Accelerate connects the processes only if it is told to use the CPU.

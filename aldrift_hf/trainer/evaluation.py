@@ -37,7 +37,7 @@ def measure(
         per_prompt: draws per prompt.
         which: `[S]`, positions of the prompts to draw for among `prompts`; `None` for all.
     """
-    tau, ladder = run.args.tau_max, run.state.ladder
+    tau, ladder = run.tau_max, run.state.ladder
     proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step), which=which)
     log_weight = proposals.log_weight(tau)
     log_z, fresh = diagnostics.log_z(log_weight), pooled_influence(log_weight, [log_weight.shape[-1]])
@@ -136,7 +136,7 @@ def draw_corrected(
     Raises:
         ValueError: for a correction that is unknown, or that this run cannot make.
     """
-    tau, address = run.args.tau_max, (streams.SAMPLE, call)
+    tau, address = run.tau_max, (streams.SAMPLE, call)
     generator = streams.generator(run.args.seed, *address)
     if correction == "archive":
         return _from_archive(run, prompts, num_samples, generator)
@@ -151,7 +151,7 @@ def draw_corrected(
 
 def _from_archive(run: Run, prompts: Prompts, num_samples: int, generator: torch.Generator) -> CorrectedDraws:
     """Samples from the draws that the sampler keeps."""
-    tau, pools = run.args.tau_max, run.sampler.draws() if prompts is run.prompts else []
+    tau, pools = run.tau_max, run.sampler.draws() if prompts is run.prompts else []
     if not pools:
         raise ValueError(
             "correction='archive' takes samples from the proposals of the run: train with a sampler that keeps "
@@ -178,7 +178,7 @@ def _suffix_chains(
     def redraw(step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
         return run.rollout.propose(prompts, num_samples, (*address, step), beginnings)
 
-    moved = suffix_chains(fresh, steps, run.args.tau_max, redraw, generator)
+    moved = suffix_chains(fresh, steps, run.tau_max, redraw, generator)
     return CorrectedDraws(moved.pool, moved.selection, prompts, [fresh])
 
 

@@ -32,7 +32,7 @@ class RungLoop(TrainerCallback):
         run = self.run
         rung = state.global_step // self.updates_per_rung
         ladder = run.state.ladder
-        run.tell("on_rung_begin", rung=rung, num_rungs=run.args.num_rungs, tau=ladder.tau)
+        run.tell("on_rung_begin", rung=rung, num_rungs=run.args.num_rungs, tau=ladder.tau, tau_max=run.record.tau_max)
         if run.state.rung != rung:  # otherwise resumed in the middle of it: its samples came with the checkpoint
             if run.state.phase is Phase.DRAWN:
                 run.end_rung()  # resumed from a checkpoint of its last update, before its record was complete
@@ -72,7 +72,7 @@ class RungLoop(TrainerCallback):
         reason = self.run.stop_reason()
         if reason is not None:
             self.run.record.ended_by = reason
-            as_asked = self.run.state.ladder.tau == self.run.args.tau_max
+            as_asked = self.run.state.ladder.tau == self.run.state.ladder.tau_max
             logger.log(logging.INFO if as_asked else logging.WARNING, f"training ends: {reason}")
             control.should_training_stop = True
         return control

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass
 from typing import TypeVar
 
+from ..algorithm.goals import Goal, KLBudget, TargetCost, TargetSuccess
 from ..algorithm.ladders import LADDERS, Ladder
 from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
@@ -46,6 +47,15 @@ def parts_of(
     if sampler.redraws:
         check_continues(ENGINES[args.engine] if engine is None else _checked("engine", engine, Engine), "sampler")
     return Parts(sampler, ladder, loss)
+
+
+def goal_of(args: ALDRIFTConfig) -> Goal | None:
+    """What T is chosen for; `None` where it is given."""
+    if args.target_cost is not None:
+        return TargetCost(args.target_cost)
+    if args.target_success is not None:
+        return TargetSuccess(args.target_success, args.success_threshold)
+    return None if args.kl_budget is None else KLBudget(args.kl_budget)
 
 
 def engine_of(args: ALDRIFTConfig, settings: EngineSettings, engine: Engine | None) -> Engine:

@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers.trainer_utils import SchedulerType
 
 from ..algorithm import stopping
-from ..algorithm.ladders import Ladder, LadderState
+from ..algorithm.goals import Goal
+from ..algorithm.ladders import Ladder
 from ..algorithm.losses import Loss
 from ..algorithm.metrics import completion_metrics, rung_metrics
 from ..algorithm.prompt_groups import num_groups
@@ -50,7 +51,7 @@ class Run:
         rollout: draws from the policy for any prompts.
         on_prompts: the policy on the run's own prompts.
         objective: the cost.
-        sampler, ladder, loss: the algorithm's parts.
+        sampler, ladder, loss, goal: the algorithm's parts.
         eos_token_ids: tokens that end a completion.
         samples: the rung's samples, from which the `Trainer` learns.
         updates_per_rung: optimizer updates per rung.
@@ -68,6 +69,7 @@ class Run:
     sampler: Sampler
     ladder: Ladder
     loss: Loss
+    goal: Goal | None
     eos_token_ids: tuple[int, ...]
     samples: RungSamples
     updates_per_rung: int
@@ -78,7 +80,7 @@ class Run:
 
     def start(self) -> None:
         """Begin at the bottom of the ladder. Costs that were evaluated before are not evaluated again."""
-        self.state = RunState.start(len(self.prompts), self.args.objective_range)
+        self.state = RunState.start(len(self.prompts), self.args.tau_max, self.args.objective_range)
         self.objective.reset()
         self.sampler.load_state_dict({})
         if not self._affordable():
@@ -101,6 +103,7 @@ class Run:
             self.sampler,
             self.ladder,
             self.loss,
+            self.goal,
             num_rows=len(self.samples),
             seed=self.args.seed,
         )
@@ -147,7 +150,14 @@ class Run:
         if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
             known = (record.log_z, record.log_z_error, record.prompt_tau)
             log_z, error, tau = (torch.tensor(values, dtype=torch.float64) for values in known)
-            self.state.ladder = LadderState(log_z, error, tau, (record.rungs[-1]["tau"],), record.objective_range)
+            self.state.ladder = replace(
+                self.state.ladder,
+                log_z=log_z,
+                log_z_error=error,
+                prompt_tau=tau,
+                taus=(record.rungs[-1]["tau"],),
+                objective_range=record.objective_range,
+            )
 
     def learned(self, loss: float) -> None:
         """Count a micro-batch's loss."""
@@ -176,7 +186,25 @@ class Run:
         self.record.log_z = self.state.ladder.log_z.tolist()
         self.record.log_z_error = self.state.ladder.log_z_error.tolist()
         self.record.prompt_tau = self.state.ladder.prompt_tau.tolist()
+        tau_max = self.state.ladder.tau_max
+        self.record.tau_max = tau_max if math.isfinite(tau_max) else None
+        self.record.tau_max_error = self.state.ladder.tau_max_error
         self.record.objective_range = self.state.ladder.objective_range
+
+    @property
+    def tau_max(self) -> float:
+        """T: as given, or as the run has found it.
+
+        Raises:
+            ValueError: where it has not.
+        """
+        tau = self.state.ladder.tau_max
+        if math.isinf(tau):
+            raise ValueError(
+                "there is no T yet: no draw of the run so far has what T is chosen for (target_cost, target_success, "
+                "kl_budget). Train first, with more draws or a goal that can be reached."
+            )
+        return tau
 
     @property
     def has_learned(self) -> bool:
@@ -196,7 +224,7 @@ class Run:
             return f"All of num_rungs={rungs} rungs were climbed." if rungs == args.num_rungs else None
         reason = self.ladder.stop_reason(state.ladder)
         if reason is None and self.sampler.corrects:
-            reason = stopping.done(state.rungs, args.tau_max, args.target_ess, self._groups)
+            reason = stopping.done(state.rungs, args.target_ess, self._groups)
         elif reason is None and rungs == self.ladder.num_rungs(state.ladder):
             reason = f"The ladder has reached its last rung, {at}; sampler={args.sampler!r} does not aim at p_T."
         if reason is None and rungs == self._most_rungs():
@@ -216,9 +244,9 @@ class Run:
         return self._most_rungs()
 
     def measurable(self) -> int:
-        """Draws per prompt for which calls of the objective are left when the run has ended; 0 if they are too few."""
-        n = self.args.num_generations
-        draws = min(n, self._draws_left())
+        """Draws per prompt that the final model is measured on: as calls are left; 0 if too few, or without a T."""
+        n, known = self.args.num_generations, math.isfinite(self.state.ladder.tau_max)
+        draws = min(n, self._draws_left()) if known else 0
         return draws if draws >= min(n, LEAST_MEASURED) else 0
 
     def _affordable(self) -> int:

@@ -18,7 +18,7 @@ from ..types import Progress
 from .config import ALDRIFTConfig
 from .enough import MOST_UPDATES
 from .inputs import Inputs
-from .parts import Parts, engine_of
+from .parts import Parts, engine_of, goal_of
 from .rollout import Rollout, Runtime, TrainingRollout
 from .run import Run
 from .samples import RungSamples
@@ -90,11 +90,12 @@ def make_run(
         on_prompts=TrainingRollout(rollout, prompts, snapshots, prior.is_start),
         objective=objective,
         **vars(parts),
+        goal=goal_of(args),
         eos_token_ids=eos_token_ids,
         samples=RungSamples(updates_per_rung * rows_per_update, prompts.token_ids),
         updates_per_rung=updates_per_rung,
         record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
         tell=tell,
         log=log,
-        state=RunState.start(len(prompts), args.objective_range),
+        state=RunState.start(len(prompts), args.tau_max, args.objective_range),
     )

@@ -66,9 +66,9 @@ class RunState:
         return len(self.ladder.taus) - 1
 
     @classmethod
-    def start(cls, num_prompts: int, objective_range: float | None) -> RunState:
+    def start(cls, num_prompts: int, tau_max: float | None, objective_range: float | None) -> RunState:
         """Before the first rung."""
-        return cls(LadderState.start(num_prompts, objective_range))
+        return cls(LadderState.start(num_prompts, tau_max, objective_range))
 
     def begin_learning(self, spread: float) -> None:
         """Nothing is learned on the rung yet.
@@ -82,20 +82,16 @@ class RunState:
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         ladder = {
-            "log_z": self.ladder.log_z.tolist(),
-            "log_z_error": self.ladder.log_z_error.tolist(),
-            "prompt_tau": self.ladder.prompt_tau.tolist(),
-            "taus": list(self.ladder.taus),
-            "objective_range": self.ladder.objective_range,
+            name: value.tolist() if isinstance(value, torch.Tensor) else value
+            for name, value in vars(self.ladder).items()
         }
         return {**vars(self), "ladder": ladder}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunState:
         """The inverse of [`to_json`]."""
-        ladder = values["ladder"]
-        log_z, error, tau = (
-            torch.tensor(ladder[name], dtype=torch.float64) for name in ("log_z", "log_z_error", "prompt_tau")
-        )
-        state = LadderState(log_z, error, tau, tuple(ladder["taus"]), ladder["objective_range"])
+        ladder = dict(values["ladder"])
+        for name in ("log_z", "log_z_error", "prompt_tau"):
+            ladder[name] = torch.tensor(ladder[name], dtype=torch.float64)
+        state = LadderState(**{**ladder, "taus": tuple(ladder["taus"])})
         return cls(**{**values, "ladder": state, "phase": Phase(values["phase"])})

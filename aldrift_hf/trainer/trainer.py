@@ -313,7 +313,7 @@ class ALDRIFTTrainer(HookedTrainer):
         metrics["runtime"] = time.time() - start
         if prefix == "final":
             self.record.metrics = dict(metrics)
-            self.record.take_draws(proposals, prompts, self.args.tau_max)
+            self.record.take_draws(proposals, prompts, self.run.tau_max)
         self.events.tell("on_measured", metrics=metrics)
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
@@ -361,7 +361,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self._sample_calls += 1
         with self.objective.open():
             draws = draw_corrected(self.run, asked, num_samples, steps, correction, self._sample_calls)
-        metrics = draws.metrics(self.args.tau_max, self.args.success_threshold)
+        metrics = draws.metrics(self.run.tau_max, self.args.success_threshold)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, Union, get_args, get_or
 from huggingface_hub.dataclasses import type_validator
 from transformers import TrainingArguments
 
+from ..algorithm.goals import GOALS
 from ..algorithm.ladders import LADDERS, Ladder, LadderState
 from ..algorithm.ladders.base import LadderSettings
 from ..algorithm.losses import LOSSES, Loss
@@ -132,6 +133,27 @@ def _numbers_as_floats(value: Any, hint: Any) -> Any:
     return value
 
 
+# ---- T ---------------------------------------------------------------------------------------------------------------
+
+
+def chooses_target(settings: Any) -> bool:
+    """Whether T is to be found (of `ALDRIFTConfig`)."""
+    return any(getattr(settings, name) is not None for name in GOALS)
+
+
+def check_target(settings: Any) -> None:
+    """Check that T is given in one way at most.
+
+    Raises:
+        ValueError: with the settings that contradict each other.
+    """
+    given = [name for name in ("tau_max", *GOALS) if getattr(settings, name) is not None]
+    if len(given) > 1:
+        raise ValueError(
+            f"{' and '.join(given)} each choose T, the inverse temperature of the target. Set one of them."
+        )
+
+
 # ---- Settings that must fit each other -------------------------------------------------------------------------------
 
 
@@ -189,6 +211,11 @@ def check_parts(
             f"sampler={name_of(sampler, SAMPLERS)!r} does not draw by weight. Use sampler='archive', or "
             "loss_type='nll'."
         )
+    if chooses_target(settings) and not sampler.corrects:
+        raise ValueError(
+            f"{', '.join(GOALS)} find T from the weights, and sampler={name_of(sampler, SAMPLERS)!r} has none. Set "
+            "tau_max, or use sampler='archive' or 'metropolis_hastings'."
+        )
     if ladder.uses_weights and not sampler.corrects:
         raise ValueError(
             f"ladder={name_of(ladder, LADDERS)!r} takes its steps by the weights, and "
@@ -214,7 +241,7 @@ def check_settings_of_parts(settings: PartsSettings, sampler: type[Sampler], lad
             "steps. Leave tau_step out, or use ladder='linear'."
         )
     if ladder.takes_step and (settings.tau_step or settings.objective_range):
-        start = LadderState.start(1, settings.objective_range)
+        start = LadderState.start(1, settings.tau_max, settings.objective_range)
         ladder.from_settings(settings).num_rungs(start)  # raises for too many
 
 

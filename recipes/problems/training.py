@@ -46,7 +46,7 @@ class RecipeConfig(ALDRIFTConfig):
         if self.ladder == "adaptive":
             self.tau_step = None  # a recipe's default step is for the linear ladder
         elif self.num_rungs is None and self.tau_step is not None:  # what recipes/README.md measured
-            self.num_rungs = len(linear_ladder(self.tau_max, self.tau_step))
+            self.num_rungs = len(linear_ladder(self.tau_max or 1.0, self.tau_step))
         asked = self.max_completion_length
         if asked is None:  # make_trainer sets it; the checks need a number
             self.max_completion_length = ALDRIFTConfig.max_completion_length

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import torch
@@ -11,6 +12,8 @@ from ...types import Proposals
 from ..diagnostics import effective_sample_size
 from .base import Ladder, LadderSettings, LadderState
 
+LEAP = 4.0
+"""Without a T in sight, the inverse temperature rises at most by this factor on a rung."""
 PATIENCE = 6
 """Rungs at one `τ` after which the ladder gives up: more draws and more learning did not make a step possible."""
 
@@ -55,27 +58,31 @@ class AdaptiveLadder(Ladder):
     """Takes the largest step for which the weights are worth enough independent draws ([`adaptive_tau`]).
 
     Args:
-        tau_max: T, nats per unit of cost.
         ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1.
         num_generations: proposals per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
     """
 
     uses_weights: ClassVar[bool] = True
 
-    def __init__(self, tau_max: float, ess_threshold: float, num_generations: int) -> None:
-        self.tau_max, self.ess_threshold, self.num_generations = tau_max, ess_threshold, num_generations
+    def __init__(self, ess_threshold: float, num_generations: int) -> None:
+        self.ess_threshold, self.num_generations = ess_threshold, num_generations
 
     @classmethod
     def from_settings(cls, settings: LadderSettings) -> AdaptiveLadder:
-        return cls(settings.tau_max, settings.ess_threshold, settings.num_generations)
+        return cls(settings.ess_threshold, settings.num_generations)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
+        highest = state.tau_max
+        if math.isinf(highest):  # no draw has what T is to be chosen for, yet
+            highest = LEAP * max(state.tau, 1 / (pool.objective.max().item() or 1.0))
+        if state.tau >= highest:
+            return highest
         least = self.ess_threshold * self.num_generations
-        return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, self.tau_max, least)
+        return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, highest, least)
 
     def stop_reason(self, state: LadderState) -> str | None:
         last = state.taus[-PATIENCE:]
-        if len(last) < PATIENCE or len(set(last)) > 1 or state.tau == self.tau_max:
+        if len(last) < PATIENCE or len(set(last)) > 1 or state.tau == state.tau_max:
             return None
         return (
             f"The adaptive ladder cannot leave tau = {state.tau:g}: for {PATIENCE} rungs it drew and learned there, "

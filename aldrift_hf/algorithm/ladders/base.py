@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 import torch
@@ -22,6 +23,8 @@ class LadderState:
         prompt_tau: `[P]`, the inverse temperature of the last rung that drew for the prompt; 0 before the first.
         taus: the inverse temperature of each rung so far, in nats per unit of cost.
         objective_range: D, the largest cost, as given or as measured on the prior's draws; `None` if neither.
+        tau_max: T: as given, or as the last rung found it. Infinite while it is not known.
+        tau_max_error: the standard error of a T that is found; `None` for one that is given.
     """
 
     log_z: Tensor
@@ -29,12 +32,15 @@ class LadderState:
     prompt_tau: Tensor
     taus: tuple[float, ...] = ()
     objective_range: float | None = None
+    tau_max: float = math.inf
+    tau_max_error: float | None = None
 
     @classmethod
-    def start(cls, num_prompts: int, objective_range: float | None = None) -> LadderState:
-        """Before the first rung."""
+    def start(cls, num_prompts: int, tau_max: float | None, objective_range: float | None = None) -> LadderState:
+        """Before the first rung; a `tau_max` of `None` is to be found."""
         zeros = torch.zeros(num_prompts, dtype=torch.float64)
-        return cls(zeros, zeros, zeros, objective_range=objective_range)
+        known = (math.inf, math.inf) if tau_max is None else (tau_max, None)
+        return cls(zeros, zeros, zeros, (), objective_range, *known)
 
     @property
     def tau(self) -> float:
@@ -43,8 +49,12 @@ class LadderState:
 
     def of(self, prompts: Tensor) -> LadderState:
         """The state for these prompts alone, `[S]`."""
-        columns = (self.log_z[prompts], self.log_z_error[prompts], self.prompt_tau[prompts])
-        return LadderState(*columns, self.taus, self.objective_range)
+        return replace(
+            self,
+            log_z=self.log_z[prompts],
+            log_z_error=self.log_z_error[prompts],
+            prompt_tau=self.prompt_tau[prompts],
+        )
 
     def reached(self, prompts: Tensor, tau: float, log_z: Tensor, error: Tensor) -> LadderState:
         """The state after a rung at `τ`.
@@ -57,13 +67,13 @@ class LadderState:
         news = (log_z, error, torch.full_like(error, tau))
         olds = (self.log_z, self.log_z_error, self.prompt_tau)
         now = [old.index_copy(0, prompts, new.to(old)) for old, new in zip(olds, news, strict=True)]
-        return LadderState(now[0], now[1], now[2], (*self.taus, tau), self.objective_range)
+        return replace(self, log_z=now[0], log_z_error=now[1], prompt_tau=now[2], taus=(*self.taus, tau))
 
 
 class LadderSettings(Protocol):
     """What a ladder may read of a run's settings (`ALDRIFTConfig`)."""
 
-    tau_max: float
+    tau_max: float | None
     tau_step: float | None
     ess_threshold: float
     num_generations: int
@@ -87,10 +97,10 @@ class Ladder(ABC):
 
     @abstractmethod
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
-        """The next rung's inverse temperature, at least `state.tau`.
+        """The next rung's inverse temperature. The run takes T, `state.tau_max`, if it is lower.
 
         Args:
-            state: where the ladder stands.
+            state: where the ladder stands; `state.tau_max` is infinite while no T is known.
             pool: the draws that the rung's samples will be chosen from.
         """
 

@@ -42,32 +42,34 @@ class LinearLadder(Ladder):
     """Equal steps from 0 to T, whatever the weights; further rungs stay at T.
 
     Args:
-        tau_max: T, nats per unit of cost.
         step: `Δτ`; `None` is the paper's `1/D`.
     """
 
     takes_step: ClassVar[bool] = True
 
-    def __init__(self, tau_max: float, step: float | None = None) -> None:
-        self.tau_max, self.step = tau_max, step
+    def __init__(self, step: float | None = None) -> None:
+        self.step = step
 
     @classmethod
     def from_settings(cls, settings: LadderSettings) -> LinearLadder:
-        return cls(settings.tau_max, settings.tau_step)
+        return cls(settings.tau_step)
 
-    def taus(self, state: LadderState) -> list[float]:
-        """All inverse temperatures.
+    def next_tau(self, state: LadderState, pool: Proposals) -> float:
+        place = len(state.taus)
+        if state.tau_max_error is not None:
+            return self._step(state) * (place + 1)
+        taus = linear_ladder(state.tau_max, self._step(state))
+        return taus[min(place, len(taus) - 1)]
+
+    def num_rungs(self, state: LadderState) -> int | None:
+        """How many rungs there are.
 
         Raises:
             ValueError: where neither the step nor D is known.
         """
+        return None if state.tau_max_error is not None else len(linear_ladder(state.tau_max, self._step(state)))
+
+    def _step(self, state: LadderState) -> float:
         if self.step is None and state.objective_range is None:
             raise ValueError("a linear ladder takes steps of 1/D: set tau_step, or objective_range (D)")
-        return linear_ladder(self.tau_max, self.step or 1 / (state.objective_range or math.inf))
-
-    def next_tau(self, state: LadderState, pool: Proposals) -> float:
-        taus = self.taus(state)
-        return taus[min(len(state.taus), len(taus) - 1)]
-
-    def num_rungs(self, state: LadderState) -> int:
-        return len(self.taus(state))
+        return self.step or 1 / (state.objective_range or math.inf)

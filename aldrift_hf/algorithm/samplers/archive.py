@@ -40,6 +40,9 @@ class ArchiveSampler(Sampler):
         self._group = self.archive.extend(proposals, policy.snapshot(), policy.log_prob)
         return mixture(self._group)
 
+    def replay(self) -> list[Proposals]:
+        return [mixture(group) for group in self.archive.groups() if group[-1] is not self._group[-1]]
+
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:

@@ -113,6 +113,11 @@ class Sampler(ABC):
         """The draws to choose from, `log_model` being the log-density they were drawn from. Default: the rung's own."""
         return proposals
 
+    def replay(self) -> list[Proposals]:
+        """Earlier draws for other prompts than the rung's, with their density, to learn from as well; by groups of
+        prompts that were drawn for on the same rungs. Default: none."""
+        return []
+
     @abstractmethod
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
