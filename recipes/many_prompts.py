@@ -39,7 +39,7 @@ TAU_MAX = 4.0
 RUNGS = 10
 """Rungs of ALDRIFT where each draws for all prompts; as many visits to each prompt where they do not."""
 DEFAULTS = "aldrift, defaults"
-METHODS = ("prior", "aldrift", "aldrift, some prompts per rung", DEFAULTS, *TRL)
+METHODS = ("prior", "aldrift", "aldrift, some prompts per rung", *TRL, DEFAULTS)
 MODEL = RecipeModelConfig(use_peft=False)
 
 
@@ -52,7 +52,7 @@ class ManyPromptsArguments:
     prompts_per_rung: int = field(default=16, metadata={"help": "Prompts of a rung that does not draw for all."})
     updates: int = field(default=120, metadata={"help": "Updates per epoch over the prompts."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Tried for every method."}
+        default_factory=lambda: [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], metadata={"help": "Tried for every method."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; learning rates are tuned on the first one."}

@@ -28,6 +28,7 @@ LEFT_BY = {
     ModelCardWriter: ["README.md"],
 }
 SETTINGS = {
+    **{"target_cost": None, "target_success": None, "kl_budget": None},
     **{"tau_max": 2.0, "tau_step": None, "objective": ["cost"], "num_generations": 2, "corrects": True},
     **{
         "sampler": "archive",
@@ -158,6 +159,7 @@ def events(callback: RunCallback, args, proposals: Proposals, first: bool) -> No
     event = args, TrainerState(is_world_process_zero=first), TrainerControl()
     record = RunRecord(SETTINGS, objective_range=1.0)
     prompts = Prompts([{"prompt": "x"}], [[1]], ["key"])
+    record.tau_max = 2.0
     record.take_draws(proposals, prompts, 2.0)
     callback.on_train_begin(*event)
     callback.on_rung_begin(*event, rung=0, num_rungs=1, tau=0.0, tau_max=2.0)

@@ -44,7 +44,6 @@ def config(tmp_path):
         ({"tau_max": math.nan}, "tau_max must be positive"),
         ({"tau_max": "2"}, "tau_max must be of type float, got '2'"),
         ({"tau_max": True}, "tau_max must be of type float, got True"),
-        ({"tau_max": None}, "tau_max must be of type float, got None"),
         ({"objective_range": 0.0}, "objective_range must be positive"),
         ({"objective_range": -2.0}, "objective_range must be positive"),
         ({"tau_step": 0.0}, "tau_step must be positive.*None: 1/objective_range"),

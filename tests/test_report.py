@@ -88,6 +88,7 @@ def record() -> RunRecord:
     return RunRecord(
         settings=dict(SETTINGS),
         objective_range=10.0,
+        tau_max=3.0,
         finished=True,
         metrics=metrics,
         rungs=[rung(i, 0.5 * (i + 1)) for i in range(6)],

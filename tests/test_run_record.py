@@ -36,7 +36,7 @@ def make(config, tokenizer):
 
 
 def record(finished=True, metrics=None, **last):
-    return RunRecord(SETTINGS, finished=finished, metrics=metrics or {}, rungs=[RUNG, RUNG | last])
+    return RunRecord(SETTINGS, tau_max=2.0, finished=finished, metrics=metrics or {}, rungs=[RUNG, RUNG | last])
 
 
 def test_a_run_is_read_as_it_was_written(make):

@@ -118,10 +118,8 @@ def run_rung(
     moved = sampler.move(pool, selection, tau, partial(rollout.redraw, rung), chance)
     parts = [_rows_of(moved.pool, moved.selection.index, loss, tau, log_z, shuffle)]
     for other in replayed:
-        its_log_z = sampler.log_z(other, state.of(other.prompts), tau)
-        parts.append(
-            _rows_of(other, sampler.select(other, tau, tau, size, chance).index, loss, tau, its_log_z, shuffle)
-        )
+        chosen, z = sampler.select(other, tau, tau, size, chance), sampler.log_z(other, state.of(other.prompts), tau)
+        parts.append(_rows_of(other, chosen.index, loss, tau, z, shuffle))
     samples = Samples.joined(parts, num_rows, shuffle)
     reached = state.reached(pool.prompts, tau, log_z, influence.error())
     # 3. learn: the loss on the samples
