@@ -315,6 +315,21 @@ def test_evaluation_on_other_prompts(make):
     assert "eval_missing_mass" in trainer.evaluate(["a"])
 
 
+def test_evaluation_tells_which_prompts_are_worst(make):
+    trainer = make(train_dataset=["a", "b"], eval_dataset=["c", "", "a b"])
+    trainer.train()
+    assert sorted(trainer.prompt_metrics["prompt"]) == ["a", "b"], "of the final measurement"
+    metrics, rows = trainer.evaluate(), trainer.prompt_metrics
+    assert sorted(rows["prompt"]) == ["", "a b", "c"]
+    for name in ("objective", "success", "ess", "log_z", "kl"):
+        assert metrics[f"eval_{name}"] == pytest.approx(sum(rows[name]) / 3)
+    assert rows["kl"] == sorted(rows["kl"], reverse=True)
+    assert metrics["eval_kl_worst"] == rows["kl"][0] > rows["kl"][2]
+    assert metrics["eval_ess_worst"] == min(rows["ess"]) < max(rows["ess"])
+    alone = trainer.evaluate([rows["prompt"][0]])
+    assert "eval_kl_worst" not in alone
+
+
 def test_log_completions_prints_a_table(make, capsys):
     make(settings={"log_completions": True, "num_rungs": 1}).train()
     out = capsys.readouterr().out

@@ -9,6 +9,9 @@ from collections.abc import Sequence
 from .parser import RunParser
 from .runs import load
 
+NUM_WORST = 5
+"""Prompts, of several, that are shown by themselves."""
+
 
 def main(argv: Sequence[str]) -> None:
     """Print metrics as JSON."""
@@ -22,4 +25,6 @@ def main(argv: Sequence[str]) -> None:
         _, trainer = load(parser, argv, scratch)
         metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
-            print(json.dumps(metrics, indent=2))
+            by_prompt = [] if trainer.prompt_metrics is None else trainer.prompt_metrics.to_list()
+            worst = {"worst_prompts": by_prompt[:NUM_WORST]} if len(by_prompt) > 1 else {}
+            print(json.dumps({**metrics, **worst}, indent=2))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -25,10 +26,23 @@ KERNELS = {"metropolis_hastings": metropolis_hastings, "isir": isir}
 """Corrections of fresh draws, all made in advance; `"suffix"` draws as its chains go on, and `"archive"` not at all."""
 
 
-def measure(
-    run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tensor | None = None
-) -> tuple[dict[str, float], Proposals]:
-    """The metrics of [`ALDRIFTTrainer.evaluate`], without prefix, and the fresh draws that they were measured on.
+@dataclass(frozen=True)
+class Measured:
+    """What fresh draws of the model say of it.
+
+    Attributes:
+        metrics: those of [`ALDRIFTTrainer.evaluate`], without prefix.
+        by_prompt: `prompt`, `objective`, `success`, `ess`, `log_z` and `kl` of each prompt, the largest `kl` first.
+        proposals: the draws.
+    """
+
+    metrics: dict[str, float]
+    by_prompt: list[dict[str, Any]]
+    proposals: Proposals
+
+
+def measure(run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tensor | None = None) -> Measured:
+    """How close the model is to `p_T`.
 
     Args:
         run: the run.
@@ -61,9 +75,24 @@ def measure(
         known = here.prompt_tau == tau
         log_z = torch.where(known, here.log_z, log_z)
         kl_error = torch.where(known, of_ladder.error(log_weight * evenly), kl_error)
-    metrics["kl"] = diagnostics.reverse_kl(log_weight, log_z).mean().item()
-    metrics["kl_error"] = mean_error(kl_error)
-    return metrics, proposals
+    by_prompt = {
+        "objective": proposals.objective.mean(-1),
+        "success": proposals.successes(run.args.success_threshold).mean(-1),
+        "ess": diagnostics.effective_sample_size(log_weight),
+        "log_z": log_z,
+        "kl": diagnostics.reverse_kl(log_weight, log_z),
+    }
+    metrics["kl"], metrics["kl_error"] = by_prompt["kl"].mean().item(), mean_error(kl_error)
+    if len(log_z) > 1:
+        metrics["kl_worst"], metrics["ess_worst"] = by_prompt["kl"].max().item(), by_prompt["ess"].min().item()
+    rows = [
+        {
+            "prompt": prompts.rows[int(proposals.prompts[place])]["prompt"],
+            **{name: column[place].item() for name, column in by_prompt.items()},
+        }
+        for place in by_prompt["kl"].argsort(descending=True).tolist()
+    ]
+    return Measured(metrics, rows, proposals)
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,8 @@ class ALDRIFTTrainer(HookedTrainer):
 
     Attributes:
         record ([`RunRecord`]): what is known of the run: settings, the figures of each rung, draws.
+        prompt_metrics (`Dataset`): what [`evaluate`], or the final measurement, found for each prompt, the worst first:
+            `prompt`, `objective`, `success`, `ess`, `log_z` and `kl`; `None` before.
 
     Raises:
         ValueError, TypeError, OSError: for settings, data, an objective or an output directory that cannot work, before
@@ -170,6 +172,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self._step_size.attach(self.run)
         self._enough.attach(self.run, self._limits_updates(parts.loss))
         self._sample_calls = 0
+        self.prompt_metrics: Dataset | None = None
 
     def _make_run(self, parts: Parts, engine: Engine | None) -> Run:
         return make_run(
@@ -297,7 +300,8 @@ class ALDRIFTTrainer(HookedTrainer):
             that cost at most `success_threshold`), `distinct` (share of distinct draws), `ess` (share in [0, 1]),
             `khat`, `log_z` (of `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where
             it is known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training
-            began, `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]).
+            began, `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]). With several prompts,
+            also `kl_worst` and `ess_worst`; `prompt_metrics` then has a row for each.
         """
         prompts = self.inputs.eval_prompts if eval_dataset is None else self.inputs.encode(eval_dataset, "eval_dataset")
         self.objective.check_signature(prompts.columns)
@@ -309,11 +313,12 @@ class ALDRIFTTrainer(HookedTrainer):
         """The metrics of [`evaluate`] from `per_prompt` draws for these prompts (`None`: all), logged and told."""
         start = time.time()
         with self.objective.open():
-            metrics, proposals = measure(self.run, prompts, self.state.global_step, per_prompt, which)
+            measured = measure(self.run, prompts, self.state.global_step, per_prompt, which)
+        metrics, self.prompt_metrics = measured.metrics, Dataset.from_list(measured.by_prompt)
         metrics["runtime"] = time.time() - start
         if prefix == "final":
             self.record.metrics = dict(metrics)
-            self.record.take_draws(proposals, prompts, self.run.tau_max)
+            self.record.take_draws(measured.proposals, prompts, self.run.tau_max)
         self.events.tell("on_measured", metrics=metrics)
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
