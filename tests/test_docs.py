@@ -124,6 +124,8 @@ def choosing(names):
     _, success, draws = tilt(drawn["objective"].to_numpy(), log_weight)
     assert draws > 100
     assert success == pytest.approx(tilt(falls, -6.0 * falls)[1], abs=0.03)
+    assert tilt(falls, -5.94 * falls)[1] == pytest.approx(0.95, abs=0.001)
+    assert names["record"].tau_max == pytest.approx(5.94, rel=0.06)
     # All of T in one step is too large a step.
     assert names["end"]["final_ess"] < 0.1
     assert (names["chains"] == 0).mean() < 0.6

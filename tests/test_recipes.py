@@ -225,6 +225,8 @@ def test_help_explains_every_option(run_recipe, capsys, name):
             "--num_generations",
             "--learning_rate",
         ),
+        "many_prompts": ("--methods", "--draws", "--prompts_per_rung", "--learning_rates", "--prompts_per_update"),
+        "prompt_scaling": ("--prompts", "--all_up_to", "--prompts_per_rung", "--rungs"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
     all_of_them = ("--tau_max", "--num_generations", "--lora_r", "--learning_rate", "--load_in_4bit", "--prior_steps")
