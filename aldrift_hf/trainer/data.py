@@ -33,7 +33,7 @@ def check_dataset(dataset: Any, name: str) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} must be a datasets.Dataset or a list of prompts, got {type(dataset).__name__}. Streaming data "
-            "sets and dicts of data sets are not supported, because every rung visits every prompt."
+            "sets and dicts of data sets are not supported, because a rung may draw for any of the prompts."
         )
     if len(dataset) == 0:
         raise ValueError(f"{name} is empty. Pass None for unconditional generation from one empty prompt.")
