@@ -117,9 +117,9 @@ def main() -> None:
         runs = {size: in_a_child(size, some, options) for size in sizes}
         for name in next(iter(runs.values()), {}):
             cells = {f"{size:,} prompts": figures[name] for size, figures in runs.items()}
-            if len(sizes) > 1:
-                ratio = runs[sizes[-1]][name] / runs[sizes[-2]][name]
-                cells["growth exponent"] = math.log(ratio) / math.log(sizes[-1] / sizes[-2])
+            last = [runs[size][name] for size in sizes[-2:]]
+            if len(last) == 2 and min(last) > 0:
+                cells["growth exponent"] = math.log(last[1] / last[0]) / math.log(sizes[-1] / sizes[-2])
             table.add(f"{label}: {name}", cells, ".3g")
     table.print()
     table.write_markdown(folder / "prompt_scaling.md")

@@ -44,7 +44,7 @@ class Policy:
 
 def climb(sampler, rungs):
     """The state, the draws and the influence after the last of `rungs`: pairs of a model and an inverse temperature."""
-    policy, state = Policy(), LadderState.start(REPETITIONS)
+    policy, state = Policy(), LadderState.start(REPETITIONS, 1.0)
     for seed, (log_q, tau, n) in enumerate(rungs):
         policy.present = log_q
         proposals = drawn(log_q, n, seed)

@@ -215,7 +215,7 @@ def test_a_collapsed_model_is_found_out(config, tokenizer, caplog):
         trainer.model.transformer.ln_f.weight.zero_()
         trainer.model.transformer.ln_f.bias.copy_(30 * head.weight[2] / head.weight[2].norm() ** 2)
     log_z = (log_prior - TAU * cost).logsumexp(0)
-    trainer.run.state.ladder = LadderState.start(1).reached(torch.arange(1), TAU, log_z[None], torch.zeros(1))
+    trainer.run.state.ladder = LadderState.start(1, TAU).reached(torch.arange(1), TAU, log_z[None], torch.zeros(1))
     metrics = trainer.evaluate()
     log_q = log_probs(trainer.model, [EOS], completions)
     kept = log_q > math.log(1e-4)

@@ -72,7 +72,7 @@ GROUPS = {
         "success_threshold",
     ),
     "correction": (
-        *("sampler", "num_generations", "chain_length", "archive_window", "pareto_smoothing"),
+        *("sampler", "num_generations", "prompts_per_rung", "chain_length", "archive_window", "pareto_smoothing"),
         *("objective_weights", "objective_on_error", "objective_cache_key", "max_objective_calls"),
     ),
     "generation": (
