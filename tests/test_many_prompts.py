@@ -45,7 +45,7 @@ def test_the_comparison(run_recipe, capsys, monkeypatch):
     assert [run["method"] for run in runs].count("prior") == 1
     assert [run["method"] for run in runs].count(methods[1]) == [run["method"] for run in runs].count("rloo") == 3
     prior, ours = runs[0], [run for run in runs if run["method"] == methods[1]]
-    assert 1.0 < prior["unseen"] < 4.0
+    assert prior["unseen"] > 1.0
     assert all(run["spent"] == 480 for run in ours)
     assert all(run["worst"] >= run["unseen"] > 0 for run in runs)
     assert "unseen" in (folder / "many_prompts.md").read_text()
