@@ -157,6 +157,16 @@ def test_a_resumed_run_knows_its_t(make, tmp_path):
     assert resumed.record.tau_max_error == whole.record.tau_max_error
 
 
+def test_a_run_that_is_loaded_has_its_t(make):
+    trainer = make(target_cost=0.5, num_rungs=2)
+    trainer.train()
+    trainer.save_model()
+    again = make(target_cost=0.5, num_rungs=2)
+    again.load_run(trainer.args.output_dir)
+    assert again.run.tau_max == trainer.record.tau_max
+    assert again.sample(4).num_rows == 4
+
+
 def test_without_a_t_nothing_is_measured_or_sampled(make):
     at_least_one = lambda prompts, completions: [1 + cost for cost in count_a(prompts, completions)]  # noqa: E731
     trainer = make(at_least_one, target_cost=0.5, max_rungs=1, objective_range=4.0)
