@@ -147,8 +147,7 @@ class Run:
         """The model is that of another run: its ladder's log Z holds here, too, for the same prompts and objective."""
         self.on_prompts.is_prior = False
         if self.goal is not None and record.tau_max is not None:
-            ladder, error = self.state.ladder, record.tau_max_error
-            self.state.ladder = replace(ladder, tau_max=record.tau_max, tau_max_error=error)
+            self.state.ladder = replace(self.state.ladder, tau_max=record.tau_max, tau_max_error=record.tau_max_error)
         same = ("prompts", "prompts_fingerprint", "objective", "objective_weights", "max_completion_length")
         if record.rungs and all(record.settings[name] == self.record.settings[name] for name in same):
             known = (record.log_z, record.log_z_error, record.prompt_tau)
