@@ -47,13 +47,9 @@ class ALDRIFTConfig(TrainerDefaults):
         tau_max (`float`, *optional*):
             T, the inverse temperature of the target `p_T(s) ∝ L(s)·exp(-T·d(s))`, in nats per unit of cost. L is the
             prior and d the cost. `None` is the T that one of the next three settings asks for; without them, 1.
-        target_cost (`float`, *optional*):
-            Mean cost under `p_T`, on average over prompts, for which T is chosen: found from each rung's weights, with
-            a standard error (`tau_max`, `tau_max_error` of the record).
-        target_success (`float`, *optional*):
-            Likewise, share of `p_T` that costs at most `success_threshold`.
-        kl_budget (`float`, *optional*):
-            Likewise, `KL(p_T‖L)`: how far `p_T` may be from the prior, in nats.
+        target_cost, target_success, kl_budget (`float`, *optional*):
+            What T is chosen for: the mean cost under `p_T`, the share of `p_T` that costs at most `success_threshold`,
+            or `KL(p_T‖L)` in nats; means over prompts. T is found from each rung's weights, with a standard error.
         objective_range (`float`, *optional*):
             D, the largest value that the (weighted) cost can take; a cost above it is an error. `None` measures D as
             the largest cost among the first rung's proposals, which are draws from the prior, and sets no upper bound.
@@ -92,8 +88,7 @@ class ALDRIFTConfig(TrainerDefaults):
             `chain_length`.
         prompts_per_rung (`int`, *optional*):
             Number of prompts that a rung draws for, at most. They are dealt out to groups at random, of which each rung
-            takes one: each epoch over the prompts takes every group once, in a new order. A rung's time and memory do
-            not depend on how many prompts there are beside its own. `None` draws for all.
+            takes one: each epoch over the prompts takes every group once, in a new order. `None` draws for all.
         chain_length (`int`, *optional*, defaults to `8`):
             M, the number of proposals per Metropolis-Hastings chain. A rung has `m = n/M` chains per prompt (so n must
             be a multiple of M), and one sample per chain. `None` is the paper's M = m². For the other samplers n/M,
