@@ -40,6 +40,7 @@ RUNGS = 10
 """Rungs of ALDRIFT where each draws for all prompts; as many visits to each prompt where they do not."""
 DEFAULTS = "aldrift, defaults"
 METHODS = ("prior", "aldrift", "aldrift, some prompts per rung", *TRL, DEFAULTS)
+KEY = ("method", "learning_rate", "seed", "draws")
 MODEL = RecipeModelConfig(use_peft=False)
 
 
@@ -75,7 +76,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options, folder)
     groups = {method: bench.tuned(method) for method in options.methods}
-    report(groups, folder)
+    report(groups, [*bench.kept.runs.values()], folder)
 
 
 class Bench:
@@ -83,7 +84,7 @@ class Bench:
 
     def __init__(self, options: ManyPromptsArguments, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", ("method", "learning_rate", "seed", "draws"))
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
         self.problems = dict(zip(("seen", "unseen"), split(), strict=True))
         prior, tokenizer, _ = make_prior(self.problems["seen"], MODEL)
         self.targets = {
@@ -161,8 +162,8 @@ class Bench:
         )
 
 
-def report(groups: dict[str, list[Run]], folder: Path) -> None:
-    """Print and write the table and the figure."""
+def report(groups: dict[str, list[Run]], tried: list[Run], folder: Path) -> None:
+    """Print and write the table, of the best learning rates, and the figure, of all that were tried."""
     seeds = [run["seed"] for run in max(groups.values(), key=len)]
     table = Comparison(
         f"KL(p_T‖q), nats, means over seeds {seeds}", ["seen prompts", "unseen", "worst unseen", "CPU s"]
@@ -176,7 +177,6 @@ def report(groups: dict[str, list[Run]], folder: Path) -> None:
         )  # fmt: skip
     table.print()
     table.write_markdown(folder / "many_prompts.md")
-    tried = KeptRuns(folder / "runs.jsonl", ("method", "learning_rate", "seed", "draws")).runs.values()
     with figure(folder / "many_prompts.png", [["unseen"]], (6, 4.5)) as axes:
         lines = {
             method: tuple(zip(*sorted((run["learning_rate"], run["unseen"]) for run in tried

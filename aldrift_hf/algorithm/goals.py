@@ -1,8 +1,8 @@
 """Choosing T: the inverse temperature at which `p_T` has what the user asked for.
 
-The mean cost under `p_τ` falls with `τ`; the share of successes and `KL(p_τ‖L)` rise with it. Their slopes are
-covariances with the cost under `p_τ`. So each has one T, which is found by bisection from weighted draws, anew on every
-rung. Its standard error is that of the figure at T, divided by the slope (delta method).
+The mean cost under `p_τ` falls with `τ`; the share of successes and `KL(p_τ‖L)` rise with it, for their slopes are
+covariances with the cost under `p_τ`. So only one T has what is wanted. Every rung finds it by bisection, from its
+weighted draws. The standard error of T is that of the figure at T, divided by the slope (delta method).
 """
 
 from __future__ import annotations
@@ -109,10 +109,7 @@ class TargetCost(Goal):
     rises = False
 
     def figure(self, pool: Proposals, tau: float) -> Figure:
-        share, cost = pool.log_weight(tau).softmax(-1), pool.objective
-        mean = (share * cost).sum(-1)
-        off = cost - mean[:, None]
-        return Figure(mean, share * off, -(share * off.square()).sum(-1))
+        return _mean(pool.objective, pool, tau)
 
 
 @dataclass(frozen=True)
@@ -127,10 +124,7 @@ class TargetSuccess(Goal):
     name = "target_success"
 
     def figure(self, pool: Proposals, tau: float) -> Figure:
-        share, success = pool.log_weight(tau).softmax(-1), pool.successes(self.threshold)
-        mean = (share * success).sum(-1)
-        off = success - mean[:, None]
-        return Figure(mean, share * off, -(share * off * pool.objective).sum(-1))
+        return _mean(pool.successes(self.threshold), pool, tau)
 
 
 class KLBudget(Goal):
@@ -139,9 +133,14 @@ class KLBudget(Goal):
     name = "kl_budget"
 
     def figure(self, pool: Proposals, tau: float) -> Figure:
-        log_weight, cost = pool.log_weight(tau), pool.objective
-        share = log_weight.softmax(-1)
-        mean = (share * cost).sum(-1)
-        off = cost - mean[:, None]
-        influence = -share * (tau * off + 1)
-        return Figure(-tau * mean - diagnostics.log_z(log_weight), influence, tau * (share * off.square()).sum(-1))
+        cost, log_weight = _mean(pool.objective, pool, tau), pool.log_weight(tau)
+        influence = -tau * cost.influence - log_weight.softmax(-1)
+        return Figure(-tau * cost.value - diagnostics.log_z(log_weight), influence, -tau * cost.slope)
+
+
+def _mean(values: Tensor, pool: Proposals, tau: float) -> Figure:
+    """The mean of `values`, `[P, n]`, under `p_τ`; its slope is minus their covariance with the cost."""
+    share = pool.log_weight(tau).softmax(-1)
+    mean = (share * values).sum(-1)
+    influence = share * (values - mean[:, None])
+    return Figure(mean, influence, -(influence * pool.objective).sum(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Optional
 
 from transformers import TrainingArguments
 
@@ -11,7 +12,7 @@ from transformers import TrainingArguments
 class TrainerDefaults(TrainingArguments):
     """`TrainingArguments` for a run along a ladder."""
 
-    learning_rate: float | None = field(
+    learning_rate: Optional[float] = field(
         default=None,
         metadata={
             "help": "The initial learning rate of the optimizer. None: found by the first updates, such that one "
@@ -28,10 +29,10 @@ class TrainerDefaults(TrainingArguments):
     save_strategy: str = field(
         default="epoch", metadata={"help": "When to save checkpoints: no, steps, epoch (after every rung) or best."}
     )
-    save_total_limit: int | None = field(
+    save_total_limit: Optional[int] = field(
         default=2, metadata={"help": "Number of checkpoints to keep; the oldest are deleted first."}
     )
-    remove_unused_columns: bool | None = field(
+    remove_unused_columns: Optional[bool] = field(
         default=False, metadata={"help": "Must stay off: the columns belong to the objective and the loss."}
     )
     dataloader_pin_memory: bool = field(
