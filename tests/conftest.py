@@ -209,6 +209,7 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
             "max_completion_length": MAX_LENGTH,
             "per_device_generation_batch_size": 32,
             "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
             "updates_per_rung": 4,
             "learning_rate": 1e-2,
             "disable_tqdm": True,

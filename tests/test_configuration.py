@@ -20,6 +20,7 @@ from aldrift_hf.algorithm.losses import LOSSES, GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.samplers import SAMPLERS, ArchiveSampler, MetropolisHastings, Sampler, Top
 from aldrift_hf.models.engines import EngineSettings, TransformersEngine
 from aldrift_hf.models.prior import FrozenAdapter, FrozenCopy
+from aldrift_hf.trainer.open_settings import ladder_name, loss_name, proposals_per_prompt, rows_to_accumulate
 from aldrift_hf.trainer.optimizer import check_optimizer, schedule_kwargs
 from aldrift_hf.trainer.settings import settings_of
 from aldrift_hf.trainer.validation import check_parts, name_of
@@ -102,7 +103,7 @@ def test_bad_settings_are_refused(config, settings, message):
         ({"ladder": "adaptive", "sampler": "reweight"}, "sampler='reweight' has none. Use ladder='linear'"),
         ({"ladder": "adaptive", "tau_step": 0.5}, "tau_step=0.5 has no meaning for ladder='adaptive'"),
         ({"tau_max": 1e12, "tau_step": 1e-12}, "at most 100,000 are allowed. Set a larger tau_step"),
-        ({"tau_max": 1e12, "objective_range": 1e12}, "at most 100,000 are allowed. Set a larger tau_step"),
+        ({"tau_max": 1e12, "objective_range": 1e12, "ladder": "linear"}, "at most 100,000 are allowed. Set a larger tau_step"),
         ({"loss_type": "generalized_kl", "sampler": "suffix"}, "sampler='suffix' does not draw by weight"),
         ({"pareto_smoothing": True, "sampler": "suffix"}, "sampler='suffix' does not draw by weight. Leave it off"),
         (
@@ -193,10 +194,54 @@ def test_samplers_without_chains_take_any_number_of_proposals(config, sampler):
     assert config(sampler=sampler, num_generations=4, chain_length=8).num_chains == 1
 
 
-def test_the_loss_follows_from_the_sampler_unless_it_is_set(config):
-    assert config().loss_for(ArchiveSampler) == "generalized_kl"
-    assert config().loss_for(MetropolisHastings) == "nll"
-    assert config(loss_type="nll").loss_for(ArchiveSampler) == "nll"
+def test_loss_and_ladder_follow_from_the_sampler_unless_they_are_set():
+    assert [loss_name(None, sampler) for sampler in (ArchiveSampler, MetropolisHastings)] == ["generalized_kl", "nll"]
+    assert loss_name("nll", ArchiveSampler) == "nll"
+    assert [ladder_name(None, None, sampler) for sampler in (ArchiveSampler, MetropolisHastings)] == [
+        "adaptive",
+        "linear",
+    ]
+    assert ladder_name(None, 0.5, ArchiveSampler) == "linear"
+    assert ladder_name("linear", None, ArchiveSampler) == "linear"
+
+
+@pytest.mark.parametrize(
+    ("budget", "prompts", "chain_length", "expected"),
+    [
+        (None, 1, 1, 1024),
+        (None, 16, 8, 64),
+        (None, 5000, 1, 1),
+        (None, 5000, 8, 8),  # one chain
+        (5120, 1, 1, 512),
+        (5120, 7, 8, 72),
+        (100_000, 1, 1, 1024),
+        (12, 100, 1, 1),
+        (None, 1, None, 1000),  # the paper's n = m³
+        (1250, 1, None, 125),
+        (20, 1, None, 1),
+    ],
+)
+def test_a_rungs_size_follows_from_the_budget_and_the_prompts(config, budget, prompts, chain_length, expected):
+    assert proposals_per_prompt(budget, prompts, chain_length) == expected
+    sampler = "archive" if chain_length == 1 else "metropolis_hastings"
+    settings = config(
+        sampler=sampler, num_generations=None, max_objective_calls=budget, chain_length=chain_length, tau_step=1.0
+    )
+    assert settings.proposals_for(prompts) == expected
+    assert dataclasses.replace(settings, num_generations=expected).proposals_for(3) == expected
+
+
+@pytest.mark.parametrize(
+    ("sampler", "rows", "processes", "expected"),
+    [("archive", 8, 1, 16), ("archive", 8, 2, 8), ("archive", 128, 1, 1), ("archive", 300, 1, 1), ("top", 8, 1, 1)],
+)
+def test_an_update_has_enough_rows(config, monkeypatch, sampler, rows, processes, expected):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert rows_to_accumulate(SAMPLERS[sampler], rows) == expected
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    settings = config(sampler=sampler, per_device_train_batch_size=rows)
+    assert settings.gradient_accumulation_steps == expected * processes
+    assert config(sampler=sampler, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
 
 
 # ---- Parts of the user's own -----------------------------------------------------------------------------------------
@@ -215,8 +260,8 @@ def test_a_registered_sampler_can_be_named(config, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="sampler must be one of"):
         config(sampler="own")
     monkeypatch.setitem(SAMPLERS, "own", Own)
-    settings = config(sampler="own")
-    assert settings.loss_for(Own) == "nll"
+    config(sampler="own")
+    assert loss_name(None, Own) == "nll"
     (parsed,) = TrlParser((ALDRIFTConfig,)).parse_args_and_config(
         ["--output_dir", str(tmp_path), "--sampler", "own", "--use_cpu"]
     )

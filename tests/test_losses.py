@@ -12,7 +12,6 @@ from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.archive import mixture
 from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.losses.generalized_kl import log_reference
-from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
 from aldrift_hf.models.head import projecting
 from aldrift_hf.models.passes import Padded
 from aldrift_hf.models.prior import base_model
@@ -228,9 +227,6 @@ def test_it_needs_the_archive(config):
         config(loss_type="generalized_kl")
     with pytest.raises(ValueError, match="loss_type must be one of nll, generalized_kl"):
         config(loss_type="kl")
-    assert config().loss_for(MetropolisHastings) == "nll"
-    assert config(sampler="archive").loss_for(ArchiveSampler) == "generalized_kl"
-    assert config(sampler="archive", loss_type="nll").loss_for(ArchiveSampler) == "nll"
 
 
 def test_the_learning_rate_decays_at_the_end(config, tokenizer):

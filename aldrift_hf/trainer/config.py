@@ -9,11 +9,12 @@ import torch
 
 from ..algorithm.ladders import LADDERS
 from ..algorithm.losses import LOSSES
-from ..algorithm.samplers import SAMPLERS, Sampler
-from ..models.engines import ENGINES
-from .defaults import TrainerDefaults
+from ..algorithm.samplers import SAMPLERS
+from .generation_settings import GenerationSettings
+from .open_settings import ladder_name, loss_name, proposals_per_prompt, rows_to_accumulate
 from .secret import Secret
 from .validation import (
+    COUNT,
     MORE_IS_BETTER,
     Count,
     Kwargs,
@@ -32,7 +33,7 @@ from .validation import (
 
 
 @dataclass
-class ALDRIFTConfig(TrainerDefaults):
+class ALDRIFTConfig(GenerationSettings):
     r"""
     Settings of [`ALDRIFTTrainer`]: those below, and those of [`transformers.TrainingArguments`].
 
@@ -53,9 +54,10 @@ class ALDRIFTConfig(TrainerDefaults):
         objective_range (`float`, *optional*):
             D, the largest value that the (weighted) cost can take; a cost above it is an error. `None` measures D as
             the largest cost among the first rung's proposals, which are draws from the prior, and sets no upper bound.
-        ladder (`str`, *optional*, defaults to `"linear"`):
+        ladder (`str`, *optional*):
             How the inverse temperature rises. `"linear"` takes equal steps, the last one clipped to T. `"adaptive"`
             takes the largest step for which the effective sample size of a rung's weights stays above `ess_threshold`.
+            `None` is `"adaptive"` with `sampler="archive"`, unless `tau_step` is set; otherwise `"linear"`.
         tau_step (`float`, *optional*):
             Step of the linear ladder, in nats per unit of cost. `None` is the paper's 1/D.
         ess_threshold (`float`, *optional*, defaults to `0.5`):
@@ -83,9 +85,10 @@ class ALDRIFTConfig(TrainerDefaults):
             redraws the rest, M - 1 times; for long texts, of which whole ones are rarely accepted. `"top"`: TOPIFT, the
             proposals of lowest cost, without a correction. `"reweight"`: the ablation, resampling by `exp(-Δτ·d)` (Δτ
             is the rung's step), without a correction.
-        num_generations (`int`, *optional*, defaults to `1024`):
+        num_generations (`int`, *optional*):
             n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
-            `chain_length`.
+            `chain_length`. `None` spreads `max_objective_calls` over ten rungs, with at most 1,024 per prompt; without
+            it, 1,024 over the prompts of a rung.
         prompts_per_rung (`int`, *optional*):
             Number of prompts that a rung draws for, at most. They are dealt out to groups at random, of which each rung
             takes one: each epoch over the prompts takes every group once, in a new order. `None` draws for all.
@@ -157,7 +160,7 @@ class ALDRIFTConfig(TrainerDefaults):
             Whether to print the best and a random completion of every rung.
     """
 
-    _VALID_DICT_FIELDS = [*TrainerDefaults._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*GenerationSettings._VALID_DICT_FIELDS, "model_init_kwargs"]
 
     # Parameters that control the target and the ladder
     tau_max: Optional[Positive] = field(
@@ -183,12 +186,12 @@ class ALDRIFTConfig(TrainerDefaults):
             "among the first rung's proposals, without an upper bound."
         },
     )
-    ladder: str = field(
-        default="linear",
+    ladder: Optional[str] = field(
+        default=None,
         metadata={
             "choices": LADDERS,
             "help": "How the inverse temperature rises: linear takes equal steps, adaptive the largest step that "
-            "ess_threshold allows.",
+            "ess_threshold allows. None: adaptive with sampler=archive and without tau_step, otherwise linear.",
         },
     )
     tau_step: Optional[Positive] = field(
@@ -233,7 +236,13 @@ class ALDRIFTConfig(TrainerDefaults):
             "correction), reweight (the ablation: resampling by exp(-step d), no correction).",
         },
     )
-    num_generations: Count = field(default=1024, metadata={"help": "n, the number of proposals per prompt per rung."})
+    num_generations: Optional[Count] = field(
+        default=None,
+        metadata={
+            "help": "n, the number of proposals per prompt per rung. None: a tenth of max_objective_calls over the "
+            "prompts of a rung, at most 1024; without it, 1024 over these prompts."
+        },
+    )
     prompts_per_rung: Optional[Count] = field(
         default=None,
         metadata={
@@ -293,37 +302,6 @@ class ALDRIFTConfig(TrainerDefaults):
         },
     )
 
-    # Parameters that control generation
-    engine: str = field(
-        default="transformers",
-        metadata={"choices": ENGINES, "help": "What draws completions: transformers (model.generate)."},
-    )
-    max_completion_length: Count = field(
-        default=256,
-        metadata={"help": "Largest number of tokens per completion; longer ones are cut, for the prior as well."},
-    )
-    per_device_generation_batch_size: Optional[Count] = field(
-        default=None,
-        metadata={
-            "help": "Completions that each process generates, scores, or passes to the objective at once. None: as "
-            "many as are likely to fit into memory, halved whenever they do not fit."
-        },
-    )
-    scoring_batch_tokens: Count = field(
-        default=16384,
-        metadata={
-            "help": "Largest number of tokens (completions x length) per forward pass when completions are scored; "
-            "bounds memory. Logits are computed in chunks of 128 MiB."
-        },
-    )
-    overlap_objective: bool = field(
-        default=True,
-        metadata={
-            "help": "Evaluate the objective in a thread while the next completions are generated. "
-            "--no_overlap_objective is for functions that work only in the main thread, or that run the trained model."
-        },
-    )
-
     # Parameters that control learning
     loss_type: Optional[str] = field(
         default=None,
@@ -360,6 +338,9 @@ class ALDRIFTConfig(TrainerDefaults):
             self.greater_is_better: bool | None = self.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
         # On a machine with nothing but a CPU, Accelerate connects the processes only if it is told to use the CPU.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
+        sampler, rows = SAMPLERS[self.sampler], self.per_device_train_batch_size
+        if self.gradient_accumulation_steps is None and COUNT.holds(rows):
+            self.gradient_accumulation_steps = rows_to_accumulate(sampler, rows)
         super().__post_init__()
         if isinstance(self.model_init_kwargs, dict) and isinstance(token := self.model_init_kwargs.get("token"), str):
             self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}
@@ -370,9 +351,9 @@ class ALDRIFTConfig(TrainerDefaults):
             raise ValueError(
                 "objective_on_error='worst' gives failures the cost objective_range, which is not set. Set it."
             )
-        sampler, ladder = SAMPLERS[self.sampler], LADDERS[self.ladder]
+        ladder = LADDERS[ladder_name(self.ladder, self.tau_step, sampler)]
         check_settings_of_parts(self, sampler, ladder)
-        check_parts(self, sampler, ladder, LOSSES[self.loss_for(sampler)])
+        check_parts(self, sampler, ladder, LOSSES[loss_name(self.loss_type, sampler)])
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, Secret(value) if name == "hub_token" and isinstance(value, str) else value)
@@ -384,16 +365,24 @@ class ALDRIFTConfig(TrainerDefaults):
             settings["model_init_kwargs"] = {**kwargs, "token": "<TOKEN>"}
         return settings
 
+    def proposals_for(self, prompts: int) -> int:
+        """n, the number of proposals per prompt of a rung that draws for so many prompts."""
+        if self.num_generations is not None:
+            return self.num_generations
+        chain_length = self.chain_length if SAMPLERS[self.sampler].uses_chains else 1
+        return proposals_per_prompt(self.max_objective_calls, prompts, chain_length)
+
+    @property
+    def proposals(self) -> int:
+        """n, the number of proposals per prompt per rung. The trainer has settled it for its number of prompts."""
+        return self.proposals_for(1)
+
     @property
     def steps_per_chain(self) -> int:
-        """M, with `None` resolved to the paper's m², for which `num_generations` is n = m·M = m³."""
-        return round(self.num_generations ** (2 / 3)) if self.chain_length is None else self.chain_length
+        """M, with `None` resolved to the paper's m², for which n is `m·M = m³`."""
+        return round(self.proposals ** (2 / 3)) if self.chain_length is None else self.chain_length
 
     @property
     def num_chains(self) -> int:
         """m, the number of Metropolis-Hastings chains (or, of other samplers, samples) per prompt per rung."""
-        return max(1, self.num_generations // self.steps_per_chain)
-
-    def loss_for(self, sampler: Sampler | type[Sampler]) -> str:
-        """The loss's name: `loss_type`, with `None` resolved by what kind of samples the sampler makes."""
-        return self.loss_type or ("generalized_kl" if sampler.draws_by_weight else "nll")
+        return max(1, self.proposals // self.steps_per_chain)

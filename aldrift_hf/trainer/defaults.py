@@ -19,6 +19,13 @@ class TrainerDefaults(TrainingArguments):
             "changes the samples' log-probabilities by 0.3 nats (standard deviation)."
         },
     )
+    gradient_accumulation_steps: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Batches per update. None: with sampler=archive, as many as make 128 rows over all processes; "
+            "otherwise 1."
+        },
+    )
     lr_scheduler_type: str = field(
         default="constant",
         metadata={"help": "Learning rate schedule. Constant by default: every rung has a new target to learn."},

@@ -12,6 +12,7 @@ from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES, Engine, EngineSettings
 from .config import ALDRIFTConfig
+from .open_settings import ladder_name, loss_name
 from .validation import check_parts, name_of
 
 Part = TypeVar("Part")
@@ -41,8 +42,10 @@ def parts_of(
         ValueError: for parts that do not go together.
     """
     sampler = SAMPLERS[args.sampler].from_settings(args) if sampler is None else _checked("sampler", sampler, Sampler)
-    ladder = LADDERS[args.ladder].from_settings(args) if ladder is None else _checked("ladder", ladder, Ladder)
-    loss = LOSSES[args.loss_for(sampler)]() if loss is None else _checked("loss", loss, Loss)
+    if ladder is None:
+        ladder = LADDERS[ladder_name(args.ladder, args.tau_step, sampler)].from_settings(args)
+    ladder = _checked("ladder", ladder, Ladder)
+    loss = LOSSES[loss_name(args.loss_type, sampler)]() if loss is None else _checked("loss", loss, Loss)
     check_parts(args, sampler, ladder, loss)
     if sampler.redraws:
         check_continues(ENGINES[args.engine] if engine is None else _checked("engine", engine, Engine), "sampler")

@@ -290,7 +290,7 @@ class TrainingRollout:
 
     def __init__(self, rollout: Rollout, prompts: Prompts, folder: str, is_prior: bool) -> None:
         self.rollout, self.prompts, self.folder, self.is_prior = rollout, prompts, folder, is_prior
-        self.per_prompt = rollout.args.num_generations
+        self.per_prompt = rollout.args.proposals
         self._ahead: Proposals | None = None
 
     def group(self, rung: int) -> Tensor:

@@ -247,7 +247,7 @@ class Run:
 
     def measurable(self) -> int:
         """Draws per prompt that the final model is measured on: as calls are left; 0 if too few, or without a T."""
-        n, known = self.args.num_generations, math.isfinite(self.state.ladder.tau_max)
+        n, known = self.args.proposals, math.isfinite(self.state.ladder.tau_max)
         draws = min(n, self._draws_left()) if known else 0
         return draws if draws >= min(n, LEAST_MEASURED) else 0
 
@@ -258,7 +258,7 @@ class Run:
         left for measuring it; 0 then, as after a rung that was the last (its draws may have repeated, so that it left
         calls). The first rung has what there is.
         """
-        n, left = self.args.num_generations, self._draws_left()
+        n, left = self.args.proposals, self._draws_left()
         if self.state.rungs and self.state.rungs[-1]["draws"] < n:
             return 0
         step = self.args.steps_per_chain if self.sampler.uses_chains else 1

@@ -7,6 +7,7 @@ schedule, logging, checkpoints, distributed training and resume are the Trainer'
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import logging
 import math
@@ -133,8 +134,10 @@ class ALDRIFTTrainer(HookedTrainer):
         if not isinstance(args, ALDRIFTConfig):
             raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
         check_writable(str(args.output_dir))
-        parts = parts_of(args, sampler, ladder, loss, engine)
         train = check_dataset(train_dataset, "train_dataset")
+        args = copy.copy(args)
+        args.num_generations = args.proposals_for(min(len(train), args.prompts_per_rung or len(train)))
+        parts = parts_of(args, sampler, ladder, loss, engine)
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.events = Events(self)
         self.objective = make_objective(objective, args, [train, evaluation], self.events.progress)
@@ -305,7 +308,7 @@ class ALDRIFTTrainer(HookedTrainer):
         """
         prompts = self.inputs.eval_prompts if eval_dataset is None else self.inputs.encode(eval_dataset, "eval_dataset")
         self.objective.check_signature(prompts.columns)
-        metrics = self._measure(prompts, metric_key_prefix, self.args.num_generations)
+        metrics = self._measure(prompts, metric_key_prefix, self.args.proposals)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

@@ -246,7 +246,7 @@ def check_settings_of_parts(settings: PartsSettings, sampler: type[Sampler], lad
 
 
 def _check_chains(settings: PartsSettings) -> None:
-    n, steps = settings.num_generations, settings.steps_per_chain
+    n, steps = settings.proposals, settings.steps_per_chain
     if n % steps == 0:
         return
     if settings.chain_length is None:

@@ -23,6 +23,7 @@ class RecipeConfig(ALDRIFTConfig):
     """ALDRIFT's settings, with defaults for the small model that is trained on the spot."""
 
     per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples per update and process."})
+    num_generations: Optional[int] = field(default=1024, metadata={"help": "Number of proposals per prompt per rung."})
     num_rungs: Optional[int] = field(
         default=None,
         metadata={

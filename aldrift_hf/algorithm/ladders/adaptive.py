@@ -59,17 +59,17 @@ class AdaptiveLadder(Ladder):
 
     Args:
         ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1.
-        num_generations: proposals per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
+        proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
     """
 
     uses_weights: ClassVar[bool] = True
 
-    def __init__(self, ess_threshold: float, num_generations: int) -> None:
-        self.ess_threshold, self.num_generations = ess_threshold, num_generations
+    def __init__(self, ess_threshold: float, proposals: int) -> None:
+        self.ess_threshold, self.proposals = ess_threshold, proposals
 
     @classmethod
     def from_settings(cls, settings: LadderSettings) -> AdaptiveLadder:
-        return cls(settings.ess_threshold, settings.num_generations)
+        return cls(settings.ess_threshold, settings.proposals)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
         highest = state.tau_max
@@ -77,7 +77,7 @@ class AdaptiveLadder(Ladder):
             highest = LEAP * max(state.tau, 1 / (pool.objective.max().item() or 1.0))
         if state.tau >= highest:
             return highest
-        least = self.ess_threshold * self.num_generations
+        least = self.ess_threshold * self.proposals
         return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, highest, least)
 
     def stop_reason(self, state: LadderState) -> str | None:

@@ -76,7 +76,11 @@ class LadderSettings(Protocol):
     tau_max: float | None
     tau_step: float | None
     ess_threshold: float
-    num_generations: int
+
+    @property
+    def proposals(self) -> int:
+        """n, proposals per prompt per rung."""
+        ...
 
 
 class Ladder(ABC):

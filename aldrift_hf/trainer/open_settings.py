@@ -1,0 +1,51 @@
+"""What the settings leave open (`None`), resolved from what else is known."""
+
+from __future__ import annotations
+
+import os
+
+from ..algorithm.samplers import Sampler
+
+RUNGS_PER_BUDGET = 10
+"""Rungs that the budget of objective calls is laid out for, if no draw repeats."""
+DRAWS_PER_RUNG = 1024
+"""Proposals per rung over all prompts, without a budget; with one, per prompt, at most."""
+ROWS_PER_UPDATE = 128
+"""Training rows per optimizer update for draws by weight, most of which count for little: few are a noisy gradient."""
+
+
+def proposals_per_prompt(budget: int | None, prompts: int, chain_length: int | None) -> int:
+    """n, the number of proposals per prompt per rung, for `num_generations=None`.
+
+    Args:
+        budget: `max_objective_calls`.
+        prompts: that a rung draws for.
+        chain_length: M, the length of the chains that n divides into (1 without chains); `None` for the paper's
+            `n = m³`.
+    """
+    draws = DRAWS_PER_RUNG if budget is None else budget // RUNGS_PER_BUDGET
+    n = max(1, min(DRAWS_PER_RUNG, draws // prompts))
+    if chain_length is None:
+        return int((n + 0.5) ** (1 / 3)) ** 3
+    return max(chain_length, n // chain_length * chain_length)
+
+
+def rows_to_accumulate(sampler: type[Sampler], rows: int) -> int:
+    """Batches per update, for `gradient_accumulation_steps=None`.
+
+    Args:
+        sampler: the settings' sampler; one that does not draw by weight has few samples, and one batch is an update.
+        rows: per batch and process. Accelerate is not yet connected, so their number is what the launcher announced.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, ROWS_PER_UPDATE // (rows * processes)) if sampler.draws_by_weight else 1
+
+
+def loss_name(asked: str | None, sampler: Sampler | type[Sampler]) -> str:
+    """The loss's name, for a `loss_type` of `asked`, by what kind of samples the sampler makes."""
+    return asked or ("generalized_kl" if sampler.draws_by_weight else "nll")
+
+
+def ladder_name(asked: str | None, tau_step: float | None, sampler: Sampler | type[Sampler]) -> str:
+    """The ladder's name, for a `ladder` of `asked`: the paper's, unless the weights of all draws are at hand."""
+    return asked or ("adaptive" if sampler.draws_by_weight and tau_step is None else "linear")
