@@ -103,7 +103,10 @@ def test_bad_settings_are_refused(config, settings, message):
         ({"ladder": "adaptive", "sampler": "reweight"}, "sampler='reweight' has none. Use ladder='linear'"),
         ({"ladder": "adaptive", "tau_step": 0.5}, "tau_step=0.5 has no meaning for ladder='adaptive'"),
         ({"tau_max": 1e12, "tau_step": 1e-12}, "at most 100,000 are allowed. Set a larger tau_step"),
-        ({"tau_max": 1e12, "objective_range": 1e12, "ladder": "linear"}, "at most 100,000 are allowed. Set a larger tau_step"),
+        (
+            {"tau_max": 1e12, "objective_range": 1e12, "ladder": "linear"},
+            "at most 100,000 are allowed. Set a larger tau_step",
+        ),
         ({"loss_type": "generalized_kl", "sampler": "suffix"}, "sampler='suffix' does not draw by weight"),
         ({"pareto_smoothing": True, "sampler": "suffix"}, "sampler='suffix' does not draw by weight. Leave it off"),
         (
