@@ -73,16 +73,6 @@ class Rung:
         """All draws of the rung."""
         return (self.proposals, *self.redrawn)
 
-    def spread(self) -> float:
-        """The standard deviation of the proposals' log-weights, nats, mean over prompts: how far `q` is from `p_τ`.
-
-        Infinite where it is not known: for one proposal per prompt, and where the prior excludes some.
-        """
-        log_weight = self.proposals.log_weight(self.state.tau)
-        if log_weight.shape[-1] == 1:
-            return math.inf
-        return float(log_weight.std(-1).nan_to_num(math.inf).mean())
-
 
 def run_rung(
     state: LadderState,

@@ -27,8 +27,11 @@ class TrainerDefaults(TrainingArguments):
         },
     )
     lr_scheduler_type: str = field(
-        default="constant",
-        metadata={"help": "Learning rate schedule. Constant by default: every rung has a new target to learn."},
+        default="cosine_with_restarts",
+        metadata={
+            "help": "Learning rate schedule. cosine_with_restarts, without lr_scheduler_kwargs, falls from the "
+            "learning rate to 0 over the updates of each rung."
+        },
     )
     logging_steps: float = field(
         default=50, metadata={"help": "Log the loss every this many updates, in addition to the log of every rung."}

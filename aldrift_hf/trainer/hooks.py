@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 
 from ..algorithm.losses import Loss
@@ -27,6 +29,7 @@ from ..reporting.hub import HubPusher
 from ..reporting.record import RunRecord
 from .checkpoints import Checkpointer
 from .config import ALDRIFTConfig
+from .cycles import cycles, has_cycles
 from .interrupt import Interrupt
 from .optimizer import schedule_kwargs
 from .run import Run
@@ -66,11 +69,15 @@ class HookedTrainer(Trainer):
             self.compute_loss_func = functools.partial(rung_loss, self.run.loss, inputs, forward, projection)
             return super().compute_loss(model, forward.inputs | {"labels": batch["labels"]}, *args, **kwargs)
 
-    def create_scheduler(
-        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
-    ) -> torch.optim.lr_scheduler.LambdaLR:
+    def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
+        given = cast(LambdaLR | None, self.lr_scheduler)
+        if given is None and has_cycles(self.args):
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            schedule = cycles(cast(Optimizer, optimizer or self.optimizer), self.run.state, warmup)
+            self.lr_scheduler, self._created_lr_scheduler = schedule, True
+            return schedule
         with self._arguments(lr_scheduler_kwargs=schedule_kwargs(self.args, num_training_steps)):
-            return cast(torch.optim.lr_scheduler.LambdaLR, super().create_scheduler(num_training_steps, optimizer))
+            return cast(LambdaLR, super().create_scheduler(num_training_steps, optimizer))
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None

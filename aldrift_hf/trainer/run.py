@@ -54,7 +54,8 @@ class Run:
         sampler, ladder, loss, goal: the algorithm's parts.
         eos_token_ids: tokens that end a completion.
         samples: the rung's samples, from which the `Trainer` learns.
-        updates_per_rung: optimizer updates per rung.
+        updates_per_rung: optimizer updates per rung, for which an epoch has rows.
+        ordinary_updates: how many of them are made on rungs that are not the run's last.
         record: what is known of the run, for people; filled from `state`.
         tell: `tell(event, **facts)` passes an event on to the callbacks.
         log: logs figures.
@@ -73,6 +74,7 @@ class Run:
     eos_token_ids: tuple[int, ...]
     samples: RungSamples
     updates_per_rung: int
+    ordinary_updates: int
     record: RunRecord
     tell: Callable[..., None]
     log: Callable[[dict[str, float]], None]
@@ -111,7 +113,6 @@ class Run:
         state.ladder, state.phase = rung.state, Phase.DRAWN
         state.proposals += sum(map(len, rung.drawn))
         state.num_tokens += sum(map(self._tokens, rung.drawn))
-        state.begin_learning(rung.spread())
         metrics = {
             "rung": state.rung,
             "tau": rung.state.tau,
@@ -126,6 +127,8 @@ class Run:
         }
         metrics |= self._figures_of_the_sampler(rung, metrics)
         state.rungs.append(metrics)
+        is_last = self.stop_reason() is not None
+        state.begin_learning(self.updates_per_rung if is_last else self.ordinary_updates)
         self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
         self.update_record()
         self.tell("on_rung_drawn", metrics=metrics, proposals=rung.proposals, prompts=self.prompts)
@@ -133,11 +136,11 @@ class Run:
     def end_rung(self) -> None:
         """Complete the rung's record with what was learned, and log it."""
         state = self.state
-        loss = torch.tensor(state.loss_sum / max(state.updates_made, 1), device=self.args.device)
+        loss = torch.tensor(state.loss_sum / state.planned, device=self.args.device)
         metrics = state.rungs[-1]
         metrics["loss"] = cast(Tensor, reduce(loss, "mean")).item()
         metrics["seconds_learn"] = state.learn_seconds
-        metrics["learning_rate"], metrics["updates"] = state.learning_rate, state.updates_made
+        metrics["learning_rate"], metrics["updates"] = state.learning_rate, state.planned
         state.phase = Phase.LEARNED
         self.update_record()
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
@@ -167,9 +170,9 @@ class Run:
 
     def updated(self, seconds: float, learning_rate: float) -> None:
         """Count an optimizer update, or one that is skipped because the rung is settled."""
+        if not self.state.settled:
+            self.state.learning_rate = max(self.state.learning_rate, learning_rate)
         self.state.updates += 1
-        self.state.updates_made += not self.state.settled
-        self.state.learning_rate = learning_rate
         self.state.learn_seconds += seconds
         self.on_prompts.is_prior = False
 

@@ -16,7 +16,7 @@ from ..objective.protocol import CostFunction
 from ..reporting.record import RunRecord
 from ..types import Progress
 from .config import ALDRIFTConfig
-from .enough import MOST_UPDATES
+from .cycles import LAST_UPDATES, UPDATES
 from .inputs import Inputs
 from .parts import Parts, engine_of, goal_of
 from .rollout import Rollout, Runtime, TrainingRollout
@@ -62,6 +62,7 @@ def make_run(
     objective: Objective,
     runtime: Runtime,
     rows_per_update: int,
+    can_skip: bool,
     tell: Callable[..., None],
     log: Callable[[dict[str, float]], None],
 ) -> Run:
@@ -69,6 +70,7 @@ def make_run(
 
     Args:
         rows_per_update: training rows per optimizer update, over all processes.
+        can_skip: whether updates can be skipped, so that rungs can have different numbers of them.
     """
     policy, prompts, output_dir = runtime.policy(), inputs.prompts, str(args.output_dir)
     eos_token_ids = inputs.eos_token_ids(base_model(policy))
@@ -81,7 +83,8 @@ def make_run(
     snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
     at_once = min(len(prompts), args.prompts_per_rung or len(prompts))
     one_pass = math.ceil(at_once * args.num_chains / rows_per_update)
-    updates_per_rung = args.updates_per_rung or (MOST_UPDATES if parts.loss.needs_weighted_draws else one_pass)
+    given = args.updates_per_rung or (None if parts.loss.needs_weighted_draws else one_pass)
+    most = given or (LAST_UPDATES if can_skip else UPDATES)
     named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
     return Run(
         args=args,
@@ -92,8 +95,9 @@ def make_run(
         **vars(parts),
         goal=goal_of(args),
         eos_token_ids=eos_token_ids,
-        samples=RungSamples(updates_per_rung * rows_per_update, prompts.token_ids),
-        updates_per_rung=updates_per_rung,
+        samples=RungSamples(most * rows_per_update, prompts.token_ids),
+        updates_per_rung=most,
+        ordinary_updates=given or UPDATES,
         record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
         tell=tell,
         log=log,

@@ -32,15 +32,11 @@ class RunState:
         num_tokens: tokens of prompts and completions drawn so far.
         loss_sum: the rung's training loss, summed over its micro-batches on this process.
         updates: the rung's optimizer updates so far, those that were skipped included.
-        updates_made: the others.
-        settled: whether the rung's updates are enough, and the rest is skipped.
-        spread: standard deviation of the rung's log-weights, nats: how far the model may move.
-        measure_after: updates after which it is measured next how far it has.
-        log_probs_before: `log q` of samples before the rung's updates, nats; empty where it is not measured.
+        planned: updates that the rung is to make; the rest of its epoch is skipped.
         learn_seconds: seconds spent in them.
         seeks_rate: whether the first updates still look for a learning rate.
         rate_trials: updates that did.
-        learning_rate: that of the last update.
+        learning_rate: the largest of the rung's updates.
     """
 
     ladder: LadderState
@@ -50,11 +46,7 @@ class RunState:
     num_tokens: int = 0
     loss_sum: float = 0.0
     updates: int = 0
-    updates_made: int = 0
-    settled: bool = False
-    spread: float = 0.0
-    measure_after: int = 1
-    log_probs_before: list[float] = field(default_factory=list)
+    planned: int = 1
     learn_seconds: float = 0.0
     seeks_rate: bool = False
     rate_trials: int = 0
@@ -70,14 +62,15 @@ class RunState:
         """Before the first rung."""
         return cls(LadderState.start(num_prompts, tau_max, objective_range))
 
-    def begin_learning(self, spread: float) -> None:
-        """Nothing is learned on the rung yet.
+    @property
+    def settled(self) -> bool:
+        """Whether the rung has made its updates."""
+        return self.updates >= self.planned
 
-        Args:
-            spread: standard deviation of its log-weights, nats.
-        """
-        self.loss_sum, self.updates, self.updates_made, self.learn_seconds = 0.0, 0, 0, 0.0
-        self.settled, self.spread, self.measure_after, self.log_probs_before = False, spread, 1, []
+    def begin_learning(self, planned: int) -> None:
+        """Nothing is learned yet on the rung, which is to make so many updates."""
+        self.loss_sum, self.updates, self.planned = 0.0, 0, planned
+        self.learning_rate, self.learn_seconds = 0.0, 0.0
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

@@ -44,7 +44,6 @@ from ..types import Prompts
 from .checkpoints import Checkpointer, to_resume_from
 from .config import ALDRIFTConfig
 from .data import check_dataset
-from .enough import Enough
 from .evaluation import decoded, draw_corrected, measure
 from .events import Events
 from .hooks import HookedTrainer, rung_loss
@@ -152,7 +151,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if parts.loss.exact_logprobs:
             without_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
-        self._step_size, self._enough, self._seeks_rate = StepSize(), Enough(), seeks_rate(args, optimizers[0])
+        self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
         super().__init__(
             model=policy,
             args=args,
@@ -161,7 +160,7 @@ class ALDRIFTTrainer(HookedTrainer):
             eval_dataset=evaluation,
             processing_class=self.inputs.tokenizer,
             compute_loss_func=functools.partial(rung_loss, parts.loss, {}),
-            callbacks=[self._loop, self._step_size, self._enough, *_with_defaults(callbacks or [], args)],
+            callbacks=[self._loop, self._step_size, *_with_defaults(callbacks or [], args)],
             optimizers=optimizers,
         )
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
@@ -173,7 +172,6 @@ class ALDRIFTTrainer(HookedTrainer):
         self.checkpointer = Checkpointer(self.run, str(args.output_dir), args.save_total_limit)
         self._loop.attach(self.run)
         self._step_size.attach(self.run)
-        self._enough.attach(self.run, self._limits_updates(parts.loss))
         self._sample_calls = 0
         self.prompt_metrics: Dataset | None = None
 
@@ -187,15 +185,11 @@ class ALDRIFTTrainer(HookedTrainer):
             self.objective,
             Runtime(self._unwrapped, self._running, self.events.progress, self._stop_if_asked),
             self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size,
+            # A skipped update has no gradients, which fp16's scaler and sharded optimizers do not take.
+            not (self.args.fp16 or self.is_fsdp_enabled or self.is_deepspeed_enabled),
             self.events.tell,
             self.log,
         )
-
-    def _limits_updates(self, loss: Loss) -> bool:
-        """Whether a rung's updates may be fewer than it has. Skipped ones have no gradients, which fp16's scaler and
-        sharded optimizers do not take."""
-        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        return self.args.updates_per_rung is None and loss.needs_weighted_draws and not self.args.fp16 and not sharded
 
     # ---- What users read ---------------------------------------------------------------------------------------------
 

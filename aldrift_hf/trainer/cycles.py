@@ -1,0 +1,51 @@
+"""A rung's updates, where the settings leave them open: how many, and the learning rate's course over them.
+
+Every rung has a new target, and its model draws the next proposals. So each rung is a cycle of its own: the learning
+rate begins high and falls to 0 along half a cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5), which leaves
+the model at the mean of what the last updates say, without their noise. The run's last rung, whose model is the result,
+is learned longer: no draw can be better spent any more.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.trainer_utils import SchedulerType
+
+from .config import ALDRIFTConfig
+from .state import RunState
+
+UPDATES = 60
+"""Optimizer updates per rung."""
+LAST_UPDATES = 240
+"""Those of the run's last rung."""
+
+
+def has_cycles(args: ALDRIFTConfig) -> bool:
+    """Whether the schedule is a cycle per rung: cosines with restarts whose number is not set."""
+    return args.lr_scheduler_type == SchedulerType.COSINE_WITH_RESTARTS and not args.lr_scheduler_kwargs
+
+
+def cycles(optimizer: Optimizer, state: RunState, warmup_steps: int) -> LambdaLR:
+    """The schedule of a cycle per rung, after a linear rise over the run's first `warmup_steps` updates.
+
+    Args:
+        optimizer: whose learning rates are scaled.
+        state: the run's, which knows the rung's update and how many it will have.
+        warmup_steps: 0 for none.
+    """
+
+    def factor(step: int) -> float:
+        # Called before the first update, and after each one, before it is counted.
+        update = 0 if step == 0 else state.updates + 1
+        warm = min(1.0, step / warmup_steps) if warmup_steps else 1.0
+        return warm * (cosine(update / state.planned) if update < state.planned else 1.0)
+
+    return LambdaLR(optimizer, factor)
+
+
+def cosine(share: float) -> float:
+    """From 1 to 0, as `share` of the cycle goes from 0 to 1."""
+    return (1 + math.cos(math.pi * share)) / 2
