@@ -41,8 +41,8 @@ def test_close_to_the_target_on_two_rungs_running(rungs, close):
         assert reason.startswith("The model is close to p_T: on 2 rungs running")
 
 
-def falling(step, count=8, **figures):
-    return [rung(kl=1.0 - step * k, **figures) for k in range(count)]
+def falling(step, count=8, kl=1.0, **figures):
+    return [rung(kl=kl - step * k, **figures) for k in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -50,12 +50,16 @@ def falling(step, count=8, **figures):
     [
         (falling(0.0), True),
         (falling(0.0, 7), False),
-        (falling(0.01), False),  # 0.04 lower on average, its error 0.014
-        (falling(0.01, kl_error=0.06), True),  # its error 0.042
+        (falling(0.01), True),  # 0.04 lower on average, its error 0.014, of 0.985 nats
+        (falling(0.03), False),  # 0.12 lower
+        (falling(0.01, kl_error=0.1), False),  # its error 0.071: it may have come closer by more than a tenth
+        (falling(0.0, 27, kl_error=0.2), True),  # of 9 rungs each, its error 0.094
+        (falling(0.0, 24, kl_error=0.22), False),  # its error 0.11
         (falling(-0.1), True),
         (falling(0.0, tau=1.0), False),
         (falling(0.0, tau=1.0) + falling(0.0, 7), False),
-        (falling(0.1) + falling(0.0), True),
+        (falling(0.1) + falling(0.0, kl=0.2), False),  # from 0.65 to 0.2 nats
+        (falling(0.1) + falling(0.0, 20, kl=0.2), True),
         (falling(0.0, kl_error=math.nan), False),
         ([*falling(0.0)[:-1], rung(kl=math.inf)], False),
     ],

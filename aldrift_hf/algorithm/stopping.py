@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 RUNGS_CLOSE = 2
 """Rungs on which the model must be close, one after the other: one alone may be luck."""
 RUNGS_COMPARED = 4
-"""The mean of as many rungs is compared with that of as many before, so that single rungs' noise does not decide."""
+"""The last third of the rungs at T, at least as many, is compared with as many before it, so that single rungs' noise
+does not decide."""
+LEAST_GAIN = 0.1
+"""How much closer they must be for the run to go on, as a share of the distance; an error as large hides it."""
 
 Figures = Mapping[str, float]
 """A rung's: `tau`, `tau_max`, `ess` (a share), `missing_mass` and `kl_to_target` (nats), and their errors `…_error`."""
@@ -26,7 +29,6 @@ def done(rungs: Sequence[Figures], target_ess: float, groups: int = 1) -> str | 
         target_ess: effective sample size of fresh draws from which on the model is close, as a share of them.
         groups: rungs per epoch over the prompts. Whole epochs are compared, which are of the same prompts.
     """
-    compared = groups * math.ceil(RUNGS_COMPARED / groups)
     at_target = [figures for figures in rungs if figures["tau"] == figures["tau_max"]]
     last = at_target[-RUNGS_CLOSE:]
     if len(last) == RUNGS_CLOSE and all(is_close(figures, target_ess) for figures in last):
@@ -35,12 +37,14 @@ def done(rungs: Sequence[Figures], target_ess: float, groups: int = 1) -> str | 
             f"independent ones each (ESS/n {last[-1]['ess']:.2f}), and the missing mass was within its standard error "
             f"of 0 ({last[-1]['missing_mass']:.3f} ± {last[-1]['missing_mass_error']:.3f} nats)."
         )
+    compared = groups * math.ceil(max(RUNGS_COMPARED, len(at_target) // 3) / groups)
     if len(at_target) < 2 * compared:
         return None
     before, after = (_mean_kl(part) for part in (at_target[-2 * compared : -compared], at_target[-compared:]))
     error = (before[1] ** 2 + after[1] ** 2) ** 0.5
     gain = before[0] - after[0]
-    if not (math.isfinite(gain) and gain <= error):  # infinite if a draw has probability 0 under the prior
+    # Infinite if a draw has probability 0 under the prior.
+    if not (math.isfinite(gain) and gain + error <= LEAST_GAIN * before[0]):
         return None
     return (
         f"The model no longer comes closer to p_T: KL(model‖p_T) was {before[0]:.3f} and then {after[0]:.3f} nats on "

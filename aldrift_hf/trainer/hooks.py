@@ -49,6 +49,7 @@ class HookedTrainer(Trainer):
 
     args: ALDRIFTConfig
     control: TrainerControl
+    lr_scheduler: LambdaLR | None
     run: Run
     interrupt: Interrupt
     checkpointer: Checkpointer
@@ -70,8 +71,7 @@ class HookedTrainer(Trainer):
             return super().compute_loss(model, forward.inputs | {"labels": batch["labels"]}, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
-        given = cast(LambdaLR | None, self.lr_scheduler)
-        if given is None and has_cycles(self.args):
+        if self.lr_scheduler is None and has_cycles(self.args):
             warmup = self.args.get_warmup_steps(num_training_steps)
             schedule = cycles(cast(Optimizer, optimizer or self.optimizer), self.run.state, warmup)
             self.lr_scheduler, self._created_lr_scheduler = schedule, True

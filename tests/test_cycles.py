@@ -1,0 +1,142 @@
+"""The learning rate falls to 0 over each rung's updates, and the last rung has more of them."""
+
+import math
+from itertools import chain
+
+import pytest
+import torch
+from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
+
+from aldrift_hf import RunCallback
+from aldrift_hf.trainer import setup
+from aldrift_hf.trainer.cycles import LAST_UPDATES, UPDATES, cosine
+
+RATE = 2e-2
+OPEN = {
+    **{"sampler": "archive", "updates_per_rung": None, "num_generations": 64, "per_device_train_batch_size": 16},
+    **{"num_rungs": 3, "learning_rate": RATE, "lr_scheduler_type": "cosine_with_restarts"},
+}
+
+
+class Watch(RunCallback):
+    """Of each rung, the learning rate of each update, and the parameters after it."""
+
+    def __init__(self):
+        self.rates, self.parameters = [], []
+
+    def on_rung_begin(self, args, state, control, **kwargs):
+        self.rates.append([])
+        self.parameters.append([])
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        self.rates[-1].append(optimizer.param_groups[0]["lr"])
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.parameters[-1].append(torch.cat([each.detach().flatten() for each in model.parameters()]))
+
+
+@pytest.fixture
+def make(config, tokenizer, monkeypatch):
+    monkeypatch.setattr(setup, "UPDATES", 4)
+    monkeypatch.setattr(setup, "LAST_UPDATES", 9)
+
+    def build(**changes):
+        model = tiny_gpt2()
+        settings = config(**OPEN | changes)
+        trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
+        trainer.add_callback(watch := Watch())
+        watch.trainer = trainer
+        return trainer, watch
+
+    return build
+
+
+def course(updates):
+    return [RATE * (1 + math.cos(math.pi * update / updates)) / 2 for update in range(updates)]
+
+
+@pytest.mark.parametrize(
+    ("ends", "ended_by"),
+    [
+        ({}, "All of num_rungs=3"),
+        ({"num_rungs": None, "max_rungs": 3, "target_ess": 0.999}, "as many as max_rungs allows"),
+        (
+            {"num_rungs": None, "max_objective_calls": 60, "num_generations": 24, "target_ess": 0.999},
+            "The budget is spent",
+        ),
+    ],
+)
+def test_each_rung_is_a_cycle_and_the_last_a_longer_one(ends, ended_by, make):
+    trainer, watch = make(**ends)
+    trainer.train()
+    assert ended_by in trainer.record.ended_by
+    updates = [rung["updates"] for rung in trainer.record.rungs]
+    assert updates == [4] * (len(updates) - 1) + [9]
+    assert len(updates) >= 2
+    for made, rates, parameters, rung in zip(updates, watch.rates, watch.parameters, trainer.record.rungs, strict=True):
+        assert rates[:made] == pytest.approx(course(made))
+        assert not torch.equal(parameters[0], parameters[made - 1])
+        assert all(torch.equal(each, parameters[made - 1]) for each in parameters[made:]), "the rest is skipped"
+        assert rung["learning_rate"] == pytest.approx(RATE)
+        assert rung["loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "updates"),
+    [
+        ({"updates_per_rung": 3}, 3),
+        ({"sampler": "metropolis_hastings"}, math.ceil(64 / 4 / 16)),
+        ({"loss_type": "nll", "num_generations": 128}, math.ceil(128 / 4 / 16)),
+    ],
+)
+def test_numbers_that_are_set_and_single_passes_are_the_same_on_all_rungs(settings, updates, make):
+    trainer, watch = make(**settings)
+    trainer.train()
+    assert [rung["updates"] for rung in trainer.record.rungs] == [updates] * 3
+    assert watch.rates == [pytest.approx(course(updates))] * 3
+
+
+def test_warm_up_comes_before_the_first_cycle(make):
+    _, watch = make(warmup_steps=2, num_rungs=2)
+    watch.trainer.train()
+    first, second = watch.rates
+    assert first[:4] == pytest.approx([warm * rate for warm, rate in zip((0, 0.5, 1, 1), course(4), strict=True)])
+    assert second == pytest.approx(course(9))
+
+
+def test_other_schedules_are_those_of_transformers(make):
+    _, constant = make(lr_scheduler_type="constant", updates_per_rung=3)
+    constant.trainer.train()
+    assert constant.rates == [[RATE] * 3] * 3
+    _, cosines = make(lr_scheduler_kwargs={"num_cycles": 1}, updates_per_rung=3)
+    cosines.trainer.train()
+    assert [*chain(*cosines.rates)] == pytest.approx(course(9))
+
+
+@pytest.mark.parametrize("step", [2, 4, 7, 9, 18, 20, 26])
+def test_it_is_resumed_bit_for_bit(step, make):
+    """In a cycle, where one has ended, among updates that are skipped, and on the last rung."""
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    whole, rates = make(**save)
+    whole.train()
+    resumed, again = make(**save)
+    resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+    assert [*chain(*again.rates)] == [*chain(*rates.rates)][step:]
+    assert resumed.record.rungs[-1]["learning_rate"] == whole.record.rungs[-1]["learning_rate"]
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_longer_budget_goes_on_where_the_last_rung_ended(make):
+    save = {"save_strategy": "epoch", "save_total_limit": None}
+    short, _ = make(**save, num_rungs=2)
+    short.train()
+    longer, watch = make(**save, num_rungs=3)
+    longer.train(resume_from_checkpoint=True)
+    assert [rung["updates"] for rung in longer.record.rungs] == [4, 9, 9]
+    assert watch.rates[-1] == pytest.approx(course(9))
+
+
+def test_the_numbers_are_those_that_were_measured():
+    assert (UPDATES, LAST_UPDATES) == (setup.UPDATES, setup.LAST_UPDATES)
+    assert [cosine(share) for share in (0, 0.5, 1)] == pytest.approx([1, 0.5, 0])
