@@ -212,6 +212,7 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
             "gradient_accumulation_steps": 1,
             "updates_per_rung": 4,
             "learning_rate": 1e-2,
+            "lr_scheduler_type": "constant",
             "disable_tqdm": True,
             "use_cpu": True,
             "save_strategy": "no",

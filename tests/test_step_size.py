@@ -7,10 +7,7 @@ from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2, tiny_llama
 from aldrift_hf import RunCallback
 from aldrift_hf.trainer.step_size import UPDATE_NATS, scale_learning_rate
 
-SEEKS = {
-    **{"learning_rate": None, "lr_scheduler_type": "constant"},
-    **{"num_generations": 256, "updates_per_rung": 8, "per_device_train_batch_size": 16},
-}
+SEEKS = {"learning_rate": None, "num_generations": 256, "updates_per_rung": 8, "per_device_train_batch_size": 16}
 
 
 class Changes(RunCallback):

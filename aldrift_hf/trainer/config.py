@@ -39,8 +39,9 @@ class ALDRIFTConfig(GenerationSettings):
 
     One epoch of the Trainer is one rung of the temperature ladder, and `num_rungs` takes the place of
     `num_train_epochs`. Some defaults differ from `TrainingArguments`: `learning_rate` is found by the first
-    updates, such that one changes the samples' log-probabilities by 0.3 nats (standard deviation), and is constant; a
-    checkpoint is saved after every rung, and the last two are kept.
+    updates, such that one changes the samples' log-probabilities by 0.3 nats (standard deviation), and it falls to 0
+    over the updates of each rung (`lr_scheduler_type="cosine_with_restarts"`); `gradient_accumulation_steps` makes 128
+    rows per update; a checkpoint is saved after every rung, and the last two are kept.
 
     Parameters:
         **Parameters that control the target and the ladder**
@@ -151,8 +152,8 @@ class ALDRIFTConfig(GenerationSettings):
             sampler that draws by weight, otherwise `"nll"`.
         updates_per_rung (`int`, *optional*):
             Number of optimizer updates per rung. Many updates on few samples memorise them: watch `missing_mass`.
-            `None` with `loss_type="generalized_kl"`: as many as move the samples' log-probabilities by the standard
-            deviation of the rung's log-weights, and at most 60; otherwise one pass over the rung's samples.
+            `None` with `loss_type="generalized_kl"`: 60, and on the run's last rung, whose model is the result, 240;
+            otherwise one pass over the rung's samples.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `from_pretrained` (as JSON on the command line) when the trainer is given a model's id
             or path. `dtype` defaults to float32.
@@ -315,8 +316,8 @@ class ALDRIFTConfig(GenerationSettings):
     updates_per_rung: Optional[Count] = field(
         default=None,
         metadata={
-            "help": "Number of optimizer updates per rung. None: with generalized_kl as many as move the samples' "
-            "log-probabilities as far as the log-weights are spread, at most 60; otherwise one pass over the samples."
+            "help": "Number of optimizer updates per rung. None: with generalized_kl 60, and 240 on the run's last "
+            "rung; otherwise one pass over the samples."
         },
     )
     model_init_kwargs: Optional[Kwargs] = field(

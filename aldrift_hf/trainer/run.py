@@ -25,6 +25,7 @@ from ..objective.objective import Objective
 from ..reporting.record import RunRecord
 from ..types import Prompts, Proposals, Samples
 from .config import ALDRIFTConfig
+from .cycles import has_cycles
 from .rollout import Rollout, TrainingRollout
 from .samples import RungSamples
 from .state import Phase, RunState
@@ -240,11 +241,11 @@ class Run:
         """Epochs for the `Trainer`."""
         if resumed and self.stop_reason() is not None and self.has_learned:
             return self.state.rung + 1  # the run ended with the checkpoint's rung: nothing is left to do
-        if self.args.num_rungs is None and self.args.lr_scheduler_type != "constant":
+        if self.args.num_rungs is None and not (has_cycles(self.args) or self.args.lr_scheduler_type == "constant"):
             logger.warning(
                 "the number of rungs is not known beforehand: lr_scheduler_type="
                 f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {self._most_rungs()} rungs, and "
-                "the run may end before. Set num_rungs, or use 'constant'."
+                "the run may end before. Set num_rungs, or leave lr_scheduler_type out."
             )
         return self._most_rungs()
 

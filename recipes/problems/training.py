@@ -32,6 +32,7 @@ class RecipeConfig(ALDRIFTConfig):
         },
     )
     learning_rate: float = field(default=1e-3, metadata={"help": "High, for a small model with a small adapter."})
+    lr_scheduler_type: str = field(default="constant", metadata={"help": "Learning rate schedule, over all rungs."})
     max_completion_length: Optional[int] = field(  # type: ignore[assignment]
         default=None,
         metadata={
