@@ -17,10 +17,22 @@ from transformers.trainer_utils import SchedulerType
 from .config import ALDRIFTConfig
 from .state import RunState
 
-UPDATES = 60
-"""Optimizer updates per rung."""
-LAST_UPDATES = 240
-"""Those of the run's last rung."""
+ROWS_PER_DRAW = 30
+"""Training rows per rung for each of its proposals: earlier rungs' draws are learned from again, with new weights."""
+FEWEST_UPDATES, MOST_UPDATES = 30, 240
+"""Optimizer updates per rung, at least and at most."""
+LAST_RUNG = 2
+"""The run's last rung has so many times more."""
+
+
+def updates_per_rung(draws: int, rows_per_update: int) -> int:
+    """Optimizer updates of a rung that is not the run's last.
+
+    Args:
+        draws: its proposals, over all prompts.
+        rows_per_update: training rows per update, over all processes.
+    """
+    return min(MOST_UPDATES, max(FEWEST_UPDATES, ROWS_PER_DRAW * draws // rows_per_update))
 
 
 def has_cycles(args: ALDRIFTConfig) -> bool:

@@ -16,7 +16,7 @@ from ..objective.protocol import CostFunction
 from ..reporting.record import RunRecord
 from ..types import Progress
 from .config import ALDRIFTConfig
-from .cycles import LAST_UPDATES, UPDATES
+from .cycles import LAST_RUNG, updates_per_rung
 from .inputs import Inputs
 from .parts import Parts, engine_of, goal_of
 from .rollout import Rollout, Runtime, TrainingRollout
@@ -84,7 +84,8 @@ def make_run(
     at_once = min(len(prompts), args.prompts_per_rung or len(prompts))
     one_pass = math.ceil(at_once * args.num_chains / rows_per_update)
     given = args.updates_per_rung or (None if parts.loss.needs_weighted_draws else one_pass)
-    most = given or (LAST_UPDATES if can_skip else UPDATES)
+    updates = given or updates_per_rung(at_once * args.proposals, rows_per_update)
+    most = updates if given or not can_skip else LAST_RUNG * updates
     named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
     return Run(
         args=args,
@@ -97,7 +98,7 @@ def make_run(
         eos_token_ids=eos_token_ids,
         samples=RungSamples(most * rows_per_update, prompts.token_ids),
         updates_per_rung=most,
-        ordinary_updates=given or UPDATES,
+        ordinary_updates=updates,
         record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
         tell=tell,
         log=log,
