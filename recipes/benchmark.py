@@ -3,10 +3,10 @@
     accelerate launch recipes/benchmark.py
 
 All methods run in one process, with the same priors, costs and numbers of proposals. The learning rate of each method
-is tuned on the first seed, over the same grid. The problems can be enumerated, so the distances from p_T to the models
-are exact. The optimum of TRL's RLOO and GRPO, which maximise E[-d] - KL/T, is p_T as well. They are also run with a
-multiple of the largest budget (--longer) that takes them as much time as the archive. Every run is kept in
-OUTPUT_DIR/runs.jsonl and not repeated.
+is tuned on the first seed, over the same grid; "defaults" is ALDRIFT with T, D and a budget of objective calls, and
+nothing tuned. The problems can be enumerated, so the distances from p_T to the models are exact. The optimum of TRL's
+RLOO and GRPO, which maximise E[-d] - KL/T, is p_T as well. They are also run with a multiple of the largest budget
+(--longer) that takes them as much time as the archive. Every run is kept in OUTPUT_DIR/runs.jsonl and not repeated.
 
 The whole benchmark takes long (see recipes/README.md); run parts of it with --problems, --methods, --budgets, --seeds
 and --learning_rates.
@@ -30,6 +30,7 @@ from problems.training import RecipeConfig, make_trainer
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
+from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.samplers import SAMPLERS
 from aldrift_hf.models.prior import base_model
 
@@ -38,7 +39,9 @@ PROBLEMS = {  # the problem, T, and by what share the cost of a solution may exc
     "line": (LineSchedulingProblem(stations=4, longest_visit=12, headway=3), 4.0, 0.0),
     "trips": (RoundTripProblem(), 4.0, 0.05),
 }
-METHODS = ("prior", "top", "reweight", "metropolis_hastings", "archive", *TRL, "expert_iteration")
+DEFAULTS = "defaults"
+"""ALDRIFT with T, D and a budget of objective calls alone: everything else is left to the trainer."""
+METHODS = ("prior", "top", "reweight", "metropolis_hastings", "archive", DEFAULTS, *TRL, "expert_iteration")
 KEY = ("problem", "method", "budget", "learning_rate", "seed")
 
 
@@ -105,8 +108,9 @@ class Bench:
     def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:
         """One run per seed, at the learning rate with the smallest KL(p_T‖q) on the first seed."""
         first, rates = self.options.seeds[0], self.options.learning_rates
-        if method == "prior":
-            return [self.run(problem, method, budget, 0.0, first)]
+        if method in ("prior", DEFAULTS):
+            seeds = [first] if method == "prior" else self.options.seeds
+            return [self.run(problem, method, budget, 0.0, seed) for seed in seeds]
         # A longer run has the learning rate of the largest budget.
         usual = min(budget, max(self.options.budgets))
         best = min((self.run(problem, method, usual, rate, first) for rate in rates), key=lambda run: run["kl"])
@@ -122,8 +126,10 @@ class Bench:
         proposals, calls, began = budget, 0, time.perf_counter()
         if method == "prior":
             model, tokenizer, _ = make_prior(problem, self.model_config)
-        elif method in SAMPLERS:
-            trainer = make_trainer(problem, self.settings(name, method, budget, rate, seed), self.model_config)
+        elif method in (*SAMPLERS, DEFAULTS):
+            open_ = method == DEFAULTS
+            settings = self.defaults(name, budget, seed) if open_ else self.settings(name, method, budget, rate, seed)
+            trainer = make_trainer(problem, settings, self.model_config)
             trainer.train()
             model, tokenizer, calls = trainer.model, trainer.processing_class, trainer.objective_calls
             proposals = trainer.record.rungs[-1]["proposals"]
@@ -139,7 +145,7 @@ class Bench:
             )  # fmt: skip
         seconds = time.perf_counter() - began
         measures = self.target(name, tokenizer).measures(base_model(model), self.options.draws, seed)
-        if method in SAMPLERS:
+        if method in (*SAMPLERS, DEFAULTS):
             drawn = trainer.sample(self.options.draws // len(problem.prompts), chain_length=4)
             measures["corrected_tv"] = self.target(name, tokenizer).tv_of_draws(drawn["prompt"], drawn["completion"])
         return measures | {"proposals": proposals, "calls": calls, "seconds": seconds}
@@ -151,6 +157,21 @@ class Bench:
             prior = base_model(make_prior(problem, self.model_config)[0])
             self.targets[name] = ExactTarget.of(problem, prior, tokenizer, tau_max, slack)
         return self.targets[name]
+
+    def defaults(self, problem: str, budget: int, seed: int) -> RecipeConfig:
+        """ALDRIFT's settings with all that the trainer can find left to it."""
+        return RecipeConfig(
+            output_dir=str(self.kept.path.parent / "last_run"),
+            tau_max=PROBLEMS[problem][1],
+            max_objective_calls=budget,
+            num_generations=None,
+            learning_rate=None,
+            lr_scheduler_type=ALDRIFTConfig.lr_scheduler_type,
+            seed=seed,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
 
     def settings(self, problem: str, sampler: str, budget: int, rate: float, seed: int) -> RecipeConfig:
         """ALDRIFT's settings: equal steps up to T, with the same updates per rung for every sampler."""

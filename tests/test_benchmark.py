@@ -104,16 +104,17 @@ def test_baselines_lower_the_cost_within_their_budget(method, tmp_path, monkeypa
 @pytest.mark.slow
 def test_the_recipe_keeps_its_runs(run_recipe, capsys):
     flags = {
-        "problems": "trips", "methods": "prior archive rloo", "budgets": 140, "seeds": "0 1", "longer": 2,
+        "problems": "trips", "methods": "prior archive defaults rloo", "budgets": 140, "seeds": "0 1", "longer": 2,
         "learning_rates": "1e-3 3e-3", "prior_steps": 30, "draws": 140, "updates": 3,
     }  # fmt: skip
     folder = run_recipe("benchmark", **flags)
     runs = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
     # archive: two learning rates, and the second seed; rloo: the same, and twice the budget for both seeds.
-    assert len(runs) == 1 + 3 + 3 + 2
+    assert len(runs) == 1 + 3 + 2 + 3 + 2
+    assert all(run["calls"] <= 140 for run in runs if run["method"] == "defaults")
     assert all(math.isfinite(run["kl"]) and 0 <= run["tv"] <= 1 for run in runs)
     assert {run["budget"] for run in runs if run["method"] == "rloo"} == {140, 280}
-    assert all("corrected_tv" in run for run in runs if run["method"] == "archive")
+    assert all("corrected_tv" in run for run in runs if run["method"] in ("archive", "defaults"))
     table = (folder / "benchmark.md").read_text()
     assert table.count("| rloo") == 2
     assert (folder / "benchmark.png").stat().st_size > 10_000

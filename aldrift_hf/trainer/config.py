@@ -317,8 +317,8 @@ class ALDRIFTConfig(GenerationSettings):
     updates_per_rung: Optional[Count] = field(
         default=None,
         metadata={
-            "help": "Number of optimizer updates per rung. None: with generalized_kl 30 rows per proposal, in 30 to 240 "
-            "updates, twice as many on the last rung; otherwise one pass over the samples."
+            "help": "Number of optimizer updates per rung. None: with generalized_kl 30 rows per proposal, in 30 to "
+            "240 updates, twice as many on the last rung; otherwise one pass over the samples."
         },
     )
     model_init_kwargs: Optional[Kwargs] = field(

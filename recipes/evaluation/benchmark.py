@@ -38,7 +38,7 @@ def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
         table = Comparison(f"{problem}: means over seeds {[run['seed'] for run in runs[-1]]}", [*COLUMNS])
         for group in runs:
             first = group[0]
-            label = first["method"] + (f", lr {first['learning_rate']:g}" if first["budget"] else "")
+            label = first["method"] + (f", lr {first['learning_rate']:g}" if first["learning_rate"] else "")
             table.rows.append((label, [_cell(group, *column) for column in COLUMNS.values()]))
         table.print()
         table.write_markdown(path)
