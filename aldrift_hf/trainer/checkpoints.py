@@ -206,10 +206,10 @@ class Checkpointer:
         check_same_prior(run.rollout.prior, run.rollout.policy(), scores, folder)
         size = values.pop("generation_batch_size")
         state, samples = RunState.from_json(values), Samples.from_state_dict(load_file(path / SAMPLES_FILE))
-        if len(samples.order) != len(run.samples):
+        if len(samples.order) != run.rows_per_pass:
             raise ValueError(
                 f"{folder} was written for {len(samples.order)} training rows per rung; this run has "
-                f"{len(run.samples)}. Resume with the same num_generations, updates_per_rung, batch sizes and number "
+                f"{run.rows_per_pass}. Resume with the same num_generations, updates_per_rung, batch sizes and number "
                 "of processes."
             )
         run.state, self.adapter_name = state, adapter_name

@@ -107,7 +107,7 @@ class Run:
             self.ladder,
             self.loss,
             self.goal,
-            num_rows=len(self.samples),
+            num_rows=self.rows_per_pass,
             seed=self.args.seed,
         )
         self.samples.fill(rung.samples)
@@ -211,6 +211,11 @@ class Run:
                 "kl_budget). Train first, with more draws or a goal that can be reached."
             )
         return tau
+
+    @property
+    def rows_per_pass(self) -> int:
+        """Training rows in one pass over a rung's samples: those of a rung that is not the run's last."""
+        return len(self.samples) // self.updates_per_rung * self.ordinary_updates
 
     @property
     def has_learned(self) -> bool:

@@ -24,7 +24,8 @@ class RungSamples(Dataset[dict[str, Any]]):
     its contents are replaced when an epoch begins. The order is the samples' own, and part of a checkpoint.
 
     Args:
-        length: training rows per rung, over all processes.
+        length: training rows per rung, over all processes. The rows of a rung that makes fewer updates are one pass
+            over its samples, so that what single rows leave out evens out; more rows begin the pass anew.
         prompts: token ids of the run's prompts.
     """
 
@@ -49,7 +50,7 @@ class RungSamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         if self.samples is None:
             raise RuntimeError("there are no samples before the first rung is drawn")
-        sample = int(self.samples.order[index])
+        sample = int(self.samples.order[index % len(self.samples.order)])
         tokens = {"prompt": self.prompts[int(self.samples.rows[sample])], "completion": self._tokens[sample]}
         return tokens | {name: column[sample] for name, column in self.samples.columns.items()}
 
