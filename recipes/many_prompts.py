@@ -33,6 +33,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 from trl import TrlParser
 
+from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.models.prior import base_model
 
 TAU_MAX = 4.0
@@ -144,7 +145,11 @@ class Bench:
         n = draws // (RUNGS * prompts)
         if method == DEFAULTS:
             return RecipeConfig(
-                **shared, ladder="adaptive", learning_rate=None, num_generations=n, max_objective_calls=draws
+                **shared,
+                num_generations=None,
+                learning_rate=None,
+                lr_scheduler_type=ALDRIFTConfig.lr_scheduler_type,
+                max_objective_calls=draws,
             )
         epoch = 1 if method == "aldrift" else -(-prompts // options.prompts_per_rung)
         rungs = RUNGS * epoch

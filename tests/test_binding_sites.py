@@ -1,0 +1,93 @@
+"""Measured binding sites, and data out of wheels that are read as zip files."""
+
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+from problems import wheels
+from problems.binding_sites import BindingSiteProblem, scores
+from problems.wheels import file_of_wheel
+
+TABLE = """8-mer\t8-mer\tE-score\tMedian\tZ-score
+AAAAAAAA\tTTTTTTTT\t0.25\t75038.19\t0.9096
+AAAAAAAC\tGTTTTTTT\t-0.25\t65293.23\t0.2856
+ACGTACGT\tACGTACGT\t0.50\t63025.94\t0.1270
+"""
+
+
+@pytest.fixture
+def factor(tmp_path, monkeypatch):
+    """A factor whose table is in the cache, so that nothing is downloaded."""
+    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path))
+    (tmp_path / "SMALL_8mers.txt").write_text(TABLE)
+    scores.cache_clear()
+    yield "SMALL"
+    scores.cache_clear()
+
+
+def test_both_strands_have_the_scaled_score(factor):
+    assert scores(factor) == {
+        **{"AAAAAAAA": 2 / 3, "TTTTTTTT": 2 / 3, "AAAAAAAC": 0.0, "GTTTTTTT": 0.0},
+        "ACGTACGT": 1.0,
+    }
+
+
+def test_the_cost_is_what_a_site_lacks(factor):
+    problem = BindingSiteProblem(factor)
+    texts = ["A C G T A C G T", "T T T T T T T T", "G T T T T T T T", "A C G", "", "x"]
+    assert problem.cost([""] * 6, texts) == pytest.approx([0, 1 / 3, 1, 1, 1, 1])
+    assert problem.worst_cost == 1
+
+
+def test_all_sequences_are_enumerated(factor):
+    problem = BindingSiteProblem(factor)
+    texts = [*problem.all_texts()]
+    assert len(texts) == len(set(texts)) == problem.number_of_strings() == 65536
+    assert all(len(text.split(" ")) == 8 for text in texts[::1000])
+
+
+@pytest.fixture
+def pip(monkeypatch):
+    """A `pip download` that makes a wheel of the given files."""
+    calls = []
+
+    def made_of(*names, fails=False):
+        def run(command, **kwargs):
+            calls.append(command)
+            if not fails:
+                with zipfile.ZipFile(Path(command[command.index("--dest") + 1]) / "some-1.whl", "w") as archive:
+                    for name in names:
+                        archive.writestr(name, f"content of {name}")
+            return subprocess.CompletedProcess(command, int(fails), "", "first line\nno such package\n")
+
+        monkeypatch.setattr(wheels.subprocess, "run", run)
+        return calls
+
+    return made_of
+
+
+def test_one_file_of_a_wheel_is_kept(pip, tmp_path):
+    calls = pip("a/data.txt", "a/code.py")
+    for _ in range(2):
+        kept = file_of_wheel("some==1", lambda name: name.endswith(".txt"), tmp_path / "kept.txt")
+        assert kept.read_text() == "content of a/data.txt"
+    assert len(calls) == 1, "it is downloaded once"
+    assert "--no-deps" in calls[0]
+    assert calls[0][-1] == "some==1"
+    assert [each.name for each in tmp_path.iterdir()] == ["kept.txt"]
+
+
+@pytest.mark.parametrize(
+    ("names", "fails", "message"),
+    [
+        ((), True, "some==1 cannot be downloaded by pip: .*no such package"),
+        (("code.py",), False, "some==1 holds 0 such files instead of one"),
+        (("a.txt", "b.txt"), False, "some==1 holds 2 such files"),
+    ],
+)
+def test_what_is_missing_is_said(pip, tmp_path, names, fails, message):
+    pip(*names, fails=fails)
+    with pytest.raises(OSError, match=message):
+        file_of_wheel("some==1", lambda name: name.endswith(".txt"), tmp_path / "kept.txt")
+    assert not [*tmp_path.iterdir()]
