@@ -26,11 +26,10 @@ from problems.line_scheduling import LineSchedulingProblem
 from problems.prior import RecipeModelConfig, make_prior
 from problems.round_trips import RoundTripProblem
 from problems.spanning_tree import load_problem
-from problems.training import RecipeConfig, make_trainer
+from problems.training import RecipeConfig, left_open, make_trainer
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.samplers import SAMPLERS
 from aldrift_hf.models.prior import base_model
 
@@ -127,8 +126,11 @@ class Bench:
         if method == "prior":
             model, tokenizer, _ = make_prior(problem, self.model_config)
         elif method in (*SAMPLERS, DEFAULTS):
-            open_ = method == DEFAULTS
-            settings = self.defaults(name, budget, seed) if open_ else self.settings(name, method, budget, rate, seed)
+            settings = (
+                left_open(self.kept.path.parent / "last_run", tau_max, budget, seed)
+                if method == DEFAULTS
+                else self.settings(name, method, budget, rate, seed)
+            )
             trainer = make_trainer(problem, settings, self.model_config)
             trainer.train()
             model, tokenizer, calls = trainer.model, trainer.processing_class, trainer.objective_calls
@@ -157,21 +159,6 @@ class Bench:
             prior = base_model(make_prior(problem, self.model_config)[0])
             self.targets[name] = ExactTarget.of(problem, prior, tokenizer, tau_max, slack)
         return self.targets[name]
-
-    def defaults(self, problem: str, budget: int, seed: int) -> RecipeConfig:
-        """ALDRIFT's settings with all that the trainer can find left to it."""
-        return RecipeConfig(
-            output_dir=str(self.kept.path.parent / "last_run"),
-            tau_max=PROBLEMS[problem][1],
-            max_objective_calls=budget,
-            num_generations=None,
-            learning_rate=None,
-            lr_scheduler_type=ALDRIFTConfig.lr_scheduler_type,
-            seed=seed,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        )
 
     def settings(self, problem: str, sampler: str, budget: int, rate: float, seed: int) -> RecipeConfig:
         """ALDRIFT's settings: equal steps up to T, with the same updates per rung for every sampler."""

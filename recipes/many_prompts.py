@@ -28,12 +28,11 @@ from evaluation.kept_runs import KeptRuns, Run
 from evaluation.tables import Comparison
 from problems.digit_sums import split
 from problems.prior import RecipeModelConfig, make_prior
-from problems.training import RecipeConfig, make_trainer
+from problems.training import RecipeConfig, left_open, make_trainer
 from rich.console import Console
 from transformers import PreTrainedModel
 from trl import TrlParser
 
-from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.models.prior import base_model
 
 TAU_MAX = 4.0
@@ -144,13 +143,7 @@ class Bench:
         prompts, options = len(self.problems["seen"].prompts), self.options
         n = draws // (RUNGS * prompts)
         if method == DEFAULTS:
-            return RecipeConfig(
-                **shared,
-                num_generations=None,
-                learning_rate=None,
-                lr_scheduler_type=ALDRIFTConfig.lr_scheduler_type,
-                max_objective_calls=draws,
-            )
+            return left_open(self.folder / "last_run", TAU_MAX, draws, seed)
         epoch = 1 if method == "aldrift" else -(-prompts // options.prompts_per_rung)
         rungs = RUNGS * epoch
         return RecipeConfig(

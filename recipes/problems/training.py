@@ -56,6 +56,24 @@ class RecipeConfig(ALDRIFTConfig):
         self.max_completion_length = asked
 
 
+def left_open(output_dir: Path, tau_max: float, budget: int, seed: int, **given: Any) -> RecipeConfig:
+    """Settings of a run with T, D and a budget of objective calls, which leaves to the trainer what it can find.
+
+    Args:
+        output_dir: a folder for the run.
+        tau_max: T.
+        budget: `max_objective_calls`.
+        seed: random seed.
+        given: settings that are not left open.
+    """
+    settings: dict[str, Any] = {
+        **{"output_dir": str(output_dir), "tau_max": tau_max, "max_objective_calls": budget, "seed": seed},
+        **{"num_generations": None, "learning_rate": None, "lr_scheduler_type": ALDRIFTConfig.lr_scheduler_type},
+        **{"save_strategy": "no", "report_to": "none", "disable_tqdm": True},
+    }
+    return RecipeConfig(**settings | given)
+
+
 def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig) -> ALDRIFTTrainer:
     """A trainer for a problem, on its prior.
 
