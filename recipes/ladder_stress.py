@@ -81,7 +81,7 @@ def main() -> None:
     problem = enumerable_graph(options.graph, model_config, options.enumerate_up_to)
     if not options.steps or min(options.steps) < 1:
         sys.exit(f"--steps must be whole numbers of at least 1, in units of 1/D; got {options.steps}")
-    if config.ladder != "linear":
+    if config.ladder not in (None, "linear"):
         sys.exit("--ladder must be linear: this recipe varies its steps")
     length = config.steps_per_chain
     runs: dict[int, dict[str, Any]] = {}
