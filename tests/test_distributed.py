@@ -40,8 +40,8 @@ config = ALDRIFTConfig(
     output_dir=output, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_rungs=3, num_generations=128,
     chain_length=4,
     max_completion_length=3, per_device_generation_batch_size=None if "--short" in sys.argv else 16,
-    per_device_train_batch_size=8 // world, gradient_accumulation_steps=1, updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True,
-    use_cpu=True, save_strategy="steps", save_steps=6,
+    per_device_train_batch_size=8 // world, gradient_accumulation_steps=1, updates_per_rung=4, learning_rate=1e-2,
+    disable_tqdm=True, use_cpu=True, save_strategy="steps", save_steps=6,
     sampler=next((name for name in ("archive", "suffix") if f"--{{name}}" in sys.argv), "metropolis_hastings"),
     prompts_per_rung=1 if "--groups" in sys.argv else None,
 )
