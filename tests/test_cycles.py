@@ -61,7 +61,7 @@ def course(updates):
         ({}, "All of num_rungs=3"),
         ({"num_rungs": None, "max_rungs": 3, "target_ess": 0.999}, "as many as max_rungs allows"),
         (
-            {"num_rungs": None, "max_objective_calls": 16, "num_generations": 12, "target_ess": 0.999},
+            {"num_rungs": None, "max_objective_calls": 18, "num_generations": 12, "target_ess": 0.999},
             "The budget is spent",
         ),
     ],
