@@ -15,7 +15,7 @@ RUNGS_COMPARED = 4
 """The last third of the rungs at T, at least as many, is compared with as many before it, so that single rungs' noise
 does not decide."""
 LEAST_GAIN = 0.1
-"""How much closer they must be for the run to go on, as a share of the distance; an error as large hides it."""
+"""The run ends if they have come closer by less than this share of the distance, the standard error included."""
 
 Figures = Mapping[str, float]
 """A rung's: `tau`, `tau_max`, `ess` (a share), `missing_mass` and `kl_to_target` (nats), and their errors `…_error`."""

@@ -24,8 +24,9 @@ class RungSamples(Dataset[dict[str, Any]]):
     its contents are replaced when an epoch begins. The order is the samples' own, and part of a checkpoint.
 
     Args:
-        length: training rows per rung, over all processes. The rows of a rung that makes fewer updates are one pass
-            over its samples, so that what single rows leave out evens out; more rows begin the pass anew.
+        length: training rows per rung, over all processes. They may be more than one pass over the samples, which then
+            begins again. A rung that makes fewer updates makes one whole pass: on a part of it, chance decides what
+            is learned.
         prompts: token ids of the run's prompts.
     """
 
