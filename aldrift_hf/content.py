@@ -68,9 +68,9 @@ class Content:
         if kind in (list, tuple):
             return Parts(hashed(kind.__name__), value)
         if kind in (set, frozenset):
-            return Parts(hashed("set"), value, ordered=False)
+            return Parts(hashed(kind.__name__), value, ordered=False)
         if kind in (dict, MappingProxyType):
-            return _dict(value.items())
+            return _dict(kind.__name__, value.items())
         if isinstance(value, ItemsView):
             return Parts(hashed("view", type_name(value)), map(_item, value), ordered=False)
         if isinstance(value, (KeysView, ValuesView)):
@@ -220,9 +220,9 @@ def _plain(value: Any) -> bytes | None:
     return None
 
 
-def _dict(items: Iterable[tuple[Any, Any]]) -> Parts:
+def _dict(kind: str, items: Iterable[tuple[Any, Any]]) -> Parts:
     """A dict's items; equal dicts may differ in their order."""
-    return Parts(hashed("dict"), map(_item, items), ordered=False)
+    return Parts(hashed(kind), map(_item, items), ordered=False)
 
 
 def _item(item: tuple[Any, Any]) -> Any:
@@ -303,5 +303,5 @@ def _object(value: Any) -> Parts:
         return Parts(hashed("name", str(getattr(value, "__module__", "")), reduced))
     parts: list[Any] = [list(part) if isinstance(part, Iterator) else part for part in reduced]
     if len(parts) > 4 and parts[4] is not None and not isinstance(value, OrderedDict):
-        parts[4] = _dict(parts[4])
+        parts[4] = _dict("dict", parts[4])
     return Parts(hashed("object"), parts)

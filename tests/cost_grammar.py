@@ -3,6 +3,7 @@
 import math
 import random
 import re
+import types
 import typing
 
 import torch
@@ -27,6 +28,7 @@ PARTS = [
     lambda: default(2),
     lambda: Slots(1).method,
     lambda: math.nan,
+    lambda: types.MappingProxyType({"a": {1, 2}, "b": [3]}),
 ]
 SHAPES = {
     "def": "cost = make({closure})",

@@ -58,6 +58,13 @@ def test_a_cost_of_the_grammar_is_the_same_in_another_process(elsewhere):
     assert len(set(found)) == len({spec.effective() for spec in specs})
 
 
+def test_every_part_of_the_grammar_is_told_from_the_others():
+    """Also a set from the frozen set, and a dict from the view, that equal it: a cost may ask for the type."""
+    spec = cost_grammar.Spec("def", *[0] * 6)
+    found = [identity(spec._replace(closure=part).build()) for part in range(len(cost_grammar.PARTS))]
+    assert len(set(found)) == len(found)
+
+
 @st.composite
 def pairs_of_specs(draw):
     """Two specifications that differ in one part, in some, or in none."""

@@ -14,7 +14,7 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from aldrift_hf.models.generation import generate, neutral_generation_config
@@ -112,6 +112,7 @@ def policy_gradient(
             **own_settings,
         )
         dataset = Dataset.from_dict({"prompt": prompts})
+        set_seed(seed)  # TRL 1.0 makes the adapter before it sets the seed
         trainer = trainer_class(
             model, reward, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
         )

@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from problems.steering import SteeringTask
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.reporting.record import replace_file
@@ -176,6 +176,7 @@ def policy_gradient(job: Job) -> tuple[PeftModel, int]:
     tokenizer = job.tokenizer
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    set_seed(job.setting.seed)  # TRL 1.0 makes the adapter before it sets the seed
     trainer = trainer_class(
         job.model,
         reward_of(job.task.cost),
