@@ -48,7 +48,7 @@ class DefaultsArguments:
         default_factory=lambda: [*PROBLEMS], metadata={"help": f"Problems: {', '.join(PROBLEMS)}."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [1e-3, 3e-3, 1e-2], metadata={"help": "The grid's learning rates."}
+        default_factory=lambda: [1e-3, 3e-3], metadata={"help": "The grid's learning rates."}
     )
     updates: list[int] = field(default_factory=lambda: [60, 240], metadata={"help": "The grid's updates per rung."})
     ranks: list[int] = field(default_factory=lambda: [16, 64], metadata={"help": "The grid's ranks of the adapter."})

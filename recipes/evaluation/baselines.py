@@ -7,14 +7,15 @@ the model, `L` the prior, `d` the cost and `T` the inverse temperature. The opti
 from __future__ import annotations
 
 import tempfile
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from aldrift_hf.models.generation import generate, neutral_generation_config
@@ -32,6 +33,19 @@ TRL: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 
 Learned = tuple[PeftModel, PreTrainedTokenizerBase, int]
 """A model, its tokenizer, and the number of distinct completions that were evaluated."""
+
+
+class Watch(Protocol):
+    """Looks at a model in the course of a run."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the run shall end."""
+        ...
+
+    def look(self, model: PreTrainedModel) -> None:
+        """What it does after each round."""
+        ...
 
 
 class CountedObjective:
@@ -67,6 +81,7 @@ def policy_gradient(
     learning_rate: float,
     seed: int,
     prompts_per_update: int | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> Learned:
     """Train with one of TRL's trainers and `beta = 1/T`, with one update per batch of proposals.
 
@@ -80,6 +95,7 @@ def policy_gradient(
         learning_rate: learning rate, which is constant.
         seed: random seed.
         prompts_per_update: as it says; `None` for all.
+        callbacks: of the trainer's.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     tokenizer.pad_token = tokenizer.eos_token
@@ -114,8 +130,9 @@ def policy_gradient(
         dataset = Dataset.from_dict({"prompt": prompts})
         set_seed(seed)  # TRL 1.0 makes the adapter before it sets the seed
         trainer = trainer_class(
-            model, reward, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config
-        )
+            model, reward, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config,
+            callbacks=[*callbacks],
+        )  # fmt: skip
         trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model), tokenizer, len(objective.known)
 
@@ -130,6 +147,7 @@ def expert_iteration(
     learning_rate: float,
     seed: int,
     keep: float = 0.1,
+    watch: Watch | None = None,
 ) -> Learned:
     """Train by expert iteration: each round draws from the model, then fine-tunes it on the best draws of all rounds.
 
@@ -142,6 +160,7 @@ def expert_iteration(
         learning_rate: peak of each round's one-cycle schedule.
         seed: random seed.
         keep: share of each prompt's draws that counts as the best.
+        watch: looks at the model after each round, and may end the run.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     torch.manual_seed(seed)
@@ -175,4 +194,8 @@ def expert_iteration(
             learning_rate,
             stream_seed(seed, number),
         )
+        if watch is not None:
+            watch.look(cast(PreTrainedModel, policy))
+            if watch.is_over:
+                break
     return policy, tokenizer, len(objective.known)

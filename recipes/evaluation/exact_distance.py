@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from problems.text_problem import TextProblem
@@ -58,6 +58,22 @@ class ExactTarget:
         log_target = [all_of.target(all_of.log_probs(prior), tau_max) for all_of in strings]
         solved = [np.append(all_of.cost <= (1 + slack) * all_of.cost.min() + 1e-9, False) for all_of in strings]
         return cls(strings, log_target, solved)
+
+    def likeliest(self, share: float) -> ExactTarget:
+        """The strings that hold this share of p_T, the likeliest first; all others are one event, with other text.
+
+        KL(p_T‖q) of these events is at most that of all strings.
+        """
+        strings, log_target, solved = [], [], []
+        for every, log_p, is_solved in zip(self.strings, self.log_target, self.solved, strict=True):
+            order = np.argsort(-log_p[:-1])
+            mass = np.exp(log_p[order]).cumsum()
+            kept = order[: 1 + np.searchsorted(mass, share * mass[-1])]
+            strings.append(replace(every, texts=[every.texts[index] for index in kept], cost=every.cost[kept]))
+            rest = np.logaddexp.reduce(np.delete(log_p, kept))
+            log_target.append(np.append(log_p[kept], rest))
+            solved.append(np.append(is_solved[kept], False))
+        return ExactTarget(strings, log_target, solved)
 
     def measures(self, model: PreTrainedModel, draws: int, seed: int) -> dict[str, float]:
         """Distances of a model `q` from `p_T`.

@@ -26,7 +26,7 @@ class KeptRuns:
             tuple(run[part] for part in key): run for run in map(json.loads, lines)
         }
 
-    def get(self, key: tuple[Any, ...], measure: Callable[..., dict[str, float]]) -> Run:
+    def get(self, key: tuple[Any, ...], measure: Callable[..., dict[str, Any]]) -> Run:
         """A run, from the file if it was made before.
 
         Args:
@@ -38,5 +38,6 @@ class KeptRuns:
             self.runs[key] = dict(zip(self.key, key, strict=True)) | measures
             with self.path.open("a") as file:
                 file.write(json.dumps(self.runs[key]) + "\n")
-            print(*key, {name: round(value, 3) for name, value in measures.items()}, flush=True)
+            numbers = {name: round(value, 3) for name, value in measures.items() if isinstance(value, (int, float))}
+            print(*key, numbers, flush=True)
         return self.runs[key]

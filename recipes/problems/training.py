@@ -12,6 +12,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.algorithm.ladders.linear import linear_ladder
+from aldrift_hf.algorithm.samplers import Sampler
 from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
 
@@ -74,13 +75,16 @@ def left_open(output_dir: Path, tau_max: float, budget: int, seed: int, **given:
     return RecipeConfig(**settings | given)
 
 
-def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig) -> ALDRIFTTrainer:
+def make_trainer(
+    problem: TextProblem, config: ALDRIFTConfig, model_config: RecipeModelConfig, sampler: Sampler | None = None
+) -> ALDRIFTTrainer:
     """A trainer for a problem, on its prior.
 
     Args:
         problem: the problem.
         config: the settings. An `objective_range` or `max_completion_length` of `None` is set to the problem's own.
         model_config: which model, and which adapter.
+        sampler: a sampler of one's own; `None` takes the settings'.
     """
     if model_config.model_name_or_path is not None and (config.learning_rate or 0) >= 1e-3:
         logger.warning(
@@ -102,6 +106,7 @@ def make_trainer(problem: TextProblem, config: ALDRIFTConfig, model_config: Reci
         train_dataset=problem.prompts,
         processing_class=tokenizer,
         peft_config=peft_config,
+        sampler=sampler,
     )
 
 
