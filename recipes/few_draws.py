@@ -43,7 +43,7 @@ class FewDrawsArguments:
     draws: list[int] = field(default_factory=lambda: [4, 8, 16], metadata={"help": "Draws per prompt per rung."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds."})
     updates: int = field(default=120, metadata={"help": "Updates per rung."})
-    learning_rate: float = field(default=3e-3, metadata={"help": "The best of recipes/many_prompts.py."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Learning rate."})
     output_dir: str = field(default="out/few_draws", metadata={"help": "Folder that all files are written to."})
 
 

@@ -35,8 +35,8 @@ METHODS = ("aldrift", "aldrift, defaults", *TRL, "expert_iteration")
 KEY = ("problem", "method", "learning_rate", "proposals", "updates", "seed")
 SHARE = 0.999
 """Share of p_T whose strings are told apart when KL(p_T‖q) is measured: all of them take ten times as long."""
-EARLIEST, SPACING = 2.0, 1.2
-"""CPU seconds until the first measurement, and the ratio of the times of two, at least."""
+SPACING = 1.2
+"""Ratio of the times of two measurements, at least; the first comes at half of the first time that is compared."""
 UNLIMITED = 10**6
 """Proposals, or calls, that no run reaches in its time."""
 
@@ -71,22 +71,22 @@ class Course(TrainerCallback):
 
     Args:
         target: the enumerated p_T.
-        limit: CPU seconds after which the run ends.
+        times: CPU seconds that are compared; the run ends after the last.
         by_rung: whether it is measured at the ends of epochs, which are rungs, and not after any update.
 
     Attributes:
         points: CPU seconds and KL(p_T‖q), nats.
     """
 
-    def __init__(self, target: ExactTarget, limit: float, by_rung: bool) -> None:
-        self.target, self.limit, self.by_rung = target, limit, by_rung
+    def __init__(self, target: ExactTarget, times: Sequence[float], by_rung: bool) -> None:
+        self.target, self.times, self.by_rung = target, times, by_rung
         self.points: list[tuple[float, float]] = []
         self.began = time.process_time()
 
     def look(self, model: PreTrainedModel) -> None:
         """Measure, unless it is too soon; that takes no time of the run's."""
         now = time.process_time()
-        due = SPACING * self.points[-1][0] if self.points else EARLIEST
+        due = SPACING * self.points[-1][0] if self.points else min(self.times) / 2
         if now - self.began < due and not self.is_over:
             return
         kl = self.target.measures(base_model(model), 0, 0)["kl"]
@@ -96,7 +96,7 @@ class Course(TrainerCallback):
     @property
     def is_over(self) -> bool:
         """Whether the time is spent."""
-        return time.process_time() - self.began > self.limit
+        return time.process_time() - self.began > max(self.times)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self.began = time.process_time()
@@ -137,7 +137,7 @@ class Bench:
 
     def measure(self, _: str, method: str, rate: float, proposals: int, updates: int, seed: int) -> dict[str, Any]:
         """Train until the time is spent."""
-        course = Course(self.target, max(self.options.seconds), method not in TRL)
+        course = Course(self.target, self.options.seconds, method not in TRL)
         prompts = len(self.problem.prompts)
         if method in TRL:
             policy_gradient(

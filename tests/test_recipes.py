@@ -226,6 +226,8 @@ def test_help_explains_every_option(run_recipe, capsys, name):
             "--learning_rate",
         ),
         "many_prompts": ("--methods", "--draws", "--prompts_per_rung", "--learning_rates", "--prompts_per_update"),
+        "few_draws": ("--draws", "--seeds", "--updates", "--learning_rate"),
+        "kl_in_seconds": ("--problem", "--methods", "--seconds", "--rungs", "--calls", "--lora_r", "--prior_steps"),
         "defaults": ("--problems", "--learning_rates", "--updates", "--ranks", "--seeds"),
         "prompt_scaling": ("--prompts", "--all_up_to", "--prompts_per_rung", "--rungs"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
