@@ -33,7 +33,7 @@ from aldrift_hf.models.prior import base_model
 
 METHODS = ("aldrift", "aldrift, defaults", *TRL, "expert_iteration")
 KEY = ("problem", "method", "learning_rate", "proposals", "updates", "seed")
-SHARE = 0.999
+SHARE = 0.99
 """Share of p_T whose strings are told apart when KL(p_T‖q) is measured: all of them take ten times as long."""
 SPACING = 1.2
 """Ratio of the times of two measurements, at least; the first comes at half of the first time that is compared."""
