@@ -6,8 +6,10 @@ import torch
 from hypothesis import given
 
 from aldrift_hf.algorithm.diagnostics import effective_sample_size
-from aldrift_hf.algorithm.ladders.adaptive import adaptive_tau
+from aldrift_hf.algorithm.ladders.adaptive import AdaptiveLadder, adaptive_tau
+from aldrift_hf.algorithm.ladders.base import LadderState
 from aldrift_hf.algorithm.ladders.linear import linear_ladder
+from aldrift_hf.types import Completions, Proposals
 
 
 def test_the_papers_steps():
@@ -72,3 +74,17 @@ def test_adaptive_step_looks_at_the_mean_of_all_prompts():
     share = effective_sample_size(-tau * cost)
     assert share[1] == 1
     assert share.mean().item() == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.parametrize(("rungs", "n", "least"), [(1, 4, 3.6), (2, 4, 7.2), (3, 4, 8.0), (9, 4, 8.0), (1, 100, 50.0)])
+def test_few_draws_do_not_pass_for_half_of_the_target(rungs, n, least):
+    """The best of four draws look like two effective ones, however far the target is."""
+    prompts, drawn = 50, rungs * n
+    cost = torch.rand(prompts, drawn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nothing = torch.zeros_like(cost)
+    rows = torch.arange(prompts).repeat_interleave(drawn)
+    completions = Completions(torch.zeros(prompts * drawn, 1, dtype=torch.long), torch.ones(prompts * drawn).long())
+    pool = Proposals(rows, completions, cost, nothing, nothing)
+    tau = AdaptiveLadder(0.5, n).next_tau(LadderState.start(prompts, 1000.0), pool)
+    assert 0 < tau < 1000
+    assert drawn * effective_sample_size(-tau * cost).mean().item() == pytest.approx(least, rel=1e-3)

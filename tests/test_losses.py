@@ -10,6 +10,7 @@ from torch import nn
 
 from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.archive import mixture
+from aldrift_hf.algorithm.diagnostics import log_z as log_mean
 from aldrift_hf.algorithm.losses import GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.losses.generalized_kl import log_reference
 from aldrift_hf.models.head import projecting
@@ -18,6 +19,7 @@ from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import learning_pass, without_dropout
 from aldrift_hf.models.shared_prompts.attention import sharing
 from aldrift_hf.trainer.samples import SampleCollator
+from aldrift_hf.types import Completions, Proposals
 
 PROMPT = [2, 3]
 maximum_likelihood, generalized_kl = MaximumLikelihood(), GeneralizedKL()
@@ -107,6 +109,23 @@ def test_its_mean_is_the_kl_divergence_and_its_gradient_that_of_maximum_likeliho
     theirs = gradient(model, weighted(maximum_likelihood, model, log_p.exp()))
     assert torch.allclose(ours, theirs, atol=1e-4)
     assert theirs.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("known", [0.0, 1.5])
+def test_rows_count_as_they_are_drawn_whatever_is_known_of_z(known):
+    """Half of them by the pool's own weights, half evenly: divided by that density, they are the pool's mean."""
+    gen = torch.Generator().manual_seed(0)
+    drawn, prior, cost = (torch.rand(1, 6, generator=gen, dtype=torch.float64) for _ in range(3))
+    completions = Completions(torch.zeros(6, 1, dtype=torch.long), torch.ones(6, dtype=torch.long))
+    pool = Proposals(torch.zeros(6, dtype=torch.long), completions, cost, prior, drawn)
+    weight = pool.log_weight(2.0)
+    log_z = log_mean(weight) + known
+    columns = generalized_kl.columns(pool, 2.0, log_z)
+    assert torch.allclose(columns["log_target"], pool.log_target(2.0) - log_z[:, None])
+    chance = weight.softmax(-1) / 2 + 1 / 12
+    any_terms = torch.rand(1, 6, generator=gen, dtype=torch.float64)
+    found = (chance * any_terms / columns["log_reference"].exp()).sum()
+    assert found.item() == pytest.approx((any_terms / drawn.exp()).mean().item())
 
 
 def test_a_draw_whose_probability_is_right_is_left_alone(pair):

@@ -14,6 +14,9 @@ from .base import Ladder, LadderSettings, LadderState
 
 LEAP = 4.0
 """Without a T in sight, the inverse temperature rises at most by this factor on a rung."""
+LEAST_DRAWS, MOST_SHARE = 8.0, 0.9
+"""Effective draws per prompt below which no step is taken, whatever share of a rung's proposals they are; or that share
+of all draws, where they are too few. Of four draws, those that happen to be the best look like half of the target."""
 PATIENCE = 6
 """Rungs at one `τ` after which the ladder gives up: more draws and more learning did not make a step possible."""
 
@@ -58,7 +61,8 @@ class AdaptiveLadder(Ladder):
     """Takes the largest step for which the weights are worth enough independent draws ([`adaptive_tau`]).
 
     Args:
-        ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1.
+        ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1. At least
+            `LEAST_DRAWS` in any case.
         proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
     """
 
@@ -77,7 +81,7 @@ class AdaptiveLadder(Ladder):
             highest = LEAP * max(state.tau, 1 / (pool.objective.max().item() or 1.0))
         if state.tau >= highest:
             return highest
-        least = self.ess_threshold * self.proposals
+        least = max(self.ess_threshold * self.proposals, min(LEAST_DRAWS, MOST_SHARE * pool.objective.shape[1]))
         return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, highest, least)
 
     def stop_reason(self, state: LadderState) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...types import Proposals
+from .. import diagnostics
 from .base import Loss
 
 
@@ -31,8 +32,12 @@ class GeneralizedKL(Loss):
 
     def columns(self, pool: Proposals, tau: float, log_z: Tensor) -> dict[str, Tensor]:
         """`log_target`: `log p_τ(s)` with its normaliser; `log_reference`: `log r(s)`, see [`log_reference`]."""
-        log_target = pool.log_target(tau) - log_z[:, None]
-        return {"log_target": log_target, "log_reference": log_reference(log_target, pool.log_model)}
+        log_tilted, own_log_z = pool.log_target(tau), diagnostics.log_z(pool.log_weight(tau))
+        return {
+            "log_target": log_tilted - log_z[:, None],
+            # rows are resampled by the pool's own weights, whatever is known of Z from elsewhere
+            "log_reference": log_reference(log_tilted - own_log_z[:, None], pool.log_model),
+        }
 
     def __call__(self, log_probs: Tensor, num_tokens: Tensor | int, **columns: Tensor) -> Tensor:
         log_target, log_reference = columns["log_target"], columns["log_reference"]
