@@ -62,8 +62,8 @@ class ALDRIFTConfig(GenerationSettings):
         tau_step (`float`, *optional*):
             Step of the linear ladder, in nats per unit of cost. `None` is the paper's 1/D.
         ess_threshold (`float`, *optional*, defaults to `0.5`):
-            Smallest effective sample size that the adaptive ladder allows, as a share of a rung's proposals. In any case
-            it allows no less than 8 draws per prompt, or 90 % of all draws where these are fewer than 9.
+            Smallest effective sample size that the adaptive ladder allows, as a share of a rung's proposals; never
+            less than 8 draws per prompt, or 90 % of all draws where these are fewer than 9.
         num_rungs (`int`, *optional*):
             Number of rungs, exactly: a ladder repeats its last rung at T if this is more than it has, and stops before
             T if it is fewer. `None` climbs to T and stays there, drawing and learning, until the model is close to
