@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import pytest
@@ -88,3 +89,12 @@ def test_few_draws_do_not_pass_for_half_of_the_target(rungs, n, least):
     tau = AdaptiveLadder(0.5, n).next_tau(LadderState.start(prompts, 1000.0), pool)
     assert 0 < tau < 1000
     assert drawn * effective_sample_size(-tau * cost).mean().item() == pytest.approx(least, rel=1e-3)
+
+
+def test_it_gives_up_when_every_prompt_had_its_rungs():
+    """Where rungs draw for two of six prompts, a rung says nothing of the others."""
+    state = replace(LadderState.start(6, 9.0), taus=(1.0, *[2.0] * 17))
+    assert "for 6 rungs" in AdaptiveLadder(0.5, 8).stop_reason(state)
+    few = AdaptiveLadder(0.5, 8, prompts_per_rung=2)
+    assert few.stop_reason(state) is None
+    assert "cannot leave tau = 2: for 18 rungs" in few.stop_reason(replace(state, taus=(1.0, *[2.0] * 18)))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...types import Proposals
 from ..diagnostics import effective_sample_size
+from ..prompt_groups import num_groups
 from .base import Ladder, LadderSettings, LadderState
 
 LEAP = 4.0
@@ -18,7 +19,8 @@ LEAST_DRAWS, MOST_SHARE = 8.0, 0.9
 """Effective draws per prompt below which no step is taken, whatever share of a rung's proposals they are; or that share
 of all draws, where they are too few. Of four draws, those that happen to be the best look like half of the target."""
 PATIENCE = 6
-"""Rungs at one `τ` after which the ladder gives up: more draws and more learning did not make a step possible."""
+"""Rungs for each prompt at one `τ` after which the ladder gives up: more draws and more learning did not make a step
+possible."""
 
 
 def adaptive_tau(log_ratio: Tensor, objective: Tensor, tau: float, tau_max: float, least_draws: float) -> float:
@@ -64,16 +66,17 @@ class AdaptiveLadder(Ladder):
         ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1. At least
             `LEAST_DRAWS` in any case.
         proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
+        prompts_per_rung: most prompts that a rung draws for; `None` for all.
     """
 
     uses_weights: ClassVar[bool] = True
 
-    def __init__(self, ess_threshold: float, proposals: int) -> None:
-        self.ess_threshold, self.proposals = ess_threshold, proposals
+    def __init__(self, ess_threshold: float, proposals: int, prompts_per_rung: int | None = None) -> None:
+        self.ess_threshold, self.proposals, self.prompts_per_rung = ess_threshold, proposals, prompts_per_rung
 
     @classmethod
     def from_settings(cls, settings: LadderSettings) -> AdaptiveLadder:
-        return cls(settings.ess_threshold, settings.proposals)
+        return cls(settings.ess_threshold, settings.proposals, settings.prompts_per_rung)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
         highest = state.tau_max
@@ -85,12 +88,14 @@ class AdaptiveLadder(Ladder):
         return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, highest, least)
 
     def stop_reason(self, state: LadderState) -> str | None:
-        last = state.taus[-PATIENCE:]
-        if len(last) < PATIENCE or len(set(last)) > 1 or state.tau == state.tau_max:
+        patience = PATIENCE * num_groups(len(state.prompt_tau), self.prompts_per_rung)
+        last = state.taus[-patience:]
+        if len(last) < patience or len(set(last)) > 1 or state.tau == state.tau_max:
             return None
         return (
-            f"The adaptive ladder cannot leave tau = {state.tau:g}: for {PATIENCE} rungs it drew and learned there, "
-            f"and the effective sample size stayed below ess_threshold={self.ess_threshold} of a rung's proposals. "
+            f"The adaptive ladder cannot leave tau = {state.tau:g}: for {patience} rungs it drew and learned there, "
+            f"and the effective sample size stayed below ess_threshold={self.ess_threshold} of a rung's proposals, or "
+            f"below {LEAST_DRAWS:g} draws per prompt. "
             "Lower ess_threshold, draw more proposals per rung (num_generations), or learn more on each "
             "(updates_per_rung, learning_rate)."
         )

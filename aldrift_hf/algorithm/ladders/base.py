@@ -76,6 +76,7 @@ class LadderSettings(Protocol):
     tau_max: float | None
     tau_step: float | None
     ess_threshold: float
+    prompts_per_rung: int | None
 
     @property
     def proposals(self) -> int:
