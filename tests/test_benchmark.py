@@ -60,6 +60,25 @@ def test_exact_distances_by_hand(tokenizer):
     assert target.measures(prior, 10, 0)["kl"] > 0.1
 
 
+def test_rare_strings_as_one_event(tokenizer):
+    """The likeliest strings that hold a share of p_T keep their probabilities; all others are added up."""
+    target = ExactTarget.of(TwoWords(), tiny_gpt2(0), tokenizer, tau_max=2.0)
+    model = tiny_gpt2(1)
+    for share in (0.5, 0.8):
+        some = target.likeliest(share)
+        for every, log_p, kept, log_kept in zip(target.strings, target.log_target, some.strings, some.log_target):
+            strings = np.exp(log_p[:-1])
+            fewest = next(k for k in range(10) if np.sort(strings)[::-1][:k].sum() >= share * strings.sum())
+            assert len(kept.texts) == fewest < 9
+            known = dict(zip(every.texts, zip(strings, every.cost)))
+            assert [known[text] for text in kept.texts] == [*zip(np.exp(log_kept), kept.cost)]
+            assert np.exp(log_kept).sum() == pytest.approx(1)
+            assert np.exp(log_kept[-2]) >= max(p for text, (p, _) in known.items() if text not in kept.texts)
+        assert 0 < some.measures(model, 10, 0)["kl"] < target.measures(model, 10, 0)["kl"]
+    whole = target.likeliest(1 - 1e-12).measures(model, 10, 0)
+    assert whole["kl"] == pytest.approx(target.measures(model, 10, 0)["kl"])
+
+
 def test_distance_of_draws(tokenizer):
     target = ExactTarget.of(TwoWords(), tiny_gpt2(0), tokenizer, tau_max=2.0)
     assert target.tv_of_draws(["a", "a", "b"], ["nonsense", "", "b"]) == pytest.approx(
