@@ -22,7 +22,7 @@ from typing import Optional
 from benchmark import PROBLEMS as BENCHMARK
 from evaluation.exact_distance import ExactTarget
 from evaluation.kept_runs import KeptRuns, Run
-from evaluation.tables import Comparison
+from evaluation.tables import Comparison, mean_of
 from problems.binding_sites import BindingSiteProblem
 from problems.prior import RecipeModelConfig, make_prior
 from problems.text_problem import TextProblem
@@ -119,8 +119,7 @@ class Runs:
 
 
 def _kl(runs: list[Run]) -> str:
-    values = [run["kl"] for run in runs]
-    return f"{statistics.mean(values):.3g}" + (f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else "")
+    return mean_of([run["kl"] for run in runs], ".3g", ".2g")
 
 
 def _calls(runs: list[Run]) -> str:

@@ -8,7 +8,6 @@ standard error. Each run is made with that estimate, with half of the squared er
 which no run can know: what it gains is all that a better estimate could gain. Runs are kept in OUTPUT_DIR/runs.jsonl.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation.exact_distance import ExactTarget
-from evaluation.kept_runs import KeptRuns, Run
-from evaluation.tables import Comparison
+from evaluation.kept_runs import KeptRuns
+from evaluation.tables import Comparison, mean_of
 from many_prompts import MODEL, RUNGS, TAU_MAX
 from problems.digit_sums import split
 from problems.prior import make_prior
@@ -123,18 +122,15 @@ def main() -> None:
         for estimate in ESTIMATES:
             keys = [(estimate, draws, seed, options.learning_rate) for seed in options.seeds]
             runs = [bench.kept.get(key, bench.measure) for key in keys]
-            cells = [_cell(runs, name, ".3f") for name in names] if estimate != ESTIMATES[2] else [""] * len(names)
-            distances = [_cell(runs, name, ".3f", spread=True) for name in ("seen", "unseen")]
+            cells = (
+                [mean_of([run[name] for run in runs], ".3f") for name in names]
+                if estimate != ESTIMATES[2]
+                else [""] * len(names)
+            )
+            distances = [mean_of([run[name] for run in runs], ".3f", ".3f") for name in ("seen", "unseen")]
             table.rows.append((f"{draws} draws, {estimate}", [*cells, *distances]))
     table.print()
     table.write_markdown(folder / "few_draws.md")
-
-
-def _cell(runs: list[Run], name: str, spec: str, spread: bool = False) -> str:
-    """The mean over seeds, and the standard deviation."""
-    values = [run[name] for run in runs]
-    deviation = f" ± {format(statistics.stdev(values), spec)}" if spread and len(values) > 1 else ""
-    return format(statistics.mean(values), spec) + deviation
 
 
 if __name__ == "__main__":

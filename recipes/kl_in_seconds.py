@@ -23,7 +23,7 @@ from evaluation.baselines import TRL, expert_iteration, policy_gradient
 from evaluation.exact_distance import ExactTarget
 from evaluation.figures import figure, plot_lines
 from evaluation.kept_runs import KeptRuns, Run
-from evaluation.tables import Comparison
+from evaluation.tables import Comparison, mean_of
 from problems.prior import RecipeModelConfig, make_prior
 from problems.training import left_open, make_trainer
 from rich.console import Console
@@ -180,7 +180,9 @@ def main() -> None:
             [reached(bench.run(method, *setting, seed)["course"], limit, bench.prior_kl) for seed in options.seeds]
             for setting, limit in zip(best, options.seconds, strict=True)
         ]
-        table.rows.append((method, [f"{_mean(row)} ({_words(setting)})" for row, setting in zip(values, best)]))
+        table.rows.append(
+            (method, [f"{mean_of(row, '.3g', '.2g')} ({_words(setting)})" for row, setting in zip(values, best)])
+        )
         lines[method] = (options.seconds, [statistics.mean(row) for row in values])
     table.print()
     table.write_markdown(folder / "kl_in_seconds.md")
@@ -201,11 +203,6 @@ def best_by(bench: Bench, method: str, limit: float) -> tuple[float, int, int]:
 def reached(course: Sequence[Sequence[float]], limit: float, prior_kl: float) -> float:
     """KL(p_T‖q) of the model that a run had after `limit` seconds: that of its last measurement, nats."""
     return next((kl for seconds, kl in reversed(course) if seconds <= limit), prior_kl)
-
-
-def _mean(values: list[float]) -> str:
-    spread = f" ± {statistics.stdev(values):.2g}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.3g}{spread}"
 
 
 def _words(setting: tuple[float, int, int]) -> str:

@@ -12,7 +12,6 @@ TRL's RLOO and GRPO, whose optimum is p_T as well, get the same prior and draws.
 tuned on the first seed, over the same grid. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
-import statistics
 import sys
 import time
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from evaluation.enumeration import kl_divergence
 from evaluation.exact_distance import ExactTarget
 from evaluation.figures import figure, plot_lines
 from evaluation.kept_runs import KeptRuns, Run
-from evaluation.tables import Comparison
+from evaluation.tables import Comparison, mean_of
 from problems.digit_sums import split
 from problems.prior import RecipeModelConfig, make_prior
 from problems.training import RecipeConfig, left_open, make_trainer
@@ -188,9 +187,7 @@ def report(groups: dict[str, list[Run]], tried: list[Run], folder: Path) -> None
 
 def _cell(runs: list[Run], name: str, spec: str) -> str:
     """The mean over seeds, and of distances the standard deviation."""
-    values = [run[name] for run in runs]
-    spread = f" ± {format(statistics.stdev(values), spec)}" if len(values) > 1 and name != "cpu_seconds" else ""
-    return format(statistics.mean(values), spec) + spread
+    return mean_of([run[name] for run in runs], spec, "" if name == "cpu_seconds" else spec)
 
 
 if __name__ == "__main__":

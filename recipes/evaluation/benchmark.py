@@ -10,7 +10,7 @@ from rich.console import Console
 
 from evaluation.figures import figure, plot_lines
 from evaluation.kept_runs import Run
-from evaluation.tables import Comparison
+from evaluation.tables import Comparison, mean_of
 
 COLUMNS = {
     "TV": ("tv", ".2f"),
@@ -60,7 +60,4 @@ def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
 def _cell(group: list[Run], name: str, spec: str) -> str:
     """The mean over seeds; for the main measures also the standard deviation."""
     values = [run[name] for run in group if name in run]
-    if not values:
-        return ""
-    spread = f" ± {format(statistics.stdev(values), spec)}" if len(values) > 1 and name in ("kl", "success") else ""
-    return format(statistics.mean(values), spec) + spread
+    return mean_of(values, spec, spec if name in ("kl", "success") else "") if values else ""

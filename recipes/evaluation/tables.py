@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+
+def mean_of(values: Sequence[float], spec: str, spread: str = "") -> str:
+    """The mean over runs and, with a format for it, the standard deviation if there are several."""
+    deviation = f" ± {format(statistics.stdev(values), spread)}" if spread and len(values) > 1 else ""
+    return format(statistics.mean(values), spec) + deviation
 
 
 @dataclass
