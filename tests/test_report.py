@@ -23,7 +23,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import report as report_page
-from aldrift_hf.reporting.figures import BLUE, GREEN, ORANGE, PALETTE, Plot, plots, relative_weights
+from aldrift_hf.reporting.figures import BLUE, GREEN, ORANGE, PALETTE, Plot, plots, relative_weights, styled
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, render
 from aldrift_hf.reporting.writers import ReportWriter
@@ -182,6 +182,19 @@ def test_a_ladder_that_stays_at_one_temperature_is_drawn_by_rungs(record):
     plots(record)[0].draw(axes)
     assert axes.get_xlabel() == "rung"
     assert axes.lines[0].get_xydata().tolist() == [[rung["rung"], rung["tau"]] for rung in record.rungs]
+
+
+def test_long_numbers_fit_the_fixed_margins(record):
+    for number, rung in enumerate(record.rungs):
+        rung["loss"], rung["log_z"] = -0.00025 + 0.0001 * number, -1000.0 * number
+        rung["completions/mean_length"] = 14.97 + 0.01 * number
+    with styled():
+        for plot in plots(record):
+            figure = plot.figure()
+            around = figure.get_tightbbox()  # in inches
+            width, height = figure.get_size_inches()
+            assert 0 <= around.x0 < around.x1 <= width, plot.name
+            assert 0 <= around.y0 < around.y1 <= height, plot.name
 
 
 def test_several_objectives_and_chat_prompts(record):
