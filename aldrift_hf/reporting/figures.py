@@ -21,7 +21,6 @@ import matplotlib.style
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.gridspec import GridSpec, SubplotSpec
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
@@ -38,7 +37,6 @@ _STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.titlelocation": "left",
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
     "svg.fonttype": "none",  # text stays text: smaller, and drawn by the browser
 }
 PLOT_SIZE = (3.6, 2.4)
@@ -84,7 +82,8 @@ class Plot:
     def figure(self) -> Figure:
         """The plot alone, without its title. Call it in [`styled`]."""
         figure = Figure(PLOT_SIZE)
-        self.draw(figure.add_subplot(_places(figure, 1, 1, title=0.0)[0]))
+        _set_margins(figure, 1, 1, title=0.0)
+        self.draw(figure.add_subplot())
         return figure
 
     def svg(self) -> str:
@@ -221,27 +220,26 @@ def write_ladder(record: RunRecord, path: str | Path) -> None:
     with styled():
         rows = math.ceil(len(panels) / _COLUMNS)
         figure = Figure((PLOT_SIZE[0] * _COLUMNS, (PLOT_SIZE[1] + _TITLE) * rows))
-        for place, plot in zip(_places(figure, rows, _COLUMNS, _TITLE), panels):
-            axes = figure.add_subplot(place)
+        _set_margins(figure, rows, _COLUMNS, _TITLE)
+        for place, plot in enumerate(panels, start=1):
+            axes = figure.add_subplot(rows, _COLUMNS, place)
             plot.draw(axes)
             axes.set_title(plot.title)
         figure.savefig(temporary, format="png", dpi=120)
     os.replace(temporary, path)
 
 
-def _places(figure: Figure, rows: int, columns: int, title: float) -> list[SubplotSpec]:
-    """Places of small plots, with fixed margins and `title` inches above each."""
-    figure.set_layout_engine("none")  # for the style's would move the axes
+def _set_margins(figure: Figure, rows: int, columns: int, title: float) -> None:
+    """Fixed margins around each of a figure's small plots, and `title` inches above it."""
     width, height = figure.get_size_inches()
     left, right, bottom, top = (_MARGINS[side] for side in ("left", "right", "bottom", "top"))
     top += title
-    grid = GridSpec(
-        rows, columns, figure, left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
+    figure.subplots_adjust(
+        left=left / width, right=1 - right / width, bottom=bottom / height, top=1 - top / height,
         # The space between axes, in multiples of their own size.
         wspace=(left + right) / (width / columns - left - right),
         hspace=(bottom + top) / (height / rows - bottom - top),
     )  # fmt: skip
-    return [grid[place] for place in range(rows * columns)]
 
 
 def relative_weights(record: RunRecord) -> np.ndarray:

@@ -28,7 +28,7 @@ def figure(path: str | Path, mosaic: Any, size: tuple[float, float]) -> Iterator
         size: width and height, in inches.
     """
     with styled():
-        sheet = Figure(size)
+        sheet = Figure(size, layout="constrained")
         yield sheet.subplot_mosaic(mosaic)
         sheet.savefig(path, dpi=150)
 
