@@ -8,8 +8,9 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
 from aldrift_hf import RunCallback
-from aldrift_hf.trainer import setup
-from aldrift_hf.trainer.cycles import updates_per_rung
+from aldrift_hf.trainer import cycles, setup
+from aldrift_hf.trainer.cycles import updates_for, updates_per_rung
+from aldrift_hf.types import Completions, Proposals
 
 RATE = 2e-2
 OPEN = {
@@ -33,6 +34,17 @@ class Watch(RunCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.parameters[-1].append(torch.cat([each.detach().flatten() for each in model.parameters()]))
+
+
+class Layout(RunCallback):
+    """Of each rung, the mean of -log q over its proposals, and the training rows that are laid out."""
+
+    def __init__(self):
+        self.nats, self.rows = [], []
+
+    def on_rung_drawn(self, args, state, control, proposals=None, **kwargs):
+        self.nats.append(-float(proposals.log_model.mean()))
+        self.rows.append(len(self.run.samples.samples.order))
 
 
 @pytest.fixture
@@ -135,6 +147,52 @@ def test_a_longer_budget_goes_on_where_the_last_rung_ended(make):
     longer.train(resume_from_checkpoint=True)
     assert [rung["updates"] for rung in longer.record.rungs] == [4, 8, 8]
     assert watch.rates[-1] == pytest.approx(course(8))
+
+
+def proposals_of(nats, draws=102):
+    columns = torch.zeros(1, draws, dtype=torch.float64)
+    completions = Completions.of([[1]] * draws, 0)
+    return Proposals(torch.zeros(draws, dtype=torch.long), completions, columns, columns, columns - nats)
+
+
+@pytest.mark.parametrize(
+    ("nats", "draws", "updates"),
+    [
+        (3, 102, 40),
+        (12, 102, 40),
+        (24, 102, 10),
+        (48, 20, 2),
+        (48, 102, 4),
+        (1200, 102, 4),
+        (1200, 20, 1),
+        (1200, 9999, 40),
+    ],
+)
+def test_texts_that_cannot_be_covered_are_learned_from_less_often(nats, draws, updates):
+    assert updates_for(proposals_of(nats, draws), 40, 32) == updates
+
+
+def test_each_rung_has_the_updates_that_its_own_texts_are_worth(make, monkeypatch):
+    monkeypatch.setattr(cycles, "SHORT_TEXT", 2.0)  # the tiny model's texts have more
+    monkeypatch.setattr(cycles, "FEWER", 4.0)
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
+    whole, watch = make(**save, num_generations=16)
+    whole.add_callback(see := Layout())
+    see.run = whole.run
+    whole.train()
+    made = [rung["updates"] for rung in whole.record.rungs]
+    worth = [max(1, round(4 * (2 / nats) ** 4)) for nats in see.nats]
+    assert made == [*worth[:-1], 2 * worth[-1]]
+    assert len({*worth}) > 1
+    assert max(worth) < 4
+    assert see.rows == [16 * updates for updates in worth], "one pass over the samples is whole"
+    for rung, rates in zip(made, watch.rates, strict=True):
+        assert rates[:rung] == pytest.approx(course(rung))
+    for step in (1, 9, 17):
+        resumed, _ = make(**save, num_generations=16)
+        resumed.train(resume_from_checkpoint=f"{whole.args.output_dir}/checkpoint-{step}")
+        for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize(("draws", "updates"), [(10, 30), (128, 30), (512, 120), (864, 202), (10_000, 240)])

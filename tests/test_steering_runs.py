@@ -12,7 +12,7 @@ from evaluation import steering_run, steering_runs
 from evaluation import steering_trainers as trainers
 from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
-from evaluation.steering_setting import LEARNING, METHODS, Setting
+from evaluation.steering_setting import LEARNING, METHODS, TUNED, Setting
 from problems.steering import TASKS
 
 from aldrift_hf.toy import word_tokenizer
@@ -208,7 +208,8 @@ def test_settings_of_aldrift_have_rows_of_their_own():
     assert other.result(Path("out")).name == "aldrift,loss_type=nll,num_rungs=8_lr0.0001_calls64_seed0.json"
     own, adapter = {"num_rungs": 8}, {"r": 4}
     made = [*steering_runs.grid(METHODS, ["tone"], [1e-4, 2e-4], [64], [0, 1], own, adapter, model="somewhere")]
-    assert len(made) == 2 * (2 * len(LEARNING) + 2)
+    assert len(made) == 2 * (2 * len(TUNED) + 3)
+    assert all(bool(setting.learning_rate) == (setting.method in TUNED) for setting in made)
     assert {setting.seed for setting in made[: len(made) // 2]} == {0}
     assert all(bool(setting.aldrift) == (setting.method == "aldrift") for setting in made)
     assert all(bool(setting.lora) == (setting.method in LEARNING) for setting in made)

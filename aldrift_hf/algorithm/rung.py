@@ -8,7 +8,7 @@ Nothing here reads a file, holds a model or knows of a trainer. The model is beh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -82,7 +82,7 @@ def run_rung(
     loss: Loss,
     goal: Goal | None = None,
     *,
-    num_rows: int,
+    rows: Callable[[Proposals], int],
     seed: int,
 ) -> Rung:
     """Steps 1 and 2 of ALDRIFT on the next rung, and the rows for step 3.
@@ -92,12 +92,12 @@ def run_rung(
         rollout: the model that is trained.
         sampler, ladder, loss: the run's.
         goal: what T is chosen for; `None` where it is given.
-        num_rows: training rows that the rung's updates take in, over all prompts that have draws.
+        rows: how many training rows the rung's updates take in, over all prompts that have draws, after its proposals.
         seed: the run's; the rung's random numbers depend on it and on the rung's index alone.
     """
     rung = len(state.taus)
     proposals = rollout.propose(rung)  # 1. propose: s ~ q
-    pool = sampler.pool(proposals, rollout)
+    pool, num_rows = sampler.pool(proposals, rollout), rows(proposals)
     state = state if goal is None else goal.aim(state, pool)
     tau, here = min(ladder.next_tau(state, pool), state.tau_max), state.of(pool.prompts)
     log_z, influence = sampler.log_z(pool, here, tau), sampler.influence(pool, here, tau)

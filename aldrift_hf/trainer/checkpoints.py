@@ -176,6 +176,8 @@ class Checkpointer:
             "settings": self._must_agree(),
             "adapter_name": run.record.settings["adapter_name"],
             "prior_row_scores": None if scores is None else scores.tolist(),
+            "updates_per_rung": run.updates_per_rung,
+            "rows_per_update": run.rows_per_update,
         }
         (path / STATE_FILE).write_text(json.dumps({**run.to_json(), **about}))
         if run.samples.samples is not None:
@@ -204,14 +206,15 @@ class Checkpointer:
                 "same ones, or start again in another output_dir."
             )
         check_same_prior(run.rollout.prior, run.rollout.policy(), scores, folder)
+        updates, rows = values.pop("updates_per_rung"), values.pop("rows_per_update")
+        if (updates, rows) != (run.updates_per_rung, run.rows_per_update):
+            raise ValueError(
+                f"{folder} was written for {updates} updates per rung on {rows} training rows each; this run has "
+                f"{run.updates_per_rung} on {run.rows_per_update}. Resume with the same num_generations, "
+                "updates_per_rung, batch sizes and number of processes."
+            )
         size = values.pop("generation_batch_size")
         state, samples = RunState.from_json(values), Samples.from_state_dict(load_file(path / SAMPLES_FILE))
-        if len(samples.order) != run.rows_per_pass:
-            raise ValueError(
-                f"{folder} was written for {len(samples.order)} training rows per rung; this run has "
-                f"{run.rows_per_pass}. Resume with the same num_generations, updates_per_rung, batch sizes and number "
-                "of processes."
-            )
         run.state, self.adapter_name = state, adapter_name
         run.on_prompts.is_prior = run.on_prompts.is_prior and state.rung < 1 and not state.updates
         run.samples.fill(samples)

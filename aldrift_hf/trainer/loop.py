@@ -37,9 +37,8 @@ class RungLoop(TrainerCallback):
             if run.state.phase is Phase.DRAWN:
                 run.end_rung()  # resumed from a checkpoint of its last update, before its record was complete
             run.begin_rung()
-        self.advance = self.updates.enter_context(
-            self.runtime.progress("updates", self.updates_per_rung, run.state.updates)
-        )
+        made = min(run.state.updates, run.state.planned)
+        self.advance = self.updates.enter_context(self.runtime.progress("updates", run.state.planned, made))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,8 +57,9 @@ class RungLoop(TrainerCallback):
             fidelity.check_gradient(policy)  # it is zero by right where all costs are the same
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not self.run.state.settled:
+            self.advance(1)
         self.run.updated(time.perf_counter() - self.step_began, self.rate)
-        self.advance(1)
         self.runtime.stop_if_asked()
 
     def on_epoch_end(

@@ -25,7 +25,7 @@ from ..objective.objective import Objective
 from ..reporting.record import RunRecord
 from ..types import Prompts, Proposals, Samples
 from .config import ALDRIFTConfig
-from .cycles import has_cycles
+from .cycles import has_cycles, updates_for
 from .rollout import Rollout, TrainingRollout
 from .samples import RungSamples
 from .state import Phase, RunState
@@ -56,7 +56,8 @@ class Run:
         eos_token_ids: tokens that end a completion.
         samples: the rung's samples, from which the `Trainer` learns.
         updates_per_rung: optimizer updates per rung, for which an epoch has rows.
-        ordinary_updates: how many of them are made on rungs that are not the run's last.
+        ordinary_updates: how many of them are made, at most, on rungs that are not the run's last.
+        chooses_updates: whether a rung makes as many as its texts are worth; otherwise all rungs make the same number.
         record: what is known of the run, for people; filled from `state`.
         tell: `tell(event, **facts)` passes an event on to the callbacks.
         log: logs figures.
@@ -76,6 +77,7 @@ class Run:
     samples: RungSamples
     updates_per_rung: int
     ordinary_updates: int
+    chooses_updates: bool
     record: RunRecord
     tell: Callable[..., None]
     log: Callable[[dict[str, float]], None]
@@ -107,7 +109,7 @@ class Run:
             self.ladder,
             self.loss,
             self.goal,
-            num_rows=self.rows_per_pass,
+            rows=lambda proposals: self.rows_per_update * self._updates_for(proposals),
             seed=self.args.seed,
         )
         self.samples.fill(rung.samples)
@@ -129,7 +131,8 @@ class Run:
         metrics |= self._figures_of_the_sampler(rung, metrics)
         state.rungs.append(metrics)
         is_last = self.stop_reason() is not None
-        state.begin_learning(self.updates_per_rung if is_last else self.ordinary_updates)
+        longer = self.updates_per_rung // self.ordinary_updates if is_last else 1
+        state.begin_learning(longer * self._updates_for(rung.proposals))
         self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
         self.update_record()
         self.tell("on_rung_drawn", metrics=metrics, proposals=rung.proposals, prompts=self.prompts)
@@ -213,14 +216,20 @@ class Run:
         return tau
 
     @property
-    def rows_per_pass(self) -> int:
-        """Training rows in one pass over a rung's samples: those of a rung that is not the run's last."""
-        return len(self.samples) // self.updates_per_rung * self.ordinary_updates
+    def rows_per_update(self) -> int:
+        """Training rows per optimizer update, over all processes."""
+        return len(self.samples) // self.updates_per_rung
 
     @property
     def has_learned(self) -> bool:
         """Whether all updates of the rung that the ladder has reached are done."""
         return self.state.updates == self.updates_per_rung
+
+    def _updates_for(self, proposals: Proposals) -> int:
+        """Updates of a rung with these proposals, if it is not the run's last."""
+        if not self.chooses_updates:
+            return self.ordinary_updates
+        return updates_for(proposals, self.ordinary_updates, self.rows_per_update)
 
     def stop_reason(self) -> str | None:
         """Why the run ends with the rung that it has reached, as a sentence; `None` to go on."""

@@ -111,6 +111,7 @@ LEARN: dict[str, Callable[[Job], Learned]] = {
     "grpo": policy_gradient,
     "expert_iteration": expert_iteration,
     "dpg": dpg,
+    "defaults": aldrift,
 }
 """Methods that learn, by name."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.steering_run import BUSY, arguments
-from evaluation.steering_setting import LEARNING, METHODS, Setting
+from evaluation.steering_setting import LEARNING, METHODS, TUNED, Setting
 
 RECIPES = Path(__file__).parents[1]
 
@@ -26,7 +26,7 @@ def grid(
     lora: dict[str, Any],
     **shared: Any,
 ) -> Iterator[Setting]:
-    """The settings of all runs: first seeds first. Methods at test time have no learning rate.
+    """The settings of all runs: first seeds first. Methods at test time, and `defaults`, have no learning rate.
 
     Args:
         methods, tasks, learning_rates, calls, seeds: what is varied.
@@ -38,7 +38,7 @@ def grid(
         for task in tasks:
             for number in calls:
                 for method in methods:
-                    for rate in learning_rates if method in LEARNING else [0.0]:
+                    for rate in learning_rates if method in TUNED else [0.0]:
                         own, adapter = aldrift if method == "aldrift" else {}, lora if method in LEARNING else {}
                         yield Setting(task, method, rate, number, seed, aldrift=own, lora=adapter, **shared)
 

@@ -6,8 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-LEARNING = ("aldrift", "rloo", "grpo", "expert_iteration", "dpg")
-"""Methods that train a model, by their names."""
+TUNED = ("aldrift", "rloo", "grpo", "expert_iteration", "dpg")
+"""Methods that train a model at a learning rate that is given, by their names."""
+LEARNING = (*TUNED, "defaults")
+"""Methods that train a model; `defaults` is ALDRIFT with T, D and the number of calls alone."""
 TEST_TIME = ("rejection", "suffix_mh")
 """Methods that sample from the prior without learning."""
 METHODS = (*LEARNING, *TEST_TIME)
@@ -19,7 +21,7 @@ class Setting:
 
     Attributes:
         task, method: names.
-        learning_rate: constant; 0 for a method that does not learn.
+        learning_rate: constant; 0 for a method that does not learn, or that finds its own.
         calls: completions whose cost is evaluated, over all prompts.
         seed: random seed.
         model: folder of the prior.

@@ -63,15 +63,23 @@ class Job:
     @property
     def training(self) -> dict[str, Any]:
         """Settings of `TrainingArguments` that the trainers share."""
+        return {
+            **self.surroundings,
+            "learning_rate": self.setting.learning_rate,
+            "lr_scheduler_type": "constant",
+            "gradient_accumulation_steps": 1,
+            "max_grad_norm": 1.0,
+        }
+
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """Those of them that are not about learning."""
         setting = self.setting
         return {
             "output_dir": str(self.folder),
-            "learning_rate": setting.learning_rate,
-            "lr_scheduler_type": "constant",
             "per_device_train_batch_size": setting.batch_size,
             "max_completion_length": self.task.max_completion_length,
             "gradient_checkpointing": setting.gradient_checkpointing,
-            "max_grad_norm": 1.0,
             "seed": setting.seed,
             "bf16": False,  # no autocast: the weights' precision is the setting's dtype
             "report_to": "none",
@@ -93,23 +101,29 @@ def generations(job: Job) -> int:
 def aldrift_config(job: Job) -> ALDRIFTConfig:
     """ALDRIFT's settings: equal steps to T, which the last rung reaches, and an update per batch of calls.
 
-    Those of `--aldrift` come last. The number of proposals and updates follows from theirs where they are not set.
+    The method `defaults` leaves all of this open. Settings of `--aldrift` come last; the number of proposals and updates
+    follows from them where they are not among them.
     """
     setting, prompts = job.setting, len(job.task.rows)
+    fixed = {
+        "tau_max": job.task.tau_max,
+        "objective_range": job.task.worst_cost,
+        "max_objective_calls": setting.calls,  # the final model is not measured on more
+        "save_strategy": "epoch",
+        "save_total_limit": 1,
+    }
+    if setting.method == "defaults":
+        return ALDRIFTConfig(**job.surroundings | fixed)
     rungs = int(setting.aldrift.get("num_rungs", max(2, setting.calls // RUNG)))
     per_prompt = int(setting.aldrift.get("num_generations", setting.calls // (rungs * prompts)))
     settings = {
         **job.training,
-        "tau_max": job.task.tau_max,
-        "objective_range": job.task.worst_cost,
+        **fixed,
         "tau_step": job.task.tau_max / rungs,
         "num_rungs": rungs,
         "num_generations": per_prompt,
         "chain_length": 1,
         "updates_per_rung": max(1, per_prompt * prompts // setting.batch_size),
-        "max_objective_calls": setting.calls,  # the final model is not measured on more
-        "save_strategy": "epoch",
-        "save_total_limit": 1,
     }
     return ALDRIFTConfig(**settings | setting.aldrift)
 
@@ -132,7 +146,7 @@ def aldrift(job: Job) -> tuple[PeftModel, int]:
     """Train with ALDRIFT, or go on from the last checkpoint; the model and its number of calls."""
     trainer = aldrift_trainer(job)
     trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
-    return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["proposals"])
+    return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["objective_calls"])
 
 
 class TimeSpent(TrainerCallback):
