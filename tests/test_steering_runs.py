@@ -74,19 +74,24 @@ def test_all_methods(recipe_module, monkeypatch, capsys, place, here, tmp_path, 
     results = {run["setting"]["method"]: run for run in steering_runs.results(tmp_path, [task])}
     assert [*results] == [*METHODS]
     for method, run in results.items():
-        assert run["calls"] == (128 if method == "suffix_mh" and task != "tone" else 64), method
+        if method == "defaults":  # which chooses its rungs' size
+            assert 32 <= run["calls"] <= 64
+        else:
+            assert run["calls"] == (128 if method == "suffix_mh" and task != "tone" else 64), method
         assert run["cpu_seconds"] > 0
         assert run["peak_memory"] > 100
         assert 0 <= run["corrected_cost"] <= TASKS[task]().worst_cost
         assert ("kl" in run) == (method != "suffix_mh")
     for method in LEARNING:
-        assert results[method]["kl_prior"] > 1e-3, f"{method} has learned something"
+        # With so few calls for 16 prompts, the defaults may find equal costs alone.
+        assert results[method]["kl_prior"] > 1e-3 or (method == "defaults" and task != "tone"), method
         assert results[method]["log_z_lower"] < results[method]["log_z_upper"]
     exact = golden.kl_from_prior(*costs_of(place, task))
     assert results["rejection"]["kl"] == pytest.approx(exact.value)
     assert results["rejection"]["kl_prior"] == 0
     table = (tmp_path / "steer_text.md").read_text()
     assert "| expert_iteration, lr 0.01 |" in table
+    assert "| defaults |" in table
     assert (tmp_path / "steer_text.png").stat().st_size > 10_000
     assert "figure and tables:" in out
     assert not [*tmp_path.glob("*/*/")], "what the runs needed on the way is gone"

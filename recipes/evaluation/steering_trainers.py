@@ -101,8 +101,8 @@ def generations(job: Job) -> int:
 def aldrift_config(job: Job) -> ALDRIFTConfig:
     """ALDRIFT's settings: equal steps to T, which the last rung reaches, and an update per batch of calls.
 
-    The method `defaults` leaves all of this open. Settings of `--aldrift` come last; the number of proposals and updates
-    follows from them where they are not among them.
+    The method `defaults` leaves all of this open. Settings of `--aldrift` come last; the number of proposals and
+    updates follows from them where they are not among them.
     """
     setting, prompts = job.setting, len(job.task.rows)
     fixed = {
@@ -146,7 +146,7 @@ def aldrift(job: Job) -> tuple[PeftModel, int]:
     """Train with ALDRIFT, or go on from the last checkpoint; the model and its number of calls."""
     trainer = aldrift_trainer(job)
     trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
-    return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["objective_calls"])
+    return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["proposals"])
 
 
 class TimeSpent(TrainerCallback):
