@@ -39,6 +39,9 @@ from aldrift_hf.models.prior import base_model
 METHODS = ("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL)
 KEY = ("factor", "method", "setting", "budget", "seed")
 TRL_BATCH = 64
+"""Draws per update."""
+CBAS_ROUNDS = 16
+"""Rounds that the budget is laid out for, if no draw repeats."""
 
 
 @dataclass
@@ -62,6 +65,7 @@ class BindingArguments:
     thresholds: list[float] = field(
         default_factory=lambda: [0.05, 0.2], metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."}
     )
+    updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
     )
@@ -128,12 +132,12 @@ class Bench:
         return base_model(trainer.model), figures
 
     def learned(self, method: str, problem: MeasuredSites, rate: float, budget: int, seed: int) -> PreTrainedModel:
-        """The model of a peer that has one. TRL's draw on until the budget is spent, or four times as often."""
+        """The model of a peer that has one, which draws until the budget is spent, but four times as often at most."""
         objective = CountedObjective(problem, budget)
         if method == "cbas":
             model, _, _ = cbas(
-                problem, self.model_config, objective, rounds=4 * budget // 256, proposals=256, updates=60,
-                learning_rate=rate, seed=seed,
+                problem, self.model_config, objective, rounds=4 * CBAS_ROUNDS, proposals=budget // CBAS_ROUNDS,
+                updates=self.options.updates, learning_rate=rate, seed=seed,
             )  # fmt: skip
         else:
             model, _, _ = policy_gradient(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -263,20 +264,23 @@ def cbas(
         with policy.disable_adapter():
             log_prior = text_log_probs(texts, base_model(policy), tokenizer)
         weights = np.where(cost <= bound + 1e-9, np.exp(log_prior - log_model), 0.0)
-        kept = [text for text, weight in zip(texts, weights) if weight]
-        chances = weights[weights > 0] / weights.sum()
-        fit(
-            policy,
-            tokenizer,
-            lambda count, rng, kept=kept, chances=chances: [*rng.choice(kept, count, p=chances)],  # type: ignore[misc]
-            updates,
-            128,
-            learning_rate,
-            stream_seed(seed, number),
-        )
+        if weights.any():  # otherwise no draw is as good as the earlier rounds' best share
+            fit(
+                policy,
+                tokenizer,
+                partial(_by_weight, texts, weights),
+                updates,
+                128,
+                learning_rate,
+                stream_seed(seed, number),
+            )
         if objective.is_spent:
             break
     return policy, tokenizer, len(objective.known)
+
+
+def _by_weight(texts: Sequence[str], weights: np.ndarray, count: int, rng: np.random.Generator) -> list[str]:
+    return [texts[index] for index in rng.choice(len(texts), count, p=weights / weights.sum())]
 
 
 def drawn_texts(
