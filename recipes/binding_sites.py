@@ -52,18 +52,22 @@ class BindingArguments:
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
     budget: int = field(default=2048, metadata={"help": "Sequences that a run measures, at most."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for aldrift, cbas, rloo and grpo."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Tried for aldrift, cbas, rloo and grpo."}
     )
     populations: list[int] = field(
         default_factory=lambda: [8, 16, 32, 128],
-        metadata={"help": "Tried for the genetic algorithm, and as AdaLead's batch."},
+        metadata={"help": "Parents and children per generation, tried for the genetic algorithm."},
     )
     mutations: list[float] = field(
         default_factory=lambda: [1.0, 2.0],
         metadata={"help": "Letters changed per child, tried for the genetic algorithm."},
     )
+    batches: list[int] = field(
+        default_factory=lambda: [32, 128, 256], metadata={"help": "Measurements per round, tried for AdaLead."}
+    )
     thresholds: list[float] = field(
-        default_factory=lambda: [0.05, 0.2], metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."}
+        default_factory=lambda: [0.05, 0.2, 0.4],
+        metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
     updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
     seeds: list[int] = field(
@@ -99,7 +103,7 @@ class Bench:
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method == "adalead":
-            return [f"{size} {share:g}" for size, share in itertools.product(options.populations, options.thresholds)]
+            return [f"{size} {share:g}" for size, share in itertools.product(options.batches, options.thresholds)]
         return [f"{rate:g}" for rate in options.learning_rates]
 
     def measure(self, factor: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:

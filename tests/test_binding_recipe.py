@@ -38,7 +38,14 @@ def run(run_recipe, recipe_module, tmp_path, monkeypatch):
     (tmp_path / "cache").mkdir()
     for seed, factor in enumerate(FACTORS):
         (tmp_path / "cache" / f"{factor}_8mers.txt").write_text(table(seed))
-    quick = {"factors": "ONE TWO", "seeds": 0, "budget": 60, "learning_rates": 3e-3, "populations": "4 8"}
+    quick = {
+        "factors": "ONE TWO",
+        "seeds": 0,
+        "budget": 60,
+        "learning_rates": 3e-3,
+        "populations": "4 8",
+        "batches": "4 8",
+    }
     quick |= {"thresholds": 0.1, "mutations": 1, "prior_steps": 60, "updates": 2}
     yield lambda *flags, **changes: run_recipe("binding_sites", *flags, **quick | changes)
     scores.cache_clear()

@@ -151,14 +151,17 @@ def draw(truths: Mapping[str, Truth], runs: Runs, path: Path) -> None:
             logo(axes[f"{factor}, p_T"], np.array(truth.bases(truth.log_target)))
             if made is not None:
                 logo(axes[f"{factor}, model"], np.array(made[0]["bases"]))
+        highest = max(each.get_ylim()[1] for each in axes.values())
         for name, each in axes.items():
             each.set_title(name, fontsize=7)
+            each.set_ylim(0, highest)
 
 
 def logo(axes: Any, bases: np.ndarray) -> None:
     """Draw one logo."""
     shares = bases / bases.sum(1, keepdims=True)
     information = np.log2(len(BASES)) + (shares * np.log2(np.maximum(shares, 1e-12))).sum(1, keepdims=True)
-    logomaker.Logo(pd.DataFrame(shares * information, columns=[*BASES]), ax=axes)
-    axes.set_ylim(0, np.log2(len(BASES)))
+    places = np.arange(1, len(bases) + 1)
+    logomaker.Logo(pd.DataFrame(shares * information, index=places, columns=[*BASES]), ax=axes)
     axes.set_ylabel("bits")
+    axes.set_xlabel("place")
