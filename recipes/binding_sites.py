@@ -27,6 +27,7 @@ from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
 from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
 from evaluation.kept_runs import KeptRuns, Run
+from evaluation.tables import publish
 from problems.binding_sites import BASES, FACTORS, LENGTH
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
@@ -178,12 +179,7 @@ def main() -> None:
         sys.exit(str(error))
     bench = Bench(options, model_config, truths, folder)
     runs = {factor: {method: bench.runs(factor, method) for method in options.methods} for factor in options.factors}
-    blocks = []
-    for table in (first_factor(truths, runs), every_factor(truths, runs)):
-        table.print()
-        table.write_markdown(folder / "binding_sites.md")
-        blocks.append((folder / "binding_sites.md").read_text())
-    (folder / "binding_sites.md").write_text("\n".join(blocks))
+    publish([first_factor(truths, runs), every_factor(truths, runs)], folder / "binding_sites.md")
     draw(truths, runs, folder / "binding_sites.png")
     Console().print(f"figure and tables: {folder}/binding_sites.*   every run: {folder}/runs.jsonl")
 

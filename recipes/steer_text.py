@@ -32,7 +32,7 @@ from evaluation import steering_runs, steering_table
 from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
 from evaluation.steering_setting import METHODS
-from evaluation.tables import Comparison
+from evaluation.tables import Comparison, publish
 from problems.real_model import HUB_ID, real_model
 from problems.steering import TASKS
 from rich.console import Console
@@ -191,13 +191,12 @@ def compare(golds: dict[str, Gold], folder: Path) -> None:
     if not found:
         return
     tau = {name: TASKS[name]().tau_max for name in found}
-    blocks = []
-    for name, results in found.items():
-        for table in steering_table.tables(name, results, golds[name], tau[name]):
-            table.print()
-            table.write_markdown(folder / "steer_text.md")
-            blocks.append((folder / "steer_text.md").read_text())
-    (folder / "steer_text.md").write_text("\n".join(blocks))
+    tables = [
+        table
+        for name, results in found.items()
+        for table in steering_table.tables(name, results, golds[name], tau[name])
+    ]
+    publish(tables, folder / "steer_text.md")
     steering_table.draw(folder / "steer_text.png", found, golds, tau)
     print(f"figure and tables: {folder}/steer_text.*")
 

@@ -154,8 +154,8 @@ class ALDRIFTConfig(GenerationSettings):
         updates_per_rung (`int`, *optional*):
             Number of optimizer updates per rung. Many updates on few samples memorise them: watch `missing_mass`.
             `None` with `loss_type="generalized_kl"`: 30 training rows for each of the rung's proposals, in 30 to 240
-            updates; fewer, down to one row, for texts of more than 12 nats (the mean of `-log q`): a quarter for 24
-            nats, a tenth for 38; and twice as many on the run's last rung, whose model is the result. Otherwise one
+            updates; fewer, down to one row each, for texts of more than 12 nats (the mean of `-log q`): a quarter for
+            24 nats, a tenth for 38; and twice as many on the run's last rung, whose model is the result. Otherwise one
             pass over the rung's samples.
         model_init_kwargs (`dict` or `str`, *optional*):
             Keyword arguments for `from_pretrained` (as JSON on the command line) when the trainer is given a model's id

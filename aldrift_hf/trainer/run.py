@@ -56,8 +56,8 @@ class Run:
         eos_token_ids: tokens that end a completion.
         samples: the rung's samples, from which the `Trainer` learns.
         updates_per_rung: optimizer updates per rung, for which an epoch has rows.
-        ordinary_updates: how many of them are made, at most, on rungs that are not the run's last.
-        chooses_updates: whether a rung makes as many as its texts are worth; otherwise all rungs make the same number.
+        ordinary_updates: how many of them are made, at most, on rungs that are not the run's last. If it is all, every
+            rung makes so many; otherwise as many as its texts are worth.
         record: what is known of the run, for people; filled from `state`.
         tell: `tell(event, **facts)` passes an event on to the callbacks.
         log: logs figures.
@@ -77,7 +77,6 @@ class Run:
     samples: RungSamples
     updates_per_rung: int
     ordinary_updates: int
-    chooses_updates: bool
     record: RunRecord
     tell: Callable[..., None]
     log: Callable[[dict[str, float]], None]
@@ -227,7 +226,7 @@ class Run:
 
     def _updates_for(self, proposals: Proposals) -> int:
         """Updates of a rung with these proposals, if it is not the run's last."""
-        if not self.chooses_updates:
+        if self.ordinary_updates == self.updates_per_rung:
             return self.ordinary_updates
         return updates_for(proposals, self.ordinary_updates, self.rows_per_update)
 

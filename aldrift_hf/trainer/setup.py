@@ -99,7 +99,6 @@ def make_run(
         samples=RungSamples(most * rows_per_update, prompts.token_ids),
         updates_per_rung=most,
         ordinary_updates=updates,
-        chooses_updates=most > updates,
         record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
         tell=tell,
         log=log,

@@ -187,14 +187,8 @@ def expert_iteration(
         keep: share of each prompt's draws that counts as the best.
         watch: looks at the model after each round, and may end the run.
     """
-    model, tokenizer, peft_config = make_prior(problem, model_config)
-    torch.manual_seed(seed)
-    policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
+    policy, tokenizer, config = with_adapter(problem, model_config, seed)
     objective, prompts = CountedObjective(problem), problem.prompts
-    end = cast(int, tokenizer.eos_token_id)
-    config = neutral_generation_config(
-        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
-    )
     per_prompt = proposals // (rounds * len(prompts))
     drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for number in range(rounds):
@@ -248,13 +242,7 @@ def cbas(
         seed: random seed.
         quantile: the share of a round's draws that cost too much, Q; the bound never rises.
     """
-    model, tokenizer, peft_config = make_prior(problem, model_config)
-    torch.manual_seed(seed)
-    policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
-    end = cast(int, tokenizer.eos_token_id)
-    config = neutral_generation_config(
-        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
-    )
+    policy, tokenizer, config = with_adapter(problem, model_config, seed)
     bound = problem.worst_cost
     for number in range(rounds):
         texts = drawn_texts(policy, tokenizer, config, "", proposals, (seed, number, 0))
@@ -281,6 +269,20 @@ def cbas(
 
 def _by_weight(texts: Sequence[str], weights: np.ndarray, count: int, rng: np.random.Generator) -> list[str]:
     return [texts[index] for index in rng.choice(len(texts), count, p=weights / weights.sum())]
+
+
+def with_adapter(
+    problem: TextProblem, model_config: RecipeModelConfig, seed: int
+) -> tuple[PeftModel, PreTrainedTokenizerBase, GenerationConfig]:
+    """The prior with a new adapter, its tokenizer, and how it draws completions."""
+    model, tokenizer, peft_config = make_prior(problem, model_config)
+    torch.manual_seed(seed)
+    policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
+    end = cast(int, tokenizer.eos_token_id)
+    config = neutral_generation_config(
+        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
+    )
+    return policy, tokenizer, config
 
 
 def drawn_texts(

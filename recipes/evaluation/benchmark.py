@@ -10,7 +10,7 @@ from rich.console import Console
 
 from evaluation.figures import figure, plot_lines
 from evaluation.kept_runs import Run
-from evaluation.tables import Comparison, mean_of
+from evaluation.tables import Comparison, mean_of, publish
 
 COLUMNS = {
     "TV": ("tv", ".2f"),
@@ -33,17 +33,15 @@ def report(groups: Mapping[str, list[list[Run]]], folder: Path) -> None:
         groups: for each problem its groups of runs; runs of one group differ in the seed alone.
         folder: the folder to write to.
     """
-    path, blocks = folder / "benchmark.md", []
+    tables = []
     for problem, runs in groups.items():
         table = Comparison(f"{problem}: means over seeds {[run['seed'] for run in runs[-1]]}", [*COLUMNS])
         for group in runs:
             first = group[0]
             label = first["method"] + (f", lr {first['learning_rate']:g}" if first["learning_rate"] else "")
             table.rows.append((label, [_cell(group, *column) for column in COLUMNS.values()]))
-        table.print()
-        table.write_markdown(path)
-        blocks.append(path.read_text())
-    path.write_text("\n".join(blocks))
+        tables.append(table)
+    publish(tables, folder / "benchmark.md")
     with figure(folder / "benchmark.png", [[*groups]], (5 * len(groups), 4.5)) as axes:
         for problem, runs in groups.items():
             lines: dict[str, tuple[list[float], list[float]]] = {}

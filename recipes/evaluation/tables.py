@@ -56,6 +56,10 @@ class Comparison:
 
     def write_markdown(self, path: str | Path) -> None:
         """Write the table to a file."""
+        Path(path).write_text(self.markdown())
+
+    def markdown(self) -> str:
+        """The table in Markdown."""
         lines = [
             f"**{self.title}**",
             "",
@@ -63,7 +67,14 @@ class Comparison:
             _line(["---", *("---:" for _ in self.columns)]),
             *(_line([label, *cells]) for label, cells in self.rows),
         ]
-        Path(path).write_text("\n".join(lines) + "\n")
+        return "\n".join(lines) + "\n"
+
+
+def publish(tables: Sequence[Comparison], path: Path) -> None:
+    """Print several tables, and write them to one file."""
+    for table in tables:
+        table.print()
+    path.write_text("\n".join(table.markdown() for table in tables))
 
 
 def _line(cells: list[str]) -> str:
