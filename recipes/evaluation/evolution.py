@@ -49,7 +49,14 @@ class Oracle:
 
 
 def genetic_algorithm(
-    oracle: Oracle, letters: int, length: int, *, population: int, mutations: float, seed: int
+    oracle: Oracle,
+    letters: int,
+    length: int,
+    *,
+    population: int,
+    mutations: float,
+    seed: int,
+    start: Iterable[Sequence] | None = None,
 ) -> None:
     """Each generation, the best sequences so far are the parents of as many children.
 
@@ -63,9 +70,10 @@ def genetic_algorithm(
         population: parents and children per generation.
         mutations: letters of a child that are changed, on average.
         seed: random seed.
+        start: the first generation; `None` draws `population` sequences, all with equal probability.
     """
     rng = np.random.default_rng(seed)
-    oracle.evaluate(random_sequences(population, letters, length, rng))
+    oracle.evaluate(random_sequences(population, letters, length, rng) if start is None else start)
     while oracle.left:
         parents = oracle.best(population)
         mothers, fathers = parents[rng.integers(len(parents), size=(2, population))]

@@ -1,0 +1,207 @@
+"""Optimise protein-like sequences: Ehrlich functions, beside a genetic algorithm and TRL's trainers.
+
+    accelerate launch recipes/ehrlich.py
+
+An Ehrlich function (Stanton et al. 2024, arXiv 2407.00236; recipes/problems/ehrlich.py) asks for c motifs of k states,
+each anywhere in a sequence of L states out of V, where most pairs of neighbours are banned. The prior writes feasible
+sequences, and the question is an optimiser's: after how many evaluations is a sequence of value 1 found? The
+functions are those that the package pytorch-holo makes for the same V, L, c, k and seed.
+
+The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
+the budget alone (defaults), with the archive and maximum likelihood (archive), and with TOPIFT, the paper's heuristic
+(top). Its peers: a genetic algorithm that starts from draws of the prior, expert iteration, and TRL's RLOO and GRPO
+with beta = 1/T.
+Each has the setting of its grid that is best on the first function and seed: that solves it first, or else comes
+closest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+"""
+
+import itertools
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from evaluation.baselines import TRL, CountedObjective, drawn_texts, expert_iteration, policy_gradient, with_adapter
+from evaluation.ehrlich import DRAWS, MeasuredEhrlich, draw, draws_measured, table
+from evaluation.evolution import Oracle, genetic_algorithm
+from evaluation.kept_runs import KeptRuns, Run
+from evaluation.tables import publish
+from peft import PeftModel
+from problems.ehrlich import holo
+from problems.prior import RecipeModelConfig
+from problems.training import left_open, make_trainer
+from rich.console import Console
+from trl import TrlParser
+
+METHODS = ("defaults", "archive", "top", "genetic_algorithm", "expert_iteration", *TRL)
+KEY = ("function", "method", "setting", "budget", "seed")
+TRL_BATCH = 64
+"""Draws per update."""
+
+
+@dataclass
+class EhrlichArguments:
+    """What is compared."""
+
+    functions: list[str] = field(
+        default_factory=lambda: ["32-32-2-4", "32-32-4-4", "20-32-2-4"], metadata={"help": "Functions, as V-L-c-k."}
+    )
+    budgets: list[int] = field(
+        default_factory=lambda: [5248, 10000, 5248], metadata={"help": "Evaluations of a run, for each function."}
+    )
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
+    tau_max: float = field(default=40.0, metadata={"help": "T."})
+    rungs: int = field(default=20, metadata={"help": "Rungs of archive and top, and rounds of expert iteration."})
+    updates: list[int] = field(
+        default_factory=lambda: [20, 60], metadata={"help": "Updates per rung, tried for archive, top and the like."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
+    )
+    populations: list[int] = field(
+        default_factory=lambda: [32, 128, 512],
+        metadata={"help": "Parents and children per generation, tried for the genetic algorithm."},
+    )
+    mutations: list[float] = field(
+        default_factory=lambda: [1.0, 2.0],
+        metadata={"help": "States changed per child, tried for the genetic algorithm."},
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2, 3, 4],
+        metadata={"help": "Random seeds, also of the functions; settings are chosen on the first one."},
+    )
+    output_dir: str = field(default="out/ehrlich", metadata={"help": "Folder that all files are written to."})
+
+
+class Bench:
+    """The runs, each made once and kept in a file."""
+
+    def __init__(self, options: EhrlichArguments, model_config: RecipeModelConfig, folder: Path) -> None:
+        self.options, self.model_config, self.folder = options, model_config, folder
+        self.budgets = dict(zip(options.functions, options.budgets))
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+
+    def runs(self, function: str, method: str) -> list[Run]:
+        """A run per seed, with the method's best setting."""
+        first = (self.options.functions[0], self.options.seeds[0])
+        best = min((self.run(first[0], method, setting, first[1]) for setting in self.grid(method)), key=rank)
+        return [self.run(function, method, best["setting"], seed) for seed in self.options.seeds]
+
+    def run(self, function: str, method: str, setting: str, seed: int) -> Run:
+        """One run."""
+        return self.kept.get((function, method, setting, self.budgets[function], seed), self.measure)
+
+    def grid(self, method: str) -> list[str]:
+        """The settings that are tried for a method, as words."""
+        options = self.options
+        if method == "defaults":
+            return [""]
+        if method == "genetic_algorithm":
+            return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
+        if method in TRL:
+            return [f"{rate:g}" for rate in options.learning_rates]
+        return [f"{updates} {rate:g}" for updates, rate in itertools.product(options.updates, options.learning_rates)]
+
+    def measure(self, function: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
+        """Make a run."""
+        problem = MeasuredEhrlich(*numbers_of(function), seed)
+        numbers = [*map(float, setting.split())]
+        began = time.process_time()
+        if method == "genetic_algorithm":
+            evolve(problem, int(numbers[0]), numbers[1], budget, seed)
+            model = None
+        elif method in ("defaults", "archive", "top"):
+            model = self.aldrift(problem, method, numbers, budget, seed)
+        else:
+            model = self.peer(problem, method, numbers, budget, seed)
+        measures = problem.search(budget) | {"cpu_seconds": time.process_time() - began}
+        return measures if model is None else measures | draws_measured(problem, self.texts(model, problem, seed))
+
+    def aldrift(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> PeftModel:
+        """ALDRIFT's model: with its defaults, or with equal steps to T and maximum likelihood."""
+        last, rungs = self.folder / "last_run", self.options.rungs
+        shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
+        given: dict[str, Any] = {}
+        if method != "defaults":
+            given = {
+                "sampler": method,
+                "loss_type": "nll",
+                "tau_step": self.options.tau_max / rungs,
+                "num_rungs": rungs,
+                "num_generations": budget // rungs,
+                "updates_per_rung": int(numbers[0]),
+                "learning_rate": numbers[1],
+            }
+        trainer = make_trainer(problem, left_open(last, self.options.tau_max, budget, seed, **given), self.model_config)
+        trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model)
+
+    def peer(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> PeftModel:
+        """The model of expert iteration, or of one of TRL's trainers."""
+        if method == "expert_iteration":
+            model, _, _ = expert_iteration(
+                problem, self.model_config, rounds=self.options.rungs, proposals=budget, updates=int(numbers[0]),
+                learning_rate=numbers[1], seed=seed,
+            )  # fmt: skip
+        else:
+            model, _, _ = policy_gradient(
+                method, problem, self.model_config, tau_max=self.options.tau_max, proposals=4 * budget,
+                generations=TRL_BATCH, learning_rate=numbers[0], seed=seed,
+                objective=CountedObjective(problem, budget),
+            )  # fmt: skip
+        return model
+
+    def texts(self, model: PeftModel, problem: MeasuredEhrlich, seed: int) -> list[str]:
+        """Draws of a final model."""
+        _, tokenizer, config = with_adapter(problem, self.model_config, seed)
+        return drawn_texts(model, tokenizer, config, "", DRAWS, (seed, self.options.rungs, 0))
+
+
+def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: int, seed: int) -> None:
+    """Run the genetic algorithm, from feasible sequences."""
+    oracle = Oracle(lambda codes: problem.value_of(problem.texts(np.array([codes]))[0]), budget)
+    start = problem.function.sequences(population, problem.length, np.random.default_rng(seed))
+    genetic_algorithm(
+        oracle, problem.states, problem.length, population=population, mutations=mutations, seed=seed,
+        start=map(tuple, start.tolist()),
+    )  # fmt: skip
+
+
+def rank(run: Run) -> tuple[float, float]:
+    """What a method's setting is chosen by: less is better."""
+    return (np.inf if run["solved_at"] is None else run["solved_at"], -run["best"])
+
+
+def numbers_of(function: str) -> list[int]:
+    """V, L, c and k of a function."""
+    return [*map(int, function.split("-"))]
+
+
+def main() -> None:
+    options, model_config = TrlParser((EhrlichArguments, RecipeModelConfig)).parse_args_and_config()
+    if unknown := sorted(set(options.methods) - set(METHODS)):
+        sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+    for function in options.functions:
+        if re.fullmatch(r"\d+-\d+-\d+-\d+", function) is None:
+            sys.exit(f"--functions {function}: write V-L-c-k, four whole numbers, such as 32-32-2-4.")
+        try:
+            holo(*numbers_of(function), seed=0)
+        except ValueError as error:
+            sys.exit(f"--functions {function}: {error}.")
+    if len(options.budgets) != len(options.functions):
+        sys.exit(f"--budgets: one for each of {len(options.functions)} functions, not {len(options.budgets)}.")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options, model_config, folder)
+    runs = {name: {method: bench.runs(name, method) for method in options.methods} for name in options.functions}
+    publish([table(name, made) for name, made in runs.items()], folder / "ehrlich.md")
+    draw(runs, folder / "ehrlich.png")
+    Console().print(f"figure and tables: {folder}/ehrlich.*   every run: {folder}/runs.jsonl")
+
+
+if __name__ == "__main__":
+    main()

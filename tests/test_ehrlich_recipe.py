@@ -1,0 +1,73 @@
+"""The recipe of Ehrlich functions, on one that is quickly solved."""
+
+import json
+
+import numpy as np
+import pytest
+from evaluation.ehrlich import MeasuredEhrlich, curve, draws_measured
+
+QUICK = {
+    "functions": "8-6-1-2", "budgets": 256, "rungs": 4, "updates": 5, "learning_rates": 3e-3, "populations": "8 16",
+    "mutations": 1, "seeds": "0 1", "prior_steps": 150,
+}  # fmt: skip
+METHODS = ("archive", "top", "genetic_algorithm", "expert_iteration", "rloo")
+
+
+@pytest.mark.slow
+def test_the_comparison(run_recipe, capsys):
+    folder = run_recipe("ehrlich", "--methods", *METHODS, **QUICK)
+    kept = (folder / "runs.jsonl").read_text()
+    runs = [json.loads(line) for line in kept.splitlines()]
+    for method in METHODS:
+        made = [run for run in runs if run["method"] == method]
+        # The genetic algorithm: two settings on the first seed, and the best one on the other.
+        assert len(made) == (2 + 1 if method == "genetic_algorithm" else 2)
+        for run in made:
+            assert 0 < run["calls"] <= 256
+            assert run["best"] == run["rises"][-1][1]
+            assert (run["solved_at"] is None) == (run["best"] < 1)
+            assert ("feasible" in run) == (method != "genetic_algorithm")
+            assert 0.5 < run.get("feasible", 1) <= 1
+    assert sum(run["solved_at"] is not None for run in runs) > len(runs) / 2
+    written = (folder / "ehrlich.md").read_text()
+    assert "| top 5 0.003 | " in written
+    assert (folder / "ehrlich.png").stat().st_size > 5000
+    capsys.readouterr()
+    run_recipe("ehrlich", "--methods", *METHODS, **QUICK)
+    assert (folder / "runs.jsonl").read_text() == kept, "kept, and not made again"
+
+
+def test_each_evaluation_counts_once_and_draws_do_not():
+    problem = MeasuredEhrlich(7, 4, 1, 3, 1)
+    texts = problem.random_texts(50, np.random.default_rng(0))
+    best = next(text for text in problem.all_texts() if problem.function(problem.codes_of(text)[None]) == 1)
+    problem.cost([""] * 53, [*texts, texts[0], "x", best])
+    count = len({*texts}) + 2
+    found = problem.search(budget=100)
+    assert found["calls"] == count
+    assert found["solved_at"] == (count if best not in texts else [*problem.values].index(best) + 1)
+    assert problem.search(budget=1)["best"] == problem.value_of(texts[0])
+    draws = draws_measured(problem, [best, best, "y", texts[0]])
+    assert draws["feasible"] == 0.75
+    assert draws["solutions"] == len({best, texts[0]}) if problem.value_of(texts[0]) == 1 else 1
+    assert draws["mean_value"] == (2 + problem.value_of(texts[0])) / 4
+    assert len(problem.values) == count
+
+
+def test_the_best_value_after_each_evaluation():
+    run = {"rises": [[1, 0.25], [3, 0.5], [7, 1.0]]}
+    assert curve(run, np.arange(1, 9)) == [0.25, 0.25, 0.5, 0.5, 0.5, 0.5, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--functions", "32-32-2"], "write V-L-c-k"),
+        (["--budgets", "100"], "one for each of 3 functions, not 1"),
+        (["--methods", "reinvent"], "choose from defaults, archive, top"),
+        (["--functions", "8-7-2-4", "--budgets", "100"], "2 motifs of 4 states do not fit into 7"),
+    ],
+)
+def test_bad_input_is_refused(run_recipe, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        run_recipe("ehrlich", *flags)
