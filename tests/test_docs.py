@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
@@ -29,6 +30,7 @@ import aldrift_hf
 from aldrift_hf import check_objective, cli, selftest
 from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.cli.runs import OPTIONS_FILE
+from aldrift_hf.toy import SmallPriorConfig, small_prior
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "recipes", "tests")
@@ -75,6 +77,19 @@ def verbose() -> Iterator[None]:
     logging.set_verbosity(level)
 
 
+@pytest.fixture
+def chat_model_here(tmp_path) -> None:
+    """A small chat model of words with a sentiment, in a folder of the working directory that has a name of the Hub."""
+    words = ["good", "bad", "the", "soup"]
+    model, tokenizer = small_prior(
+        words, " ", lambda count, rng: [" ".join(text) for text in rng.choice(words, (count, 40))],
+        SmallPriorConfig(steps=20),
+    )  # fmt: skip
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
+
+
 # Its block is a pattern from a recipe, and test_external_objective.py runs it with the recipe's names.
 RUN_ELSEWHERE = ("recipes/README.md",)
 
@@ -82,10 +97,12 @@ RUN_ELSEWHERE = ("recipes/README.md",)
 @pytest.mark.slow
 @pytest.mark.usefixtures("verbose")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python") and page not in RUN_ELSEWHERE])
-def test_python_runs(page, priors, tmp_path, monkeypatch, capsys):
+def test_python_runs(page, priors, tmp_path, monkeypatch, capsys, request):
     """From top to bottom. A block prints the words of the `text` below it, and what the page claims is true."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALDRIFT_CACHE", str(priors))
+    if page == "recipes/real_problems.md":
+        request.getfixturevalue("chat_model_here")
     names: dict[str, Any] = {"__name__": "page", "printed": []}
     for block, below in itertools.pairwise([*tokens(page), None]):
         if block.type == "fence" and block.info == "python":
@@ -173,11 +190,27 @@ def own_parts(names):
     assert not [each for each in names["trainer"].callback_handler.callbacks if isinstance(each, names["ReportWriter"])]
 
 
+def real_problems(names):
+    family = [text.replace(" ", "") for text in names["like_the_family"](2000, np.random.default_rng(0))]
+    target = np.exp(20 * (np.array(names["assay"](family)) - 1))
+    expected = (target * (1 - np.array(names["assay"](family)))).sum() / target.sum()
+    assert names["designs"]["objective"].mean() == pytest.approx(expected, abs=0.06)
+    molecules = names["molecules"]
+    valid = molecules["objective"] < 1
+    assert valid.mean() > 0.9
+    _, first = next(molecules[valid].iterrows())
+    canonical = names["Chem"].CanonSmiles(first["completion"].replace(" ", ""))
+    assert 1 - names["score"](canonical) == first["objective"]
+    assert 0.1 < names["trainer"].record.tau_max < 20
+    assert Path("out/answers/adapter_model.safetensors").is_file()
+
+
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": readme,
     "recipes/choosing_T_and_D.md": choosing,
     "recipes/from_gpt2_to_8b.md": sizes,
     "recipes/reading_the_diagnostics.md": diagnostics,
+    "recipes/real_problems.md": real_problems,
     "recipes/which_sampler.md": samplers,
     "recipes/your_own_parts.md": own_parts,
 }
