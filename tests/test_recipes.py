@@ -230,6 +230,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
         "kl_in_seconds": ("--problem", "--methods", "--seconds", "--rungs", "--calls", "--lora_r", "--prior_steps"),
         "defaults": ("--problems", "--learning_rates", "--updates", "--ranks", "--seeds"),
         "binding_sites": ("--factors", "--methods", "--budget", "--populations", "--mutations", "--thresholds"),
+        "ehrlich": ("--functions", "--budgets", "--methods", "--tau_max", "--populations", "--seeds"),
         "prompt_scaling": ("--prompts", "--all_up_to", "--prompts_per_rung", "--rungs"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
