@@ -3,16 +3,16 @@
     accelerate launch recipes/ehrlich.py
 
 An Ehrlich function (Stanton et al. 2024, arXiv 2407.00236; recipes/problems/ehrlich.py) asks for c motifs of k states,
-each anywhere in a sequence of L states out of V, where most pairs of neighbours are banned. The prior writes feasible
+each anywhere in a sequence of L states out of V, where some pairs of neighbours are banned. The prior writes feasible
 sequences, and the question is an optimiser's: after how many evaluations is a sequence of value 1 found? The
 functions are those that the package pytorch-holo makes for the same V, L, c, k and seed.
 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), and with TOPIFT, the paper's heuristic
 (top). Its peers: a genetic algorithm that starts from draws of the prior, expert iteration, and TRL's RLOO and GRPO
-with beta = 1/T.
-Each has the setting of its grid that is best on the first function and seed: that solves it first, or else comes
-closest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+with beta = 1/T. Each has the setting of its grid that is best on the first function and seed: that solves it first, or
+else comes closest, and earliest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and
+not made again.
 """
 
 import itertools
@@ -171,9 +171,9 @@ def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: 
     )  # fmt: skip
 
 
-def rank(run: Run) -> tuple[float, float]:
+def rank(run: Run) -> tuple[float, float, float]:
     """What a method's setting is chosen by: less is better."""
-    return (np.inf if run["solved_at"] is None else run["solved_at"], -run["best"])
+    return (np.inf if run["solved_at"] is None else run["solved_at"], -run["best"], run["rises"][-1][0])
 
 
 def numbers_of(function: str) -> list[int]:
