@@ -21,13 +21,14 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
 from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, runs_of_best
 from evaluation.tables import publish
 from problems.binding_sites import BASES, FACTORS, LENGTH
 from problems.prior import RecipeModelConfig
@@ -89,11 +90,11 @@ class Bench:
 
     def runs(self, factor: str, method: str) -> list[Run]:
         """A run per seed, with the method's best setting."""
-        first = (self.options.factors[0], self.options.seeds[0])
-        best = min((self.run(first[0], method, setting, first[1]) for setting in self.grid(method)), key=rank)
-        return [self.run(factor, method, best["setting"], seed) for seed in self.options.seeds]
+        return runs_of_best(
+            partial(self.run, method), factor, self.options.seeds, self.grid(method), rank, self.options.factors[0]
+        )
 
-    def run(self, factor: str, method: str, setting: str, seed: int) -> Run:
+    def run(self, method: str, factor: str, setting: str, seed: int) -> Run:
         """One run."""
         return self.kept.get((factor, method, setting, self.options.budget, seed), self.measure)
 

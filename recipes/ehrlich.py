@@ -21,6 +21,7 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ import numpy as np
 from evaluation.baselines import TRL, CountedObjective, drawn_texts, expert_iteration, policy_gradient, with_adapter
 from evaluation.ehrlich import DRAWS, MeasuredEhrlich, draw, draws_measured, table
 from evaluation.evolution import Oracle, genetic_algorithm
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, runs_of_best
 from evaluation.tables import publish
 from peft import PeftModel
 from problems.ehrlich import holo
@@ -87,11 +88,11 @@ class Bench:
 
     def runs(self, function: str, method: str) -> list[Run]:
         """A run per seed, with the method's best setting."""
-        first = (self.options.functions[0], self.options.seeds[0])
-        best = min((self.run(first[0], method, setting, first[1]) for setting in self.grid(method)), key=rank)
-        return [self.run(function, method, best["setting"], seed) for seed in self.options.seeds]
+        return runs_of_best(
+            partial(self.run, method), function, self.options.seeds, self.grid(method), rank, self.options.functions[0]
+        )
 
-    def run(self, function: str, method: str, setting: str, seed: int) -> Run:
+    def run(self, method: str, function: str, setting: str, seed: int) -> Run:
         """One run."""
         return self.kept.get((function, method, setting, self.budgets[function], seed), self.measure)
 

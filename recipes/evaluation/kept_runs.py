@@ -41,3 +41,25 @@ class KeptRuns:
             numbers = {name: round(value, 3) for name, value in measures.items() if isinstance(value, (int, float))}
             print(*key, numbers, flush=True)
         return self.runs[key]
+
+
+def runs_of_best(
+    run: Callable[[str, str, int], Run],
+    problem: str,
+    seeds: Sequence[int],
+    settings: Sequence[str],
+    rank: Callable[[Run], Any],
+    tuned_on: str,
+) -> list[Run]:
+    """A run per seed of a method, with the setting of its grid that is best on one problem and the first seed.
+
+    Args:
+        run: makes or finds a run, from a problem, a setting and a seed.
+        problem: what is run.
+        seeds: the random seeds.
+        settings: the grid.
+        rank: what runs are compared by; less is better.
+        tuned_on: the problem that the setting is chosen on.
+    """
+    best = min((run(tuned_on, setting, seeds[0]) for setting in settings), key=rank)
+    return [run(problem, best["setting"], seed) for seed in seeds]
