@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evaluation.baselines import TRL, CountedObjective, drawn_texts, expert_iteration, policy_gradient, with_adapter
+from evaluation.baselines import TRL, CountedObjective, drawing_config, drawn_texts, expert_iteration, policy_gradient
 from evaluation.ehrlich import DRAWS, MeasuredEhrlich, draw, draws_measured, table
 from evaluation.evolution import Oracle, genetic_algorithm
 from evaluation.kept_runs import KeptRuns, Run, runs_of_best
@@ -36,12 +36,15 @@ from problems.ehrlich import holo
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "expert_iteration", *TRL)
 KEY = ("function", "method", "setting", "budget", "seed")
 TRL_BATCH = 64
 """Draws per update."""
+Learned = tuple[PeftModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer."""
 
 
 @dataclass
@@ -114,16 +117,16 @@ class Bench:
         began = time.process_time()
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), numbers[1], budget, seed)
-            model = None
+            learned = None
         elif method in ("defaults", "archive", "top"):
-            model = self.aldrift(problem, method, numbers, budget, seed)
+            learned = self.aldrift(problem, method, numbers, budget, seed)
         else:
-            model = self.peer(problem, method, numbers, budget, seed)
+            learned = self.peer(problem, method, numbers, budget, seed)
         measures = problem.search(budget) | {"cpu_seconds": time.process_time() - began}
-        return measures if model is None else measures | draws_measured(problem, self.texts(model, problem, seed))
+        return measures if learned is None else measures | draws_measured(problem, self.texts(*learned, problem, seed))
 
-    def aldrift(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> PeftModel:
-        """ALDRIFT's model: with its defaults, or with equal steps to T and maximum likelihood."""
+    def aldrift(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
+        """ALDRIFT's model and its tokenizer: with its defaults, or with equal steps to T and maximum likelihood."""
         last, rungs = self.folder / "last_run", self.options.rungs
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
@@ -139,26 +142,28 @@ class Bench:
             }
         trainer = make_trainer(problem, left_open(last, self.options.tau_max, budget, seed, **given), self.model_config)
         trainer.train()
-        return trainer.accelerator.unwrap_model(trainer.model)
+        return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
 
-    def peer(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> PeftModel:
-        """The model of expert iteration, or of one of TRL's trainers."""
+    def peer(self, problem: MeasuredEhrlich, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
+        """The model and tokenizer of expert iteration, or of one of TRL's trainers."""
         if method == "expert_iteration":
-            model, _, _ = expert_iteration(
+            model, tokenizer, _ = expert_iteration(
                 problem, self.model_config, rounds=self.options.rungs, proposals=budget, updates=int(numbers[0]),
                 learning_rate=numbers[1], seed=seed,
             )  # fmt: skip
         else:
-            model, _, _ = policy_gradient(
+            model, tokenizer, _ = policy_gradient(
                 method, problem, self.model_config, tau_max=self.options.tau_max, proposals=4 * budget,
                 generations=TRL_BATCH, learning_rate=numbers[0], seed=seed,
                 objective=CountedObjective(problem, budget),
             )  # fmt: skip
-        return model
+        return model, tokenizer
 
-    def texts(self, model: PeftModel, problem: MeasuredEhrlich, seed: int) -> list[str]:
+    def texts(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, problem: MeasuredEhrlich, seed: int
+    ) -> list[str]:
         """Draws of a final model."""
-        _, tokenizer, config = with_adapter(problem, self.model_config, seed)
+        config = drawing_config(problem, tokenizer)
         return drawn_texts(model, tokenizer, config, "", DRAWS, (seed, self.options.rungs, 0))
 
 

@@ -278,11 +278,15 @@ def with_adapter(
     model, tokenizer, peft_config = make_prior(problem, model_config)
     torch.manual_seed(seed)
     policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
+    return policy, tokenizer, drawing_config(problem, tokenizer)
+
+
+def drawing_config(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+    """How completions of a problem are drawn."""
     end = cast(int, tokenizer.eos_token_id)
-    config = neutral_generation_config(
+    return neutral_generation_config(
         max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
     )
-    return policy, tokenizer, config
 
 
 def drawn_texts(
