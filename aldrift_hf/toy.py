@@ -7,13 +7,15 @@ seconds. The result is cached outside the repository, under a fingerprint of eve
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,7 +25,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .models.prompts import encode_prompt
@@ -53,6 +55,9 @@ class SmallPriorConfig:
         steps: optimizer updates, each on `batch_size` new texts.
         learning_rate: peak of a one-cycle schedule.
         seed: random seed of weights and texts.
+        batches_per_draw: batches whose texts are drawn at once, and then sorted by length into batches with little
+            padding, which come in random order. For texts of many lengths.
+        longest: tokens of the longest text; `None`: as many as the longest of 64 random texts has.
     """
 
     layers: int = 2
@@ -62,6 +67,8 @@ class SmallPriorConfig:
     batch_size: int = 128
     learning_rate: float = 5e-3
     seed: int = 0
+    batches_per_draw: int = 1
+    longest: int | None = None
 
 
 def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerBase:
@@ -71,24 +78,29 @@ def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerB
 
     Args:
         words: the vocabulary. Any other word becomes `UNKNOWN`.
-        separator: the text between words.
+        separator: the text between words. If it is empty, a text is cut from the left into the longest words.
     """
-    mark = "▁"  # precedes every word, so that decoding knows where the separator belongs
+    mark = "▁" if separator else ""  # precedes every word, so that decoding knows where the separator belongs
     tokens = [END, UNKNOWN, *(mark + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(separator, behavior="removed"),
-            pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always"),
-        ]
-    )
-    tokenizer.decoder = decoders.Sequence(
-        [
-            decoders.Metaspace(replacement=mark, prepend_scheme="always"),
-            decoders.Replace(" ", separator),
-            decoders.Fuse(),
-        ]
-    )
+    if separator:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(separator, behavior="removed"),
+                pre_tokenizers.Metaspace(replacement=mark, prepend_scheme="always"),
+            ]
+        )
+        tokenizer.decoder = decoders.Sequence(
+            [
+                decoders.Metaspace(replacement=mark, prepend_scheme="always"),
+                decoders.Replace(" ", separator),
+                decoders.Fuse(),
+            ]
+        )
+    else:
+        longest_first = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(longest_first), behavior="isolated")
+        tokenizer.decoder = decoders.Fuse()
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END, eos_token=END, unk_token=UNKNOWN)
 
@@ -104,7 +116,7 @@ def small_prior(
 
     Args:
         words: the vocabulary; every text consists of words joined by `separator`.
-        separator: the text between words.
+        separator: the text between words, as in [`word_tokenizer`].
         draw: draws texts.
         config: size and training. `None`: the defaults of [`SmallPriorConfig`].
         cache_dir: the folder of all cached priors. `None`: `$ALDRIFT_CACHE`, or `~/.cache/aldrift_hf`.
@@ -127,7 +139,10 @@ def small_prior(
                 # Logits are products of the embeddings with a state of fixed norm. With short embeddings, no change of
                 # the layers in between, which is all that LoRA makes, could exclude a word or make one certain.
                 model.transformer.wte.weight.data.mul_(4.0)
-                fit(model, tokenizer, draw, config.steps, config.batch_size, config.learning_rate, config.seed)
+                fit(
+                    model, tokenizer, draw, config.steps, config.batch_size, config.learning_rate, config.seed,
+                    config.batches_per_draw,
+                )  # fmt: skip
             store(model, tokenizer, folder)
     return GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer
 
@@ -140,6 +155,7 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    batches_per_draw: int = 1,
 ) -> None:
     """Train a model by maximum likelihood on texts after the empty prompt.
 
@@ -151,6 +167,7 @@ def fit(
         batch_size: new texts per update.
         learning_rate: peak of a one-cycle schedule.
         seed: random seed of the texts.
+        batches_per_draw: as in [`SmallPriorConfig`].
     """
     rng = np.random.default_rng(seed)
     start, device = encode_prompt("", 0, tokenizer), model.device
@@ -161,8 +178,7 @@ def fit(
     model.train()
     what = "updates of the prior"
     with ProgressBars(Console()).progress(what, steps) or no_progress(what, steps) as advance:
-        for _ in range(steps):
-            texts = draw(batch_size, rng)
+        for texts in itertools.islice(_batches(draw, batch_size, batches_per_draw, rng), steps):
             batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             optimizer.zero_grad()
@@ -174,6 +190,17 @@ def fit(
     model.eval()
 
 
+def _batches(draw: TextSource, size: int, per_draw: int, rng: np.random.Generator) -> Iterator[list[str]]:
+    """Batches of texts without end; of those that are drawn at once, a batch has neighbours in length."""
+    while True:
+        texts = draw(size * per_draw, rng)
+        if per_draw == 1:
+            yield texts
+        else:
+            texts.sort(key=len)
+            yield from (texts[size * place : size * (place + 1)] for place in rng.permutation(per_draw))
+
+
 def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of each text as a complete completion, with the end-of-text token."""
     encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -181,7 +208,7 @@ def completion_ids(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _gpt2_config(config: SmallPriorConfig, tokenizer: PreTrainedTokenizerBase, draw: TextSource) -> GPT2Config:
-    longest = max(map(len, completion_ids(draw(64, np.random.default_rng(config.seed)), tokenizer)))
+    longest = config.longest or max(map(len, completion_ids(draw(64, np.random.default_rng(config.seed)), tokenizer)))
     return GPT2Config(
         vocab_size=len(tokenizer),
         n_positions=2 ** math.ceil(math.log2(longest + 2)),

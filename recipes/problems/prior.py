@@ -1,4 +1,4 @@
-"""The prior of a problem: a small model trained on the spot, or any causal language model after a LoRA warm-up."""
+"""The prior of a problem: a small model trained on the spot, or any causal language model, after a LoRA warm-up."""
 
 from __future__ import annotations
 
@@ -39,6 +39,16 @@ class RecipeModelConfig(ModelConfig):
         default=800, metadata={"help": "Optimizer updates that train the small model, or the warm-up of another one."}
     )
 
+    @property
+    def small_prior(self) -> SmallPriorConfig:
+        """Size and training of the small model."""
+        return SmallPriorConfig(layers=self.prior_layers, steps=self.prior_steps)
+
+    @property
+    def warms_up(self) -> bool:
+        """Whether a model that is given by name learns the problem's local rule before it is the prior."""
+        return True
+
 
 def make_prior(
     problem: TextProblem, model_config: RecipeModelConfig
@@ -51,7 +61,7 @@ def make_prior(
 
     Returns:
         The model, its tokenizer, and the configuration of the adapter to add for training. It is `None` if the model
-        comes with an adapter, or is to be fine-tuned in full.
+        was warmed up and so has one, or is to be fine-tuned in full.
 
     Raises:
         SystemExit: if a model is given by name without an adapter, so that it cannot be warmed up.
@@ -59,8 +69,7 @@ def make_prior(
     peft_config = get_peft_config(model_config)
     steps = model_config.prior_steps
     if model_config.model_name_or_path is None:
-        size = SmallPriorConfig(layers=model_config.prior_layers, steps=steps)
-        model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, size)
+        model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, model_config.small_prior)
         if peft_config is not None:
             peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
         return model, tokenizer, peft_config
@@ -77,6 +86,8 @@ def make_prior(
     model = cast(PreTrainedModel, load_model(name, revision | given, adapter=False))
     keep_four_bit_weights(model)
     peft_config.fan_in_fan_out = model.config.model_type == "gpt2"
+    if not model_config.warms_up:
+        return model, tokenizer, peft_config
     fitted = warm_up(
         model, tokenizer, problem.random_texts, peft_config, steps=steps, batch_size=16, learning_rate=2e-4
     )

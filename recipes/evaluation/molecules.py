@@ -1,0 +1,193 @@
+"""Molecules as an optimiser's problem, as the PMO benchmark counts, and as a sampler's: measures, tables, figures."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mol_ga
+import numpy as np
+from problems.molecules import FINGERPRINTS, MoleculeProblem, canonical_smiles
+from rdkit import Chem
+from rdkit.Chem import Draw
+from rdkit.Chem.Scaffolds import MurckoScaffold
+from rdkit.DataStructs import BulkTanimotoSimilarity
+
+from evaluation.baselines import CountedObjective
+from evaluation.figures import figure
+from evaluation.kept_runs import Run
+from evaluation.tables import Comparison, mean_of
+
+EVERY = 100
+"""Evaluations between two values of a curve."""
+TOP = 10
+"""The molecules whose mean score a curve shows."""
+GOOD = 0.8
+"""Score of a molecule whose scaffold counts."""
+DRAWS = 2048
+"""Draws of a final model."""
+Runs = Mapping[str, Mapping[str, list[Run]]]
+"""By objective and method; those of one method differ in the seed."""
+
+
+class MoleculeBudget(CountedObjective):
+    """An objective that ends a training when enough distinct molecules have been evaluated, whatever else was drawn."""
+
+    problem: MoleculeProblem
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it is enough."""
+        return self.limit is not None and len(self.problem.values) >= self.limit
+
+
+# ---- Measures --------------------------------------------------------------------------------------------------------
+
+
+def search(values: Mapping[str, float], budget: int) -> dict[str, Any]:
+    """The measures of what was found with the first `budget` evaluations.
+
+    Args:
+        values: the score of each distinct molecule, in the order of evaluation.
+        budget: evaluations that were allowed.
+    """
+    found = dict([*values.items()][:budget])
+    ranked = sorted(found, key=found.__getitem__, reverse=True)
+    curve = top_curve([*found.values()], budget)
+    return {
+        "calls": len(found),
+        "auc": area(curve, budget),
+        "auc_1000": area(curve[: 1000 // EVERY], min(budget, 1000)),
+        "top": curve[-1],
+        "diversity": diversity(ranked[:100]),
+        "scaffolds": len({scaffold(each) for each in ranked if found[each] >= GOOD}),
+        "curve": [round(value, 4) for value in curve],
+        "best": [[each, round(found[each], 4)] for each in ranked[:TOP]],
+    }
+
+
+def places(budget: int) -> list[int]:
+    """The numbers of evaluations that a curve has values at."""
+    return [*range(EVERY, budget, EVERY), budget]
+
+
+def top_curve(scores: Sequence[float], budget: int) -> list[float]:
+    """The mean of the 10 best scores after every 100 evaluations; what a run left of its budget changes nothing."""
+    return [statistics.mean(sorted(scores[:place], reverse=True)[:TOP]) for place in places(budget)]
+
+
+def area(curve: Sequence[float], budget: int) -> float:
+    """The mean height of a curve that begins at 0, by trapezoids: PMO's AUC."""
+    return float(np.trapezoid([0.0, *curve], [0, *places(budget)])) / budget
+
+
+def diversity(smiles: Sequence[str]) -> float:
+    """The mean distance between two of the molecules: 1 less the Tanimoto similarity of their ECFP4 bits."""
+    prints = [FINGERPRINTS["ECFP4"].GetFingerprint(Chem.MolFromSmiles(each)) for each in smiles]
+    pairs = [BulkTanimotoSimilarity(prints[place], prints[:place]) for place in range(1, len(prints))]
+    return 1 - statistics.mean(value for row in pairs for value in row) if pairs else 0.0
+
+
+def scaffold(smiles: str) -> str:
+    """The Murcko scaffold of a molecule: its rings, and what links them."""
+    return str(MurckoScaffold.MurckoScaffoldSmiles(smiles))
+
+
+def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, float]:
+    """Measures of a final model's draws: the share of molecules, of distinct ones among these, and their mean score."""
+    valid = [canonical for text in texts if (canonical := canonical_smiles(text)) is not None]
+    scores = {each: problem.values.get(each) for each in valid}
+    known = {
+        each: problem.score(Chem.MolFromSmiles(each)) if value is None else value for each, value in scores.items()
+    }
+    return {
+        "valid": len(valid) / len(texts),
+        "unique": len(known) / max(len(valid), 1),
+        "mean_score": sum(known[each] for each in valid) / len(texts),
+    }
+
+
+# ---- A genetic algorithm ---------------------------------------------------------------------------------------------
+
+
+class _Spent(Exception):
+    """The budget of evaluations is spent."""
+
+
+def evolve(problem: MoleculeProblem, start: int, offspring: int, budget: int, seed: int) -> None:
+    """Run `mol-ga`'s genetic algorithm on molecular graphs (Tripp and Hernández-Lobato 2023, arXiv 2310.09267).
+
+    Args:
+        problem: the problem, which keeps what was evaluated.
+        start: molecules of the prior's data that it starts from.
+        offspring: children per generation.
+        budget: evaluations.
+        seed: random seed.
+    """
+
+    def score(smiles: list[str]) -> list[float]:
+        values = []
+        for text in smiles:
+            if len(problem.values) >= budget:
+                raise _Spent
+            values.append(problem.value_of(text))
+        return values
+
+    molecules = problem.random_texts(start, np.random.default_rng(seed))
+    try:
+        mol_ga.default_ga(molecules, score, max_generations=budget, offspring_size=offspring, rng=random.Random(seed))
+    except _Spent:
+        return
+
+
+# ---- Tables and figures ----------------------------------------------------------------------------------------------
+
+
+def table(made: Runs, budget: int) -> Comparison:
+    """A row per method: AUC by objective, their sum, and what else was asked of the runs."""
+    comparison = Comparison(
+        f"AUC of the {TOP} best, {budget:,} molecules",
+        [*made, "sum", "sum at 1,000", "diversity", "scaffolds", "CPU s"],
+    )
+    for method in next(iter(made.values())):
+        runs = [each[method] for each in made.values()]
+        cells = [mean_of([run["auc"] for run in each], ".3f", ".3f") for each in runs]
+        for measure in ("auc", "auc_1000"):
+            sums = [sum(run[measure] for run in of_seed) for of_seed in zip(*runs)]
+            cells.append(mean_of(sums, ".3f", ".3f"))
+        everything = [run for each in runs for run in each]
+        for measure, spec in (("diversity", ".2f"), ("scaffolds", ",.0f"), ("cpu_seconds", ",.0f")):
+            cells.append(mean_of([run[measure] for run in everything], spec))
+        comparison.rows.append((f"{method} {runs[0][0]['setting']}".strip(), cells))
+    return comparison
+
+
+def draw(made: Runs, budget: int, path: Path) -> None:
+    """The mean score of the 10 best so far against the evaluations, the mean over seeds, a panel per objective."""
+    names = [*made]
+    rows = [names[place : place + 3] for place in range(0, len(names), 3)]
+    rows[-1] += ["."] * (len(rows[0]) - len(rows[-1]))
+    with figure(path, rows, (4.0 * len(rows[0]), 3.0 * len(rows))) as axes:
+        for name, by_method in made.items():
+            for method, runs in by_method.items():
+                curve = [*map(statistics.mean, zip(*(run["curve"] for run in runs)))]
+                axes[name].plot(places(budget), curve, label=method)
+            axes[name].set_title(name, fontsize=8)
+            axes[name].set_xlabel("molecules evaluated")
+            axes[name].set_ylabel(f"mean score of the {TOP} best")
+        axes[names[0]].legend(fontsize=6)
+
+
+def picture(made: Runs, path: Path) -> None:
+    """The best molecule that each method found, a row per objective."""
+    best = [runs[0]["best"][0] for by_method in made.values() for runs in by_method.values()]
+    labels = [f"{name}, {method}" for name, by_method in made.items() for method in by_method]
+    image = Draw.MolsToGridImage(
+        [Chem.MolFromSmiles(smiles) for smiles, _ in best],
+        molsPerRow=len(next(iter(made.values()))),
+        legends=[f"{label}: {score:.2f}" for label, (_, score) in zip(labels, best)],
+    )
+    image.save(path)

