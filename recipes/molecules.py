@@ -140,8 +140,8 @@ class Bench:
             "defaults": [options.tau_maxes],
             "genetic_algorithm": [options.starts, options.offspring],
             "reinvent": [options.tau_maxes, options.learning_rates, options.replayed],
-            **dict.fromkeys(("archive", "top"), [options.tau_maxes, options.learning_rates, options.updates]),
-            **dict.fromkeys(TRL, [options.tau_maxes, options.learning_rates]),
+            **{name: [options.tau_maxes, options.learning_rates, options.updates] for name in ("archive", "top")},
+            **{name: [options.tau_maxes, options.learning_rates] for name in TRL},
         }
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
 

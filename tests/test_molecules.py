@@ -17,8 +17,8 @@ from rdkit import Chem
 from aldrift_hf.toy import completion_ids, word_tokenizer
 
 KNOWN = json.loads((Path(__file__).parent / "data" / "molecules.json").read_text())
-"""200 molecules, the last seven being the scores' targets, and what guacamol 0.5.5 says of them: its own objectives, but
-for ranolazine's, which is put together from its parts as PMO has it (TPSA for aromatic rings, and a geometric mean)."""
+"""200 molecules, the last seven being the scores' targets, and what guacamol 0.5.5 says of them: its own objectives,
+but for ranolazine's, which is put together from its parts as PMO has it (TPSA for aromatic rings, a geometric mean)."""
 
 
 @pytest.mark.parametrize("name", SCORES)

@@ -113,7 +113,7 @@ def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, 
 # ---- A genetic algorithm ---------------------------------------------------------------------------------------------
 
 
-class _Spent(Exception):
+class _SpentError(Exception):
     """The budget of evaluations is spent."""
 
 
@@ -132,14 +132,14 @@ def evolve(problem: MoleculeProblem, start: int, offspring: int, budget: int, se
         values = []
         for text in smiles:
             if len(problem.values) >= budget:
-                raise _Spent
+                raise _SpentError
             values.append(problem.value_of(text))
         return values
 
     molecules = problem.random_texts(start, np.random.default_rng(seed))
     try:
         mol_ga.default_ga(molecules, score, max_generations=budget, offspring_size=offspring, rng=random.Random(seed))
-    except _Spent:
+    except _SpentError:
         return
 
 

@@ -143,19 +143,8 @@ def own_score(name: str) -> Score:
 # ---- The problem -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MoleculeProblem(TextProblem):
-    """Molecules with a score. The local rule is to be a molecule like those of ZINC.
-
-    The cost is what the score lacks of 1. What is no molecule costs 1; so does one of no atoms.
-
-    Attributes:
-        score: the score, in [0, 1].
-        values: the score of each distinct molecule, by its canonical SMILES, in the order of evaluation.
-    """
-
-    score: Score
-    values: dict[str, float] = field(default_factory=dict, compare=False)
+class ZincProblem(TextProblem):
+    """Molecules. The local rule is to be one like those of ZINC; every cost is 1 less a score in [0, 1]."""
 
     @property
     def words(self) -> Sequence[str]:
@@ -169,13 +158,34 @@ class MoleculeProblem(TextProblem):
 
     @property
     def worst_cost(self) -> float:
-        """D: the cost of a molecule without score."""
+        """D: the cost of a molecule without score, and of what is no molecule."""
         return 1.0
 
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
         """Draw molecules of ZINC, all with equal probability."""
         smiles, _ = zinc()
         return [smiles[index] for index in rng.integers(len(smiles), size=count)]
+
+    def number_of_strings(self) -> int:
+        """The number of molecules that the prior is made of."""
+        return len(zinc()[0])
+
+    def all_texts(self) -> Iterator[str]:
+        """The molecules that the prior is made of."""
+        return iter(zinc()[0])
+
+
+@dataclass(frozen=True)
+class MoleculeProblem(ZincProblem):
+    """Molecules with a score. What is no molecule costs 1; so does one of no atoms.
+
+    Attributes:
+        score: the score, in [0, 1].
+        values: the score of each distinct molecule, by its canonical SMILES, in the order of evaluation.
+    """
+
+    score: Score
+    values: dict[str, float] = field(default_factory=dict, compare=False)
 
     def value_of(self, text: str) -> float:
         """The score of a molecule; 0 for what is none. Each distinct molecule is evaluated once."""
@@ -189,14 +199,6 @@ class MoleculeProblem(TextProblem):
     def cost_of(self, text: str) -> float:
         """The cost, in [0, 1]."""
         return 1 - self.value_of(text)
-
-    def number_of_strings(self) -> int:
-        """The number of molecules that the prior is made of."""
-        return len(zinc()[0])
-
-    def all_texts(self) -> Iterator[str]:
-        """The molecules that the prior is made of."""
-        return iter(zinc()[0])
 
 
 def canonical_smiles(text: str) -> str | None:
