@@ -26,18 +26,17 @@ from typing import Any, Optional
 
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
 from evaluation.kept_runs import KeptRuns, Run, runs_of_best
-from evaluation.molecules import DRAWS, MoleculeBudget, draw, draws_measured, evolve, picture, search, table
+from evaluation.molecule_search import MoleculeBudget, Spent, evolve
+from evaluation.molecules import DRAWS, draw, draws_measured, picture, search, table
 from evaluation.reinvent import reinvent
 from evaluation.tables import publish
 from peft import PeftModel
-from problems.molecules import SCORES, MoleculeProblem, Score, own_score
+from problems.molecules import SCORES, MoleculeModelConfig, MoleculeProblem, Score, own_score
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
-
-from aldrift_hf.toy import SmallPriorConfig
 
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
 KEY = ("objective", "method", "setting", "budget", "seed")
@@ -82,36 +81,6 @@ class MoleculeArguments:
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
     )
     output_dir: str = field(default="out/molecules", metadata={"help": "Folder that all files are written to."})
-
-
-@dataclass
-class MoleculeModelConfig(RecipeModelConfig):
-    """The prior: larger than other recipes', for molecules are longer than their texts."""
-
-    prior_layers: int = field(default=3, metadata={"help": "Layers of the small model."})
-    prior_steps: int = field(default=4500, metadata={"help": "Optimizer updates that train the small model."})
-    prior_width: int = field(default=192, metadata={"help": "Width of the small model."})
-
-    @property
-    def small_prior(self) -> SmallPriorConfig:
-        return SmallPriorConfig(
-            layers=self.prior_layers, width=self.prior_width, steps=self.prior_steps, batch_size=64,
-            learning_rate=2e-3, batches_per_draw=32, longest=100,
-        )  # fmt: skip
-
-    @property
-    def warms_up(self) -> bool:
-        return False
-
-
-class Spent(TrainerCallback):
-    """Ends a run of ALDRIFT whose budget is spent."""
-
-    def __init__(self, problem: MoleculeProblem, budget: int) -> None:
-        self.problem, self.budget = problem, budget
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= len(self.problem.values) >= self.budget
 
 
 class Bench:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import random
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import mol_ga
 import numpy as np
 from problems.molecules import FINGERPRINTS, MoleculeProblem, canonical_smiles
 from rdkit import Chem
@@ -16,7 +14,6 @@ from rdkit.Chem import Draw
 from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.DataStructs import BulkTanimotoSimilarity
 
-from evaluation.baselines import CountedObjective
 from evaluation.figures import figure
 from evaluation.kept_runs import Run
 from evaluation.tables import Comparison, mean_of
@@ -31,17 +28,6 @@ DRAWS = 2048
 """Draws of a final model."""
 Runs = Mapping[str, Mapping[str, list[Run]]]
 """By objective and method; those of one method differ in the seed."""
-
-
-class MoleculeBudget(CountedObjective):
-    """An objective that ends a training when enough distinct molecules have been evaluated, whatever else was drawn."""
-
-    problem: MoleculeProblem
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether it is enough."""
-        return self.limit is not None and len(self.problem.values) >= self.limit
 
 
 # ---- Measures --------------------------------------------------------------------------------------------------------
@@ -108,39 +94,6 @@ def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, 
         "unique": len(known) / max(len(valid), 1),
         "mean_score": sum(known[each] for each in valid) / len(texts),
     }
-
-
-# ---- A genetic algorithm ---------------------------------------------------------------------------------------------
-
-
-class _SpentError(Exception):
-    """The budget of evaluations is spent."""
-
-
-def evolve(problem: MoleculeProblem, start: int, offspring: int, budget: int, seed: int) -> None:
-    """Run `mol-ga`'s genetic algorithm on molecular graphs (Tripp and Hernández-Lobato 2023, arXiv 2310.09267).
-
-    Args:
-        problem: the problem, which keeps what was evaluated.
-        start: molecules of the prior's data that it starts from.
-        offspring: children per generation.
-        budget: evaluations.
-        seed: random seed.
-    """
-
-    def score(smiles: list[str]) -> list[float]:
-        values = []
-        for text in smiles:
-            if len(problem.values) >= budget:
-                raise _SpentError
-            values.append(problem.value_of(text))
-        return values
-
-    molecules = problem.random_texts(start, np.random.default_rng(seed))
-    try:
-        mol_ga.default_ga(molecules, score, max_generations=budget, offspring_size=offspring, rng=random.Random(seed))
-    except _SpentError:
-        return
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------

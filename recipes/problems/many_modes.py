@@ -7,16 +7,25 @@ the package `molscore` (MIT, 70 MB, read as a zip file).
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import numpy as np
+from accelerate import PartialState
+from peft import PeftConfig
 from rdkit import Chem
 from rdkit.Chem import rdFingerprintGenerator
 from rdkit.DataStructs import BulkTanimotoSimilarity
+from transformers import PreTrainedModel
 
-from problems.molecules import ZincProblem, canonical_smiles
+from aldrift_hf.toy import cache_folder, store
+from problems.molecules import MoleculeModelConfig, ZincProblem, canonical_smiles
+from problems.prior import make_prior
+from problems.warm_up import warm_up
 from problems.wheels import cache_locked, files_of_wheel
 
 WHEEL = "molscore==1.9.5"
@@ -58,6 +67,11 @@ class ManyModesProblem(ZincProblem):
     found: dict[str, list[float]] = field(default_factory=dict, compare=False)
 
     @property
+    def evaluated(self) -> Mapping[str, list[float]]:
+        """The similarities."""
+        return self.found
+
+    @property
     def prompts(self) -> list[str]:
         """A digit for each reference, or the empty prompt."""
         return [str(number) for number in range(1, len(self.references) + 1)] if self.prompted else [""]
@@ -65,6 +79,8 @@ class ManyModesProblem(ZincProblem):
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
         """Draw molecules of ZINC, all with equal probability, each after any of the prompts."""
         texts = super().random_texts(count, rng)
+        if not self.prompted:
+            return texts
         return [self.prompts[number] + text for number, text in zip(rng.integers(len(self.prompts), size=count), texts)]
 
     def similarities(self, text: str) -> list[float] | None:
@@ -97,3 +113,28 @@ class ManyModesProblem(ZincProblem):
         """The best similarity to each reference among the first `budget` evaluations."""
         rows = [*self.found.values()][:budget]
         return np.max(rows, axis=0).tolist() if rows else [0.0] * len(self.references)
+
+
+def with_prompts(problem: ManyModesProblem, model_config: MoleculeModelConfig, steps: int) -> MoleculeModelConfig:
+    """The settings of a prior that writes after each of a problem's prompts what it wrote without: cached, or made now.
+
+    An adapter learns it, from molecules after random prompts, and is then added to the weights, so that what takes the
+    prior by its name takes it as it is.
+
+    Args:
+        problem: the problem, with prompts.
+        model_config: the prior without prompts.
+        steps: optimizer updates, on 128 texts each.
+    """
+    model, tokenizer, adapter = make_prior(ManyModesProblem(problem.references), model_config)
+    folder = cache_folder(None, ["prompts", str(model.name_or_path), problem.prompts, steps, model_config.lora_r])
+    with PartialState().main_process_first():
+        if not folder.is_dir():
+            fitted = warm_up(
+                cast(PreTrainedModel, model), tokenizer, problem.random_texts, cast(PeftConfig, adapter), steps=steps,
+                batch_size=128, learning_rate=1e-3,
+            )  # fmt: skip
+            store(cast(Any, fitted).merge_and_unload(), tokenizer, folder)
+    prompted = copy.copy(model_config)
+    prompted.model_name_or_path = str(folder)
+    return prompted

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import re
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,8 @@ from rdkit.Chem import Crippen, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.DataStructs import TanimotoSimilarity
 
 from aldrift_hf.cli.task import load_objective
+from aldrift_hf.toy import SmallPriorConfig
+from problems.prior import RecipeModelConfig
 from problems.text_problem import TextProblem
 
 TOKENS = re.compile(r"\[[^]]+\]|Br|Cl|.")
@@ -143,8 +146,33 @@ def own_score(name: str) -> Score:
 # ---- The problem -----------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class MoleculeModelConfig(RecipeModelConfig):
+    """The prior: larger than other recipes', for molecules are longer than their texts."""
+
+    prior_layers: int = field(default=3, metadata={"help": "Layers of the small model."})
+    prior_steps: int = field(default=4500, metadata={"help": "Optimizer updates that train the small model."})
+    prior_width: int = field(default=192, metadata={"help": "Width of the small model."})
+
+    @property
+    def small_prior(self) -> SmallPriorConfig:
+        return SmallPriorConfig(
+            layers=self.prior_layers, width=self.prior_width, steps=self.prior_steps, batch_size=64,
+            learning_rate=2e-3, batches_per_draw=32, longest=100,
+        )  # fmt: skip
+
+    @property
+    def warms_up(self) -> bool:
+        return False
+
+
 class ZincProblem(TextProblem):
     """Molecules. The local rule is to be one like those of ZINC; every cost is 1 less a score in [0, 1]."""
+
+    @property
+    @abstractmethod
+    def evaluated(self) -> Mapping[str, Any]:
+        """Each distinct molecule that was evaluated, by its canonical SMILES, in their order."""
 
     @property
     def words(self) -> Sequence[str]:
@@ -186,6 +214,11 @@ class MoleculeProblem(ZincProblem):
 
     score: Score
     values: dict[str, float] = field(default_factory=dict, compare=False)
+
+    @property
+    def evaluated(self) -> Mapping[str, float]:
+        """The values."""
+        return self.values
 
     def value_of(self, text: str) -> float:
         """The score of a molecule; 0 for what is none. Each distinct molecule is evaluated once."""

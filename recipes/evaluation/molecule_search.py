@@ -1,0 +1,69 @@
+"""Searches for molecules whose evaluations count by molecule, however it is written, and end when they are spent."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import mol_ga
+import numpy as np
+from problems.molecules import ZincProblem
+from transformers import TrainerCallback
+
+from evaluation.baselines import CountedObjective
+
+
+class MoleculeBudget(CountedObjective):
+    """A peer's objective, which ends the training."""
+
+    problem: ZincProblem
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it is enough."""
+        return self.limit is not None and len(self.problem.evaluated) >= self.limit
+
+
+class Spent(TrainerCallback):
+    """Ends a run of ALDRIFT.
+
+    Args:
+        problem: the problem, which keeps what was evaluated.
+        budget: evaluations.
+    """
+
+    def __init__(self, problem: ZincProblem, budget: int) -> None:
+        self.problem, self.budget = problem, budget
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_training_stop |= len(self.problem.evaluated) >= self.budget
+
+
+class _SpentError(Exception):
+    """The budget of evaluations is spent."""
+
+
+def evolve(problem: ZincProblem, start: int, offspring: int, budget: int, seed: int) -> None:
+    """Run `mol-ga`'s genetic algorithm on molecular graphs (Tripp and Hernández-Lobato 2023, arXiv 2310.09267).
+
+    Args:
+        problem: the problem, which keeps what was evaluated.
+        start: molecules of the prior's data that it starts from.
+        offspring: children per generation.
+        budget: evaluations.
+        seed: random seed.
+    """
+
+    def score(smiles: list[str]) -> list[float]:
+        values = []
+        for text in smiles:
+            if len(problem.evaluated) >= budget:
+                raise _SpentError
+            values.append(1 - problem.cost_of(text))
+        return values
+
+    molecules = problem.random_texts(start, np.random.default_rng(seed))
+    try:
+        mol_ga.default_ga(molecules, score, max_generations=budget, offspring_size=offspring, rng=random.Random(seed))
+    except _SpentError:
+        return
