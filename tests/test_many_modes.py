@@ -69,7 +69,7 @@ def test_a_prompt_changes_little_of_what_the_prior_writes(small_molecules, tmp_p
     texts = molecules.zinc()[0][::7]
     without = text_log_probs(texts, plain, tokenizer)
     before = text_log_probs(texts, plain, tokenizer, prompt="2")
-    prompted, tokenizer, adapter = make_prior(problem, with_prompts(problem, config, 150))
+    prompted, tokenizer, adapter = make_prior(problem, with_prompts(problem, config, 300))
     after = text_log_probs(texts, prompted, tokenizer, prompt="2")
     assert adapter is not None
     assert np.abs(after - without).mean() < 0.3

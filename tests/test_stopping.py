@@ -31,6 +31,8 @@ CLOSE = rung(ess=0.6, missing=-0.05)
         ([CLOSE, rung(ess=0.9, missing=0.11)], False),
         ([CLOSE, rung(ess=0.9, missing=-0.11)], False),
         ([CLOSE, rung(ess=0.9, error=math.nan)], False),
+        ([CLOSE, rung(ess=0.9, missing=0.0, error=0.2)], True),
+        ([CLOSE, rung(ess=0.9, missing=0.0, error=0.21)], False),  # as of some twenty draws: too few to tell
         ([{**CLOSE, "tau": 1.0}] * 4, False),
     ],
 )

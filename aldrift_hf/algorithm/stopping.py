@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 
 RUNGS_CLOSE = 2
 """Rungs on which the model must be close, one after the other: one alone may be luck."""
+MOST_ERROR = 0.2
+"""Standard error of the missing mass, nats, up to which it says something: that of a few draws is near 0 by chance."""
 RUNGS_COMPARED = 4
 """The last third of the rungs at T, at least as many, is compared with as many before it, so that single rungs' noise
 does not decide."""
@@ -56,7 +58,8 @@ def done(rungs: Sequence[Figures], target_ess: float, groups: int = 1) -> str | 
 
 def is_close(figures: Figures, target_ess: float) -> bool:
     """Whether the model that drew a rung's proposals was close to `p_T`."""
-    return figures["ess"] >= target_ess and abs(figures["missing_mass"]) <= figures["missing_mass_error"]
+    error = figures["missing_mass_error"]
+    return figures["ess"] >= target_ess and abs(figures["missing_mass"]) <= error <= MOST_ERROR
 
 
 def _mean_kl(rungs: Sequence[Figures]) -> tuple[float, float]:

@@ -75,7 +75,7 @@ class ALDRIFTConfig(GenerationSettings):
             T, or as many as it has and two epochs over the prompts, if that is more.
         target_ess (`float`, *optional*, defaults to `0.5`):
             The model is close to `p_T` when, on two rungs running, the effective sample size of its draws at T is at
-            least this share of them, and the missing mass is within its standard error of 0.
+            least this share of them, and the missing mass is within its standard error of 0, which is at most 0.2 nats.
 
         **Parameters that control the correction**
 
