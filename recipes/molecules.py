@@ -41,7 +41,7 @@ from trl import TrlParser
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
 KEY = ("objective", "method", "setting", "budget", "seed")
 BATCH = 64
-"""Draws per update of REINVENT and of TRL's trainers."""
+"""Draws per update of REINVENT and of TRL's trainers, and rows per update of archive and top."""
 PER_RUNG = 256
 """Draws per rung of archive and top."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -144,6 +144,7 @@ class Bench:
                 "max_objective_calls": None,
                 "learning_rate": numbers[1],
                 "updates_per_rung": int(numbers[2]),
+                "per_device_train_batch_size": BATCH,
             }
         config = left_open(last, numbers[0], budget, seed, **given)
         trainer = make_trainer(problem, config, self.model_config)
