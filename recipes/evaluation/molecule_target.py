@@ -1,0 +1,83 @@
+"""p_T over molecules, known by the weighted draws of a run of ALDRIFT: how far any model is from it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from peft import PeftModel
+from problems.molecules import canonical_smiles
+from rdkit.Chem.Scaffolds import MurckoScaffold
+from transformers import PreTrainedTokenizerBase
+
+from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.models.prior import base_model
+from evaluation.enumeration import text_log_probs
+
+GOLD = 1024
+"""Draws of p_T, resampled by weight from all that a run drew."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Draws of p_T, as good as the run that they come from: a mode which it never met is missing.
+
+    Attributes:
+        texts: the draws, some of them equal.
+        log_target: log p_T of each, nats, by the run's log Z.
+        effective: the effective sample size of all draws that they were resampled from.
+        log_z, missing_mass: of the run, nats.
+        kl_of_prior: KL(p_T‖L), nats.
+    """
+
+    texts: list[str]
+    log_target: list[float]
+    effective: float
+    log_z: float
+    missing_mass: float
+    kl_of_prior: float
+
+    @classmethod
+    def of(cls, trainer: ALDRIFTTrainer, tau_max: float) -> Target:
+        """From a run that is done, with `sampler="archive"`."""
+        drawn = trainer.sample(GOLD, correction="archive").to_pandas()
+        rung, (log_z,) = trainer.record.rungs[-1], trainer.record.log_z
+        log_target = drawn["log_prior"] - tau_max * drawn["objective"] - log_z
+        effective = rung["archive_ess"] * rung["archive_draws"]
+        prior = float((log_target - drawn["log_prior"]).mean())
+        return cls(drawn["completion"].tolist(), log_target.tolist(), effective, log_z, rung["missing_mass"], prior)
+
+    def keep(self, path: Path) -> None:
+        """Write it to a file."""
+        path.write_text(json.dumps(asdict(self)))
+
+    @classmethod
+    def kept(cls, path: Path) -> Target | None:
+        """From a file, if it is there."""
+        return cls(**json.loads(path.read_text())) if path.exists() else None
+
+    def measures(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, draws: Sequence[str]) -> dict[str, float]:
+        """How far a model is from p_T: KL(p_T‖q) in nats, with its standard error, and the share of p_T whose scaffold
+        is among the model's draws.
+
+        Args:
+            model: q.
+            tokenizer: its tokenizer.
+            draws: texts that it drew.
+        """
+        gap = np.array(self.log_target) - text_log_probs(self.texts, base_model(model), tokenizer)
+        known = {scaffold(smiles) for smiles in map(canonical_smiles, draws) if smiles is not None}
+        own = [None if smiles is None else scaffold(smiles) for smiles in map(canonical_smiles, self.texts)]
+        return {
+            "kl": float(gap.mean()),
+            "kl_error": float(gap.std() / np.sqrt(min(self.effective, GOLD))),
+            "scaffolds_known": sum(each in known for each in own) / len(own),
+        }
+
+
+def scaffold(smiles: str) -> str:
+    """The Murcko scaffold of a molecule: its rings, and what links them."""
+    return str(MurckoScaffold.MurckoScaffoldSmiles(smiles))
