@@ -135,15 +135,16 @@ class Bench:
         """Make a run."""
         problem = MoleculeProblem(self.scores[objective])
         numbers = [*map(float, setting.split())]
+        learned: Learned | None = None
+        extra: dict[str, Any] = {}
         began = time.process_time()
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
-            learned = None
         elif method in ("defaults", "archive", "top"):
-            learned = self.aldrift(problem, objective, method, numbers, budget, seed)
+            learned, extra = self.aldrift(problem, objective, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
-        measures = search(problem.values, budget) | {"cpu_seconds": time.process_time() - began}
+        measures = search(problem.values, budget) | {"cpu_seconds": time.process_time() - began} | extra
         if learned is None:
             return measures
         texts = self.texts(*learned, problem, seed)
@@ -152,12 +153,14 @@ class Bench:
 
     def target(self, objective: str, seed: int) -> Path:
         """The file of p_T's draws, which the first method leaves for all others."""
-        return self.folder / f"target-{re.sub(r'[^A-Za-z0-9]+', '-', objective)}-{seed}.json"
+        name = f"{objective}-{self.options.budget}-{self.options.sampling_tau:g}-{seed}"
+        return self.folder / f"target-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
     def aldrift(
         self, problem: MoleculeProblem, objective: str, method: str, numbers: list[float], budget: int, seed: int
-    ) -> Learned:
-        """ALDRIFT's model and its tokenizer: with its defaults, or with equal steps to T and maximum likelihood."""
+    ) -> tuple[Learned, dict[str, Any]]:
+        """ALDRIFT's model and its tokenizer, and where it stood: with its defaults, or with equal steps to T and
+        maximum likelihood."""
         last, rungs = self.folder / "last_run", max(1, budget // PER_RUNG)
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
@@ -179,7 +182,9 @@ class Bench:
         trainer.train()
         if method == "defaults" and numbers[0] == self.options.sampling_tau:
             Target.of(trainer, numbers[0]).keep(self.target(objective, seed))
-        return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
+        rung = trainer.record.rungs[-1]
+        figures = {name: rung[name] for name in ("tau", "ess", "missing_mass", "missing_mass_error")}
+        return (trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class), figures
 
     def peer(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
         """The model and tokenizer of REINVENT, or of one of TRL's trainers."""

@@ -14,6 +14,7 @@ from rdkit.Chem.Scaffolds import MurckoScaffold
 from transformers import PreTrainedTokenizerBase
 
 from aldrift_hf import ALDRIFTTrainer
+from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.models.prior import base_model
 from evaluation.enumeration import text_log_probs
 
@@ -29,7 +30,7 @@ class Target:
         texts: the draws, some of them equal.
         log_target: log p_T of each, nats, by the run's log Z.
         effective: the effective sample size of all draws that they were resampled from.
-        log_z, missing_mass: of the run, nats.
+        log_z: log Z_T by the same draws, nats.
         kl_of_prior: KL(p_T‖L), nats.
     """
 
@@ -37,18 +38,19 @@ class Target:
     log_target: list[float]
     effective: float
     log_z: float
-    missing_mass: float
     kl_of_prior: float
 
     @classmethod
     def of(cls, trainer: ALDRIFTTrainer, tau_max: float) -> Target:
         """From a run that is done, with `sampler="archive"`."""
         drawn = trainer.sample(GOLD, correction="archive").to_pandas()
-        rung, (log_z,) = trainer.record.rungs[-1], trainer.record.log_z
+        (pool,) = trainer.sampler.draws()  # all that it kept, whichever rung the ladder came to
+        log_weight = pool.log_weight(tau_max)
+        log_z = float(diagnostics.log_z(log_weight))
+        effective = float(diagnostics.effective_sample_size(log_weight)) * log_weight.shape[-1]
         log_target = drawn["log_prior"] - tau_max * drawn["objective"] - log_z
-        effective = rung["archive_ess"] * rung["archive_draws"]
         prior = float((log_target - drawn["log_prior"]).mean())
-        return cls(drawn["completion"].tolist(), log_target.tolist(), effective, log_z, rung["missing_mass"], prior)
+        return cls(drawn["completion"].tolist(), log_target.tolist(), effective, log_z, prior)
 
     def keep(self, path: Path) -> None:
         """Write it to a file."""

@@ -121,7 +121,7 @@ def distances(name: str, target: Target, runs: Sequence[Run]) -> Comparison:
         target: the draws of p_T.
         runs: one of each method.
     """
-    known = f"{target.effective:.0f} effective draws of it, log Z {target.log_z:.1f}, {target.missing_mass:.2f} missing"
+    known = f"{target.effective:.0f} effective draws of it, log Z {target.log_z:.1f}"
     columns = ["KL(p_T‖q), nats", "± error", "p_T with a scaffold among 2,048 draws", "mean score", "valid", "distinct"]
     comparison = Comparison(f"{name}: distance from p_T ({known})", columns)
     comparison.rows.append(("prior", [f"{target.kl_of_prior:.2f}", *[""] * (len(columns) - 1)]))
