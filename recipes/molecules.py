@@ -2,7 +2,7 @@
 
     accelerate launch recipes/molecules.py
 
-The prior is a small GPT-2 on the SMILES of ZINC-250k, which is trained once (in about an hour of one core) and cached;
+The prior is a small GPT-2 on the SMILES of ZINC-250k, which is trained once (in about an hour) and cached;
 --model_name_or_path takes any causal language model of SMILES instead. The objectives are six of PMO's
 (recipes/problems/molecules.py), or your own: --objective FILE.py:FUNCTION names a function that scores a SMILES string
 in [0, 1]. A run may evaluate 10,000 distinct molecules, and is judged as PMO judges: by the area under the curve of the
