@@ -41,10 +41,13 @@ def test_the_comparison(run_recipe, small_molecules, capsys):
             assert 0 < run["diversity"] < 1
             assert ("valid" in run) == (method != "genetic_algorithm")
             assert 0.5 < run.get("valid", 1) <= 1
-            assert ("kl" in run) == (method != "genetic_algorithm")
+            own = method == "defaults" and run["seed"] == 0  # it left the draws that others are measured by
+            assert ("kl" in run) == (method != "genetic_algorithm" and not own)
             assert 0 <= run.get("scaffolds_known", 0) <= 1
-    ours, theirs = ([run["kl"] for run in runs if run["method"] == method] for method in ("defaults", "top"))
-    assert max(ours) < min(theirs), "its own draws are nearest to its model, and top's are far"
+    ours, theirs = (
+        [run["kl"] for run in runs if run["method"] == method and "kl" in run] for method in ("defaults", "top")
+    )
+    assert max(ours) < min(theirs), "top's draws repeat a few"
     written = (folder / "molecules.md").read_text()
     assert "| median1 | sum | sum at 1,000 | diversity |" in written
     assert written.count("| reinvent 20 0.001 8 | ") == 2, "AUC, and the distance from p_T"
