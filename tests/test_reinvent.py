@@ -71,7 +71,7 @@ def test_training_ends_at_p_t_without_replay_alone(strings):
     def kl(replayed):
         problem = ThreeLetters()
         model, _, calls = reinvent(
-            problem, QUICK, CountedObjective(problem), tau_max=TAU_MAX, proposals=64 * 150, batch=64,
+            problem, QUICK, CountedObjective(problem), tau_max=TAU_MAX, proposals=64 * 250, batch=64,
             learning_rate=3e-4, replayed=replayed, seed=0,
         )  # fmt: skip
         assert calls >= 27
