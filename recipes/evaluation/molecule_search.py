@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -63,7 +64,5 @@ def evolve(problem: ZincProblem, start: int, offspring: int, budget: int, seed: 
         return values
 
     molecules = problem.random_texts(start, np.random.default_rng(seed))
-    try:
+    with contextlib.suppress(_SpentError):
         mol_ga.default_ga(molecules, score, max_generations=budget, offspring_size=offspring, rng=random.Random(seed))
-    except _SpentError:
-        return

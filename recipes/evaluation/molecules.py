@@ -80,9 +80,9 @@ def diversity(smiles: Sequence[str]) -> float:
 def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, float]:
     """Measures of a final model's draws: the share of molecules, of distinct ones among these, and their mean score."""
     valid = [canonical for text in texts if (canonical := canonical_smiles(text)) is not None]
-    scores = {each: problem.values.get(each) for each in valid}
     known = {
-        each: problem.score(Chem.MolFromSmiles(each)) if value is None else value for each, value in scores.items()
+        each: problem.values[each] if each in problem.values else problem.score(Chem.MolFromSmiles(each))
+        for each in {*valid}
     }
     return {
         "valid": len(valid) / len(texts),

@@ -14,7 +14,6 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -27,6 +26,8 @@ from aldrift_hf.cli.task import load_objective
 from aldrift_hf.toy import SmallPriorConfig
 from problems.prior import RecipeModelConfig
 from problems.text_problem import TextProblem
+
+RDLogger.DisableLog("rdApp.*")  # texts that are no molecules are expected
 
 TOKENS = re.compile(r"\[[^]]+\]|Br|Cl|.")
 """An atom, a bond, a bracket or a ring closure."""
@@ -236,13 +237,5 @@ class MoleculeProblem(ZincProblem):
 
 def canonical_smiles(text: str) -> str | None:
     """The canonical SMILES of a molecule; `None` for what is none, or has no atoms."""
-    molecule = _parsed(text)
+    molecule = Chem.MolFromSmiles(text)
     return Chem.MolToSmiles(molecule) if molecule is not None and molecule.GetNumAtoms() else None
-
-
-_quiet = partial(RDLogger.DisableLog, "rdApp.*")  # texts that are no molecules are expected
-
-
-def _parsed(text: str) -> Chem.Mol | None:
-    _quiet()
-    return Chem.MolFromSmiles(text)
