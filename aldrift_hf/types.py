@@ -94,8 +94,10 @@ class Proposals:
         completions: the `P·n` token sequences.
         objective: `[P, n]`, costs `d(s)`.
         log_prior: `[P, n]`, `log L(s)` under the prior, nats.
-        log_model: `[P, n]`, `log q(s)` under the model that drew them, nats.
+        log_model: `[P, n]`, `log q(s)` of the law that they were drawn from, nats.
         texts: the decoded texts; `None` where draws of several rungs are put together.
+        as_scored: whether `log_model` is also what the scorer gives for the model that drew them. Otherwise the two
+            differ by the rounding of whatever drew them.
     """
 
     rows: Tensor
@@ -104,6 +106,7 @@ class Proposals:
     log_prior: Tensor
     log_model: Tensor
     texts: list[str] | None = None
+    as_scored: bool = True
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -144,6 +147,7 @@ class Proposals:
             log_prior=self.log_prior.gather(1, index),
             log_model=self.log_model.gather(1, index),
             texts=None if self.texts is None else [self.texts[row] for row in flat.tolist()],
+            as_scored=self.as_scored,
         )
 
     def moved(self, mask: Tensor, other: Proposals) -> Proposals:
@@ -164,6 +168,7 @@ class Proposals:
             log_prior=torch.where(mask, other.log_prior, self.log_prior),
             log_model=torch.where(mask, other.log_model, self.log_model),
             texts=texts,
+            as_scored=self.as_scored and other.as_scored,
         )
 
     def distinct_share(self, flat: Tensor | None = None) -> float:

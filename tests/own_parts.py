@@ -75,6 +75,8 @@ class TableEngine(Engine):
         log_q: `[n]`, their log-probabilities, nats: the law of the draws.
     """
 
+    follows_model = False
+
     def __init__(self, completions: Completions, log_q: torch.Tensor):
         self.completions, self.log_q, self.syncs = completions, log_q, 0
 

@@ -80,6 +80,40 @@ def test_mixture_weights_give_the_target_exactly(tau, prompts):
     assert diagnostics.log_z(log_weight).exp().tolist() == pytest.approx([target.sum().item()] * prompts)
 
 
+LAWS = [
+    PRIOR,
+    torch.tensor([0.0, 0.25, 0.5, 0.25], dtype=torch.float64),
+    torch.tensor([0.5, 0.0, 0.0, 0.5]).double(),
+]
+"""What an engine with its own rounding draws from in place of each model."""
+
+
+def test_draws_of_other_laws_than_the_scorers_give_the_target_exactly():
+    """Each engine's `log q` is known for its own draws alone; the prior's rung scores nothing for it."""
+    archive, score = Archive(16), Scorer()
+    for model, law in enumerate(LAWS):
+        score.present = model
+        events = torch.arange(4).repeat_interleave((law * DRAWN[model]).round().long())
+        drawn = replace(
+            draws(model, DRAWN[model]),
+            completions=Completions(events[:, None], torch.ones(len(events), dtype=torch.long)),
+            objective=COST[events][None],
+            log_prior=PRIOR.log()[events][None],
+            log_model=law.log()[events][None],
+            as_scored=False,
+        )
+        archive.extend(drawn, {"number": torch.tensor(model)} if model else {}, score)
+    assert score.asked == [(1, 8), (1, 16), (1, 4), (2, 24), (2, 4)]
+    pool, target = mixture(archive.entries), PRIOR * torch.exp(-COST)
+    log_weight = pool.log_weight(1.0)[0]
+    frequencies = torch.zeros(4).double().index_add_(0, pool.completions.ids[:, 0], log_weight.softmax(0))
+    assert frequencies == pytest.approx(target / target.sum(), abs=1e-12)
+    assert diagnostics.log_z(log_weight).exp().item() == pytest.approx(target.sum().item())
+    kept = Archive(16)
+    kept.load_state_dict(archive.state_dict())
+    assert torch.equal(mixture(kept.entries).log_model, pool.log_model)
+
+
 def test_weights_are_bounded_by_the_priors_share():
     """`w ≤ exp(-τd) / α_0`, also for an event that the later models hardly draw."""
     pool = mixture(filled()[0].entries)

@@ -9,6 +9,13 @@ whichever model it came from. Language models are normalised, so no partition fu
 weights estimates `Z_τ`. The first rung's model is the prior, and it always stays in the mixture: with its share `α_0`
 the weights are bounded, `w ≤ exp(-τ·d) / α_0`.
 
+Draws may come from another law `r_k` than the scorer's `q_k`: that of an engine with its own rounding, which is known
+for its own draws alone. Then a draw of the k-th law has the weight `w(s)·q_k(s)/r_k(s)`. This is exact, because the
+scorer's shares `α_k q_k / Σ_j α_j q_j` sum to 1 for every string, and all that multiple importance sampling needs of
+them is that (Veach and Guibas, 1995):
+
+    Σ_k α_k E_{r_k}[w·(q_k/r_k)·f] = Σ_k α_k Σ_s q_k(s)·w(s)·f(s) = Σ_s L(s)·exp(-τ·d(s))·f(s).
+
 A new rung costs one forward pass of its model over the draws in the archive, and one forward pass of each model in the
 archive over the new draws; known log-probabilities are never computed again. `window` bounds both: beyond it the oldest
 rung after the first is dropped, draws and model together (a draw whose own model has left the mixture would get a wrong
@@ -42,7 +49,8 @@ class Entry:
     Attributes:
         proposals: its draws, without texts.
         snapshot: the model that drew them.
-        log_q: `[K, S, n]`, their log-probabilities under the `K` models that drew for the same prompts, by age, nats.
+        log_q: `[K, S, n]`, their log-probabilities under the `K` models that drew for the same prompts, by age, nats:
+            the scorer's.
     """
 
     proposals: Proposals
@@ -82,7 +90,7 @@ class Archive:
             proposals: `n` draws for each of `S` prompts.
             snapshot: the present model; empty if it is the prior.
             score: called once per earlier model that drew for these prompts, on the new draws, and once on all earlier
-                draws for them.
+                draws for them; and on the new draws, if `log q` as drawn is not the scorer's.
 
         Returns:
             The rungs that drew for these prompts, the new one included.
@@ -96,7 +104,11 @@ class Archive:
             columns = torch.split(score(None, join_rungs(drawn)), draws_of(earlier), dim=1)
             for entry, new in zip(earlier, columns, strict=True):
                 entry.log_q = torch.cat([entry.log_q, new[None]])
-        log_q = torch.stack([*known, proposals.log_model])
+        if proposals.as_scored:
+            own = proposals.log_model
+        else:
+            own = score(None, proposals) if snapshot else proposals.log_prior
+        log_q = torch.stack([*known, own])
         self.entries.append(Entry(replace(proposals, texts=None), snapshot, log_q))
         return [*earlier, self.entries[-1]]
 
@@ -151,5 +163,8 @@ def mixture(group: Sequence[Entry]) -> Proposals:
     """The draws of rungs for the same prompts as one set of proposals, `[S, N]`, whose model is their mixture."""
     drawn = draws_of(group)
     log_share = torch.tensor([math.log(n / sum(drawn)) for n in drawn], dtype=torch.float64)[:, None, None]
-    log_mixture = torch.cat([(log_share + entry.log_q).logsumexp(0) for entry in group], dim=1)
-    return replace(join_rungs([entry.proposals for entry in group]), log_model=log_mixture)
+    log_mixture = [
+        (log_share + entry.log_q).logsumexp(0) + entry.proposals.log_model - entry.log_q[age]
+        for age, entry in enumerate(group)
+    ]
+    return replace(join_rungs([entry.proposals for entry in group]), log_model=torch.cat(log_mixture, dim=1))

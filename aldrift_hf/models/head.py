@@ -30,47 +30,66 @@ LOGITS_BUDGET = 2**25
 Finish = Callable[[Tensor], Tensor]
 """What a model does to the output embedding's logits, element by element."""
 
+Statistic = Callable[[Tensor, Tensor], Tensor]
+"""What is wanted of logits `[N, vocabulary]` and targets `[N]`: `[N, …]`, each row of its own logits."""
+
 _known: WeakKeyDictionary[nn.Module, Finish | None] = WeakKeyDictionary()
 
 
+def token_logprobs(logits: Tensor, targets: Tensor) -> Tensor:
+    """`[N]` log-probabilities, from logits `[N, vocabulary]`; in fp32, whatever the model computes in."""
+    logits = logits.float()
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+
 def projected_logprobs(
-    model: PreTrainedModel, select: Callable[[Tensor], Tensor], targets: Tensor, **inputs: Any
+    model: PreTrainedModel,
+    select: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    statistic: Statistic = token_logprobs,
+    **inputs: Any,
 ) -> Tensor:
-    """Log-probabilities of chosen tokens, from one forward pass.
+    """Log-probabilities of chosen tokens, from one forward pass; or another statistic of their logits.
 
     Args:
         model: a causal language model.
         select: maps the hidden states that the output embedding receives, `[n, positions, hidden]`, to those that
             predict the targets, `[N, hidden]`.
         targets: `[N]`, token ids.
+        statistic: what is wanted.
         inputs: arguments of the forward pass.
 
     Returns:
-        `[N]`, fp32.
+        `[N]`, fp32; or what `statistic` returns.
     """
     if model not in _known:
         _known[model] = _finish_of(model, targets)
-    with projecting(model, select, targets) as projection:
+    with projecting(model, select, targets, statistic) as projection:
         return projection.of(model(**inputs).logits)
 
 
 class Projection:
     """Log-probabilities of chosen tokens, from a forward pass within the `with` block of [`projecting`]."""
 
-    def __init__(self, select: Callable[[Tensor], Tensor], targets: Tensor) -> None:
-        self.select, self.targets = select, targets
+    def __init__(self, select: Callable[[Tensor], Tensor], targets: Tensor, statistic: Statistic) -> None:
+        self.select, self.targets, self.statistic = select, targets, statistic
         self.chunks: list[Tensor] = []
 
     def of(self, logits: Tensor) -> Tensor:
         """`[N]`, fp32, with gradients if there are any. `logits` are those that the forward pass returned."""
         if not self.chunks:
-            return _logprobs(self.select(logits), self.targets.to(logits.device))
+            return self.statistic(self.select(logits), self.targets.to(logits.device))
         # FSDP gathers its weights for the backward pass when that reaches what the forward pass has returned.
         return torch.cat(self.chunks) + logits.flatten()[:0].sum()
 
 
 @contextlib.contextmanager
-def projecting(model: PreTrainedModel, select: Callable[[Tensor], Tensor], targets: Tensor) -> Iterator[Projection]:
+def projecting(
+    model: PreTrainedModel,
+    select: Callable[[Tensor], Tensor],
+    targets: Tensor,
+    statistic: Statistic = token_logprobs,
+) -> Iterator[Projection]:
     """Within a `with` block a forward pass projects the selected hidden states alone, in chunks.
 
     That needs to know what the model does to its logits, which [`projected_logprobs`] finds out; until then, and where
@@ -78,9 +97,9 @@ def projecting(model: PreTrainedModel, select: Callable[[Tensor], Tensor], targe
 
     Args:
         model: a causal language model; it may be called by what wraps it, with or without gradients.
-        select, targets: see [`projected_logprobs`].
+        select, targets, statistic: see [`projected_logprobs`].
     """
-    projection, finish, thread = Projection(select, targets), _known.get(model), threading.get_ident()
+    projection, finish, thread = Projection(select, targets, statistic), _known.get(model), threading.get_ident()
     if finish is None:
         yield projection
         return
@@ -92,7 +111,7 @@ def projecting(model: PreTrainedModel, select: Callable[[Tensor], Tensor], targe
         size = max(1, LOGITS_BUDGET // sharding.vocabulary_size(model))
         for chunk, wanted in zip(torch.split(states, size), torch.split(targets, size), strict=True):
             # `forward`, not a call: a call would run this hook again.
-            projection.chunks.append(_chunk_logprobs(head, finish, chunk, wanted.to(chunk.device)))
+            projection.chunks.append(_of_chunk(head, finish, statistic, chunk, wanted.to(chunk.device)))
         return (args[0][0, -1].clone()[None, None],)  # of its own strides: see contiguous_input
 
     handle = model.get_output_embeddings().register_forward_pre_hook(project)
@@ -102,17 +121,17 @@ def projecting(model: PreTrainedModel, select: Callable[[Tensor], Tensor], targe
         handle.remove()
 
 
-def _chunk_logprobs(head: nn.Module, finish: Finish, states: Tensor, targets: Tensor) -> Tensor:
-    """`[N]` log-probabilities; for a backward pass, without keeping the logits."""
+def _of_chunk(head: nn.Module, finish: Finish, statistic: Statistic, states: Tensor, targets: Tensor) -> Tensor:
+    """The statistic of a chunk; for a backward pass, without keeping the logits."""
 
-    def logprobs(states: Tensor) -> Tensor:
-        return _logprobs(finish(head.forward(states)), targets)
+    def measured(states: Tensor) -> Tensor:
+        return statistic(finish(head.forward(states)), targets)
 
     if not (torch.is_grad_enabled() and states.requires_grad):
-        return logprobs(states)
+        return measured(states)
     if any(parameter.requires_grad for parameter in head.parameters()):
-        return cast(Tensor, checkpoint(logprobs, states, use_reentrant=False))
-    return cast(Tensor, cast(Any, _FrozenHead).apply(states, logprobs))
+        return cast(Tensor, checkpoint(measured, states, use_reentrant=False))
+    return cast(Tensor, cast(Any, _FrozenHead).apply(states, measured))
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -154,12 +173,6 @@ def contiguous_input(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         handle.remove()
-
-
-def _logprobs(logits: Tensor, targets: Tensor) -> Tensor:
-    """`[N]`, from logits `[N, vocabulary]`; in fp32, whatever the model computes in."""
-    logits = logits.float()
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:

@@ -71,8 +71,8 @@ class Pass:
         return Pass(moved, self.select, targets, rows, places, self.size)
 
     def table(self, values: Tensor) -> Tensor:
-        """Values of the targets by completion and place: `[N]` to `[n, length of the longest]`, 0 elsewhere."""
-        shape = (self.size, int(self.places.max()) + 1)
+        """Values of the targets by completion and place: `[N, …]` to `[n, length of the longest, …]`, 0 elsewhere."""
+        shape = (self.size, int(self.places.max()) + 1, *values.shape[1:])
         return values.new_zeros(shape).index_put((self.rows.to(values.device), self.places.to(values.device)), values)
 
 

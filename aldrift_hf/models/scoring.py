@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..types import Completions
-from .head import projected_logprobs
+from .head import Statistic, projected_logprobs, token_logprobs
 from .passes import Padded, Pass, apart, join
 from .shared_prompts import packing
 from .shared_prompts.attention import sharing
@@ -66,23 +66,56 @@ def sequence_logprobs(
     Returns:
         `[n]`, fp64, on the CPU.
     """
+    return sequence_sums(
+        model,
+        prompts,
+        completions,
+        token_logprobs,
+        pad_token_id=pad_token_id,
+        batch_size=batch_size,
+        batch_tokens=batch_tokens,
+    )
+
+
+def sequence_sums(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    statistic: Statistic,
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    batch_tokens: int,
+) -> Tensor:
+    """Sums over each completion's tokens of any statistic of their logits; see [`sequence_logprobs`].
+
+    Args:
+        statistic: in fp32, of logits `[N, vocabulary]` and tokens `[N]`.
+
+    Returns:
+        `[n, …]`, as many values per row as `statistic` has per token, fp64, on the CPU.
+    """
     keys: dict[Row, int] = {}
     where = [
         keys.setdefault((tuple(prompt), tuple(completion)), len(keys))
         for prompt, completion in zip(prompts, completions.tokens(), strict=True)
     ]
-    scores = torch.empty(len(keys), dtype=torch.float64)
     # The longest rows first: there is little padding, and if rows do not fit into memory, it shows at once.
     rows = sorted(keys, key=lambda row: -_width(row))
+    order: list[int] = []
+    sums: list[Tensor] = []
     if packing.pays(*_columns(rows)) and can_share_prompts(model, _width(rows[0])):
         with sharing(model):
             for batch in _batches(_by_prompt(rows), batch_size, batch_tokens, shared=True):
-                scores[[keys[row] for row in batch]] = _score(model, packing.pack(*_columns(batch)))
+                order += [keys[row] for row in batch]
+                sums.append(_sums(model, packing.pack(*_columns(batch)), statistic))
     else:
         for batch in _batches(rows, batch_size, batch_tokens, shared=False):
+            order += [keys[row] for row in batch]
             padded = join(*_columns(batch), pad_token_id)
-            scores[[keys[row] for row in batch]] = _score(model, apart(padded, _keeps_logits(model)))
-    return scores[where]
+            sums.append(_sums(model, apart(padded, _keeps_logits(model)), statistic))
+    place = torch.tensor(order).argsort()
+    return torch.cat(sums)[place[where]]
 
 
 def _batches(rows: list[Row], batch_size: int, batch_tokens: int, shared: bool) -> Iterator[list[Row]]:
@@ -112,11 +145,11 @@ def _columns(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[tuple[int
     return [prompt for prompt, _ in rows], [completion for _, completion in rows]
 
 
-def _score(model: PreTrainedModel, forward: Pass) -> Tensor:
-    """`[n]` log-probabilities, from one forward pass."""
+def _sums(model: PreTrainedModel, forward: Pass, statistic: Statistic) -> Tensor:
+    """`[n, …]`, from one forward pass."""
     forward = forward.to(model.device)
-    found = projected_logprobs(model, forward.select, forward.targets, **forward.inputs)
-    return forward.table(found.double()).sum(-1).cpu()
+    found = projected_logprobs(model, forward.select, forward.targets, statistic, **forward.inputs)
+    return forward.table(found.double()).sum(1).cpu()
 
 
 def learning_pass(model: PreTrainedModel, padded: Padded) -> Pass:

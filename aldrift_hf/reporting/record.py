@@ -60,6 +60,8 @@ class RunRecord:
             - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates),
               `learning_rate` (of the last one), `updates` (of the rung);
             - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
+            - `engine/logprob_gap_mean`, `engine/logprob_gap_std`: the engine's `log q` less the scorer's, on a few
+              draws of every batch, nats per completion;
             - `seconds_propose`, `seconds_score`, `seconds_objective`, `seconds_learn`: wall-clock time.
         draws: the newest draws of the model, at most [`MAX_DRAWS`], before any correction. Each has `prompt`,
             `completion`, `objective` (its cost), `log_prior`, `log_model` and, for the inverse temperature `tau`,

@@ -161,8 +161,7 @@ def corrected_draws(subject: Subject) -> Distance:
         law = chain_law(log_target - log_q, log_q, CHAIN_LENGTH)
         laws.append(torch.zeros(len(names) + 1, dtype=torch.float64).index_add_(0, place, law))
         counts.append(_counts(drawn["completion"][count * number : count * (number + 1)], names))
-    # Drawn with generation's probabilities and weighted by the scorer's: the factor once, and once more for the
-    # normalization.
+    # Drawn and weighted with generation's probabilities; the law was computed with the scorer's.
     ratio = math.exp(2 * subject.drawn[1])
     return Distance(chi_square_p(torch.stack(counts), torch.stack(laws), ratio), MIN_P_VALUE, "p")
 
@@ -228,11 +227,13 @@ def archive(subject: Subject) -> Distance:
     trainer = subject.runs["archive"]
     rungs = cast(ArchiveSampler, trainer.sampler).archive.entries
     pool, total = mixture(rungs), torch.zeros(())
+    as_drawn = torch.cat([rung.proposals.log_model - rung.log_q[age] for age, rung in enumerate(rungs)], dim=1)
     for rung, drawn in zip(rungs, draws_of(rungs), strict=True):
         with snapshots.loaded(trainer.rollout.policy(), rung.snapshot):
             log_q = trainer.rollout.score(trainer.run.prompts, pool) if rung.snapshot else pool.log_prior
         total = total + drawn * log_q.exp()
-    return Distance(_max_gap(pool.log_model, (total / sum(draws_of(rungs))).log()), subject.rounding())
+    log_mixture = (total / sum(draws_of(rungs))).log() + as_drawn
+    return Distance(_max_gap(pool.log_model, log_mixture), subject.rounding())
 
 
 def _counts(drawn: Sequence[Sequence[Any]], known: Sequence[Sequence[Any]]) -> Tensor:

@@ -20,7 +20,7 @@ from ..algorithm.archive import Snapshot
 from ..algorithm.prompt_groups import group_of
 from ..models import snapshots
 from ..models.batching import Batches, fitting
-from ..models.engines import Engine
+from ..models.engines import Engine, EngineGuard
 from ..models.footprint import Work
 from ..models.numerics import check_scores, check_support
 from ..models.prior import Prior, base_model
@@ -28,19 +28,20 @@ from ..models.scoring import inference, sequence_logprobs
 from ..models.shared_prompts.cache import MIN_PROMPT
 from ..models.shared_prompts.support import can_share_prompts
 from ..objective.objective import Objective
-from ..types import Completions, Progress, Prompts, Proposals
+from ..types import Completions, Draws, Progress, Prompts, Proposals
 from .config import ALDRIFTConfig
 
 Result = TypeVar("Result")
 
 
 class _Part(NamedTuple):
-    """Draws of consecutive rows, their texts, `log q` and `log L`."""
+    """Draws of consecutive rows, their texts, `log q` and `log L`, and what the engine's guard measured of them."""
 
     completions: Completions
     texts: list[str]
     log_model: Tensor
     log_prior: Tensor
+    measured: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class Rollout:
         pad_token_id: fills rows.
 
     Attributes:
+        guard: sees whether the engine draws from the policy.
         batches: how many rows at once fit into memory; `None` before the first draw.
         seconds: seconds that each part of the last proposals took.
     """
@@ -90,6 +92,7 @@ class Rollout:
         self.args, self.runtime, self.policy = args, runtime, runtime.policy
         self.prior, self.engine, self.objective = prior, engine, objective
         self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+        self.guard = EngineGuard(engine, pad_token_id, args.scoring_batch_tokens)
         size = args.per_device_generation_batch_size
         self.batches = None if size is None else Batches(size, fixed=True)
         self.seconds: dict[str, float] = {}
@@ -117,6 +120,7 @@ class Rollout:
 
         Raises:
             FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
+            RuntimeError: for an engine whose draws are not the policy's, likewise.
         """
         which = torch.arange(len(prompts)) if which is None else which
         rows = which.repeat_interleave(per_prompt).tolist()
@@ -126,7 +130,11 @@ class Rollout:
         with self._objective_abandoned_on_error():
             with self._inference():
                 self.engine.sync(self.policy())
+                if beginnings is None:
+                    self.guard.begin()
                 for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream, beginnings)):
+                    if beginnings is None:
+                        self.guard.check(torch.cat([part.measured for part in drawn]))
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
@@ -147,6 +155,7 @@ class Rollout:
             log_prior=log_prior.view(shape),
             log_model=log_model.view(shape),
             texts=texts,
+            as_scored=beginnings is not None or self.guard.as_scored,
         )
 
     def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
@@ -201,16 +210,18 @@ class Rollout:
         token_ids: list[list[int]],
     ) -> _Part:
         address = (self.args.seed, *stream)
+        measured = torch.zeros(0)
         with self._timed("seconds_propose"):
             if beginnings is None:
                 completions, log_model = self.engine.generate(token_ids, address, rows)
+                measured = self.guard.measure(base_model(self.policy()), token_ids, Draws(completions, log_model))
             else:
                 completions = self._continued(address, beginnings[rows.start : rows.stop], rows, token_ids)
                 log_model = self._score(base_model(self.policy()), token_ids, completions)
         with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
             log_prior = self._score(prior_model, token_ids, completions)
         check_scores(log_model, log_prior)
-        return _Part(completions, self.decode(completions), log_model, log_prior)
+        return _Part(completions, self.decode(completions), log_model, log_prior, measured)
 
     def _continued(
         self, address: Sequence[int], beginnings: Sequence[Sequence[int]], rows: range, token_ids: list[list[int]]

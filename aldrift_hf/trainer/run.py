@@ -125,6 +125,7 @@ class Run:
             "objective_calls": self.objective.calls,
             **({"objective_failures": self.objective.failures} if self.objective.failures else {}),
             **self._components(rung.proposals),
+            **self.rollout.guard.figures,
             **self.rollout.seconds,
         }
         metrics |= self._figures_of_the_sampler(rung, metrics)

@@ -1,8 +1,9 @@
 """Engines by their names in the settings. A new one is one file here, and one line below."""
 
 from .base import Engine, EngineSettings
+from .guard import EngineGuard
 from .transformers import TransformersEngine
 
 ENGINES: dict[str, type[Engine]] = {"transformers": TransformersEngine}
 
-__all__ = ["ENGINES", "Engine", "EngineSettings", "TransformersEngine"]
+__all__ = ["ENGINES", "Engine", "EngineGuard", "EngineSettings", "TransformersEngine"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import nn
 
@@ -32,12 +33,21 @@ class Engine(ABC):
     """Draws completions by plain ancestral sampling (temperature 1, no truncation), with `log q` as drawn.
 
     `q` is the law that the tokens really came from. An engine reports its own log-probability of what it drew, whatever
-    its rounding: then the weights `L·exp(-τ·d)/q` are exact.
+    its rounding: then the weights `L·exp(-τ·d)/q` are exact, of the archive too ([`aldrift_hf.algorithm.archive`]).
 
-    The archive also needs the density of older rungs' models at new draws, and of the present model at old draws. It
-    takes these from the trainer's scorer, so with `sampler="archive"` an engine's law must be that of the model, up to
-    rounding. `sampler="metropolis_hastings"` uses the engine's own `log q` alone.
+    Every round of draws is checked ([`aldrift_hf.models.engines.guard`]): the engine's law must be that of the model,
+    up to rounding, and the tokens must come from it.
+
+    Attributes:
+        follows_model: whether the law is meant to be that of the model that is trained. Otherwise nothing is checked.
+        remedy: what to do where it is not, for the error.
     """
+
+    follows_model: ClassVar[bool] = True
+    remedy: ClassVar[str] = (
+        "Its weights may be old (sync), or it may change probabilities: draw at temperature 1, without top-k, top-p or "
+        "penalties, and report the log-probability of each token."
+    )
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> Engine:
