@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
     from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SuffixChains, Top
-    from .models.engines import Engine, TransformersEngine
+    from .models.engines import Engine, TransformersEngine, VLLMEngine
     from .objective.calling import ObjectiveError
     from .objective.rewards import from_reward
     from .objective.testing import check_objective
@@ -45,6 +45,7 @@ __all__ = [
     "SuffixChains",
     "Top",
     "TransformersEngine",
+    "VLLMEngine",
     "check_objective",
     "from_reward",
 ]
@@ -53,7 +54,7 @@ _EXPORTS = {
     "algorithm.ladders": ("AdaptiveLadder", "Ladder", "LinearLadder"),
     "algorithm.losses": ("GeneralizedKL", "Loss", "MaximumLikelihood"),
     "algorithm.samplers": ("ArchiveSampler", "MetropolisHastings", "Reweight", "Sampler", "SuffixChains", "Top"),
-    "models.engines": ("Engine", "TransformersEngine"),
+    "models.engines": ("Engine", "TransformersEngine", "VLLMEngine"),
     "objective.calling": ("ObjectiveError",),
     "objective.rewards": ("from_reward",),
     "objective.testing": ("check_objective",),

@@ -403,7 +403,7 @@ def test_the_schedule_is_worked_out_without_a_change_to_the_settings(config):
 def test_the_recorded_settings_are_plain_and_as_asked(config, tokenizer, adapter):
     model = tiny_gpt2()
     policy = get_peft_model(model, lora_config(model), adapter_name="mine") if adapter else model
-    engine = TransformersEngine(EngineSettings(3, (EOS,), EOS, 16384))
+    engine = TransformersEngine(EngineSettings(3, (EOS,), EOS))
     settings = config(hub_token="hf_word", model_init_kwargs={"token": "hf_word"}, sampler="top", num_rungs=2)
     recorded = settings_of(
         settings,

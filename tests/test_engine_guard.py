@@ -16,7 +16,7 @@ from aldrift_hf.models.engines import EngineSettings, guard
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.streams import uniforms
 
-SETTINGS = EngineSettings(3, (EOS,), EOS, 16384)
+SETTINGS = EngineSettings(3, (EOS,), EOS)
 DRAW = generation._draw
 
 

@@ -76,7 +76,13 @@ GROUPS = {
         *("objective_weights", "objective_on_error", "objective_cache_key", "max_objective_calls"),
     ),
     "generation": (
-        *("engine", "max_completion_length", "per_device_generation_batch_size", "scoring_batch_tokens"),
+        *(
+            "engine",
+            "engine_kwargs",
+            "max_completion_length",
+            "per_device_generation_batch_size",
+            "scoring_batch_tokens",
+        ),
         "overlap_objective",
     ),
     "learning": (

@@ -128,7 +128,12 @@ class ALDRIFTConfig(GenerationSettings):
         **Parameters that control generation**
 
         engine (`str`, *optional*, defaults to `"transformers"`):
-            What draws completions from the model. `"transformers"` is `model.generate`.
+            What draws completions from the model. `"transformers"` is `model.generate`. `"vllm"` is vLLM in the
+            trainer's process, for LoRA and full fine-tuning. Weights are exact with either: each draw's probability is
+            the engine's own.
+        engine_kwargs (`dict` or `str`, *optional*):
+            Keyword arguments (as JSON on the command line) for `vllm.LLM`, such as `gpu_memory_utilization` (0.3 by
+            default).
         max_completion_length (`int`, *optional*, defaults to `256`):
             Largest number of tokens per completion. Longer ones are cut there, for the prior as for the model: a cut
             completion is an outcome like any other.
@@ -164,7 +169,7 @@ class ALDRIFTConfig(GenerationSettings):
             Whether to print the best and a random completion of every rung.
     """
 
-    _VALID_DICT_FIELDS = [*GenerationSettings._VALID_DICT_FIELDS, "model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*GenerationSettings._VALID_DICT_FIELDS, "model_init_kwargs", "engine_kwargs"]
 
     # Parameters that control the target and the ladder
     tau_max: Optional[Positive] = field(

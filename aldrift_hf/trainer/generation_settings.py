@@ -7,7 +7,7 @@ from typing import Optional
 
 from ..models.engines import ENGINES
 from .defaults import TrainerDefaults
-from .validation import Count
+from .validation import Count, Kwargs
 
 
 @dataclass
@@ -16,7 +16,11 @@ class GenerationSettings(TrainerDefaults):
 
     engine: str = field(
         default="transformers",
-        metadata={"choices": ENGINES, "help": "What draws completions: transformers (model.generate)."},
+        metadata={"choices": ENGINES, "help": "What draws completions: transformers (model.generate), or vllm."},
+    )
+    engine_kwargs: Optional[Kwargs] = field(
+        default=None,
+        metadata={"help": 'Keyword arguments for vllm.LLM, as JSON, such as {"gpu_memory_utilization": 0.5}.'},
     )
     max_completion_length: Count = field(
         default=256,

@@ -140,6 +140,7 @@ class Rollout:
                     parts += drawn
                     texts += new
                     self.runtime.stop_if_asked()
+                self.engine.rest()
             with self._timed("seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
         shape = (len(which), per_prompt)

@@ -26,7 +26,7 @@ _OF_THE_TRAINER = (
     *("weight_decay", "bf16", "fp16", "seed"),
 )
 """Settings of `TrainingArguments` that are recorded."""
-_NOT_RECORDED = ("model_init_kwargs", "log_completions", "overlap_objective")
+_NOT_RECORDED = ("model_init_kwargs", "engine_kwargs", "log_completions", "overlap_objective")
 """ALDRIFT's own settings that do not affect the result, or that may hold a token."""
 _PACKAGES = ("aldrift_hf", "transformers", "peft", "accelerate", "torch")
 

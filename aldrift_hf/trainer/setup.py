@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ..models import loading
 from ..models.engines import Engine, EngineSettings
 from ..models.prior import Prior, base_model
 from ..objective.objective import DEFAULT_BATCH_SIZE, Objective
@@ -74,9 +75,8 @@ def make_run(
     """
     policy, prompts, output_dir = runtime.policy(), inputs.prompts, str(args.output_dir)
     eos_token_ids = inputs.eos_token_ids(base_model(policy))
-    for_engine = EngineSettings(
-        args.max_completion_length, eos_token_ids, inputs.pad_token_id, args.scoring_batch_tokens
-    )
+    options = loading.mapping_of(args.engine_kwargs)
+    for_engine = EngineSettings(args.max_completion_length, eos_token_ids, inputs.pad_token_id, options)
     rollout = Rollout(
         args, runtime, prior, engine_of(args, for_engine, engine), objective, inputs.tokenizer, inputs.pad_token_id
     )

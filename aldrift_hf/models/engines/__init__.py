@@ -3,7 +3,8 @@
 from .base import Engine, EngineSettings
 from .guard import EngineGuard
 from .transformers import TransformersEngine
+from .vllm import VLLMEngine
 
-ENGINES: dict[str, type[Engine]] = {"transformers": TransformersEngine}
+ENGINES: dict[str, type[Engine]] = {"transformers": TransformersEngine, "vllm": VLLMEngine}
 
-__all__ = ["ENGINES", "Engine", "EngineGuard", "EngineSettings", "TransformersEngine"]
+__all__ = ["ENGINES", "Engine", "EngineGuard", "EngineSettings", "TransformersEngine", "VLLMEngine"]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -20,13 +20,13 @@ class EngineSettings:
         max_completion_length: tokens after which a completion is cut; being cut is an outcome like any other.
         eos_token_ids: any of these tokens ends a completion.
         pad_token_id: fills rows; its value has no effect.
-        scoring_batch_tokens: most tokens in one forward pass of the scorer.
+        options: the engine's own (`engine_kwargs`).
     """
 
     max_completion_length: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int
-    scoring_batch_tokens: int
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(ABC):
@@ -82,3 +82,6 @@ class Engine(ABC):
             limits: most tokens of each completion; `None` for `max_completion_length`. Only `sampler="suffix"` and
                 `sample(correction="suffix")` ask for others, and need an engine that has this argument.
         """
+
+    def rest(self) -> None:  # noqa: B027 - most engines keep nothing that others could use
+        """The round of draws is over: give up, until the next [`sync`], what memory learning can use."""

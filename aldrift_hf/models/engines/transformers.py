@@ -39,6 +39,10 @@ class TransformersEngine(Engine):
 
     @classmethod
     def from_settings(cls, settings: EngineSettings) -> TransformersEngine:
+        if settings.options:
+            raise ValueError(
+                f"engine='transformers' takes no engine_kwargs, got {', '.join(settings.options)}. Drop them."
+            )
         return cls(settings)
 
     def sync(self, policy: nn.Module) -> None:
