@@ -201,12 +201,10 @@ class VLLMEngine(Engine):
 
 
 def weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """A model's own weights under their own names, without adapters, whole one after the other."""
-    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        own = name.replace(".base_layer.", ".")
-        if "lora_" not in own and own not in tied:
-            yield own, sharding.whole(parameter)
+    """A model's own weights under their own names, without adapters, whole one after the other; tied ones once."""
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            yield name.replace(".base_layer.", "."), sharding.whole(parameter)
 
 
 def _repack_embeddings(worker: Any) -> None:
