@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
     from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SuffixChains, Top
-    from .models.engines import Engine, TransformersEngine, VLLMEngine
+    from .models.engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
     from .objective.calling import ObjectiveError
     from .objective.rewards import from_reward
     from .objective.testing import check_objective
@@ -46,6 +46,7 @@ __all__ = [
     "Top",
     "TransformersEngine",
     "VLLMEngine",
+    "VLLMServerEngine",
     "check_objective",
     "from_reward",
 ]
@@ -54,7 +55,7 @@ _EXPORTS = {
     "algorithm.ladders": ("AdaptiveLadder", "Ladder", "LinearLadder"),
     "algorithm.losses": ("GeneralizedKL", "Loss", "MaximumLikelihood"),
     "algorithm.samplers": ("ArchiveSampler", "MetropolisHastings", "Reweight", "Sampler", "SuffixChains", "Top"),
-    "models.engines": ("Engine", "TransformersEngine", "VLLMEngine"),
+    "models.engines": ("Engine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"),
     "objective.calling": ("ObjectiveError",),
     "objective.rewards": ("from_reward",),
     "objective.testing": ("check_objective",),

@@ -232,11 +232,16 @@ CONFIGS = Path(__file__).parents[1] / "accelerate_configs"
 
 def accelerate_launch(config: Path, *what: str) -> subprocess.CompletedProcess:
     """Runs `accelerate launch` with a config file: flags of its own first, then a script (or `-m` and a module)."""
+    how = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    how += ["--main_process_port", str(free_port())]
+    return subprocess.run([*how, *what], capture_output=True, text=True, timeout=300)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    how = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
-    return subprocess.run([*how, "--main_process_port", port, *what], capture_output=True, text=True, timeout=300)
+        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

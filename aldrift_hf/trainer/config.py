@@ -129,11 +129,13 @@ class ALDRIFTConfig(GenerationSettings):
 
         engine (`str`, *optional*, defaults to `"transformers"`):
             What draws completions from the model. `"transformers"` is `model.generate`. `"vllm"` is vLLM in the
-            trainer's process, for LoRA and full fine-tuning. Weights are exact with either: each draw's probability is
-            the engine's own.
+            trainer's process, for LoRA and full fine-tuning. `"vllm_server"` is a vLLM server that is given each
+            rung's LoRA adapter. Weights are exact with each: a draw's probability is the engine's own.
         engine_kwargs (`dict` or `str`, *optional*):
-            Keyword arguments (as JSON on the command line) for `vllm.LLM`, such as `gpu_memory_utilization` (0.3 by
-            default).
+            Keyword arguments of the engine (as JSON on the command line). `"vllm"` takes those of `vllm.LLM`, such as
+            `gpu_memory_utilization` (0.3 by default). `"vllm_server"` takes `base_url` (default
+            `http://localhost:8000`), `api_key`, `timeout` (seconds), `concurrency` (requests at once) and `adapter_dir`
+            (a folder that the server sees under the same path).
         max_completion_length (`int`, *optional*, defaults to `256`):
             Largest number of tokens per completion. Longer ones are cut there, for the prior as for the model: a cut
             completion is an outcome like any other.

@@ -16,11 +16,18 @@ class GenerationSettings(TrainerDefaults):
 
     engine: str = field(
         default="transformers",
-        metadata={"choices": ENGINES, "help": "What draws completions: transformers (model.generate), or vllm."},
+        metadata={
+            "choices": ENGINES,
+            "help": "What draws completions: transformers (model.generate), vllm in the trainer's process, or "
+            "vllm_server.",
+        },
     )
     engine_kwargs: Optional[Kwargs] = field(
         default=None,
-        metadata={"help": 'Keyword arguments for vllm.LLM, as JSON, such as {"gpu_memory_utilization": 0.5}.'},
+        metadata={
+            "help": "Keyword arguments of the engine, as JSON: for vllm those of vllm.LLM, such as "
+            '{"gpu_memory_utilization": 0.5}; for vllm_server base_url, api_key, timeout, concurrency, adapter_dir.'
+        },
     )
     max_completion_length: Count = field(
         default=256,

@@ -4,7 +4,12 @@ from .base import Engine, EngineSettings
 from .guard import EngineGuard
 from .transformers import TransformersEngine
 from .vllm import VLLMEngine
+from .vllm_server import VLLMServerEngine
 
-ENGINES: dict[str, type[Engine]] = {"transformers": TransformersEngine, "vllm": VLLMEngine}
+ENGINES: dict[str, type[Engine]] = {
+    "transformers": TransformersEngine,
+    "vllm": VLLMEngine,
+    "vllm_server": VLLMServerEngine,
+}
 
-__all__ = ["ENGINES", "Engine", "EngineGuard", "EngineSettings", "TransformersEngine", "VLLMEngine"]
+__all__ = ["ENGINES", "Engine", "EngineGuard", "EngineSettings", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"]

@@ -9,6 +9,7 @@ done before every round of draws. Nothing is ever merged.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -106,23 +107,19 @@ class VLLMEngine(Engine):
             raise RuntimeError("call sync(policy) before generate()")
         most = self.settings.max_completion_length
         self._make_room(max(map(len, prompts)) + most)
+        ends = self.settings.eos_token_ids
         asked = [
-            self._plain(stream_seed(*address, row), limit)
-            for row, limit in zip(rows, [most] * len(prompts) if limits is None else limits, strict=True)
+            self._vllm.SamplingParams(**plain_sampling(stream_seed(*address, row), limit, ends), detokenize=False)
+            for row, limit in zip(rows, limits or [most] * len(prompts), strict=True)
         ]
         texts = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
         outputs = self._llm.generate(texts, asked, lora_request=self._adapter, use_tqdm=False)
         drawn = [output.outputs[0] for output in outputs]
-        for one in drawn:
-            if one.finish_reason not in ("stop", "length"):
-                raise RuntimeError(f"vLLM did not complete a text: its reason is {one.finish_reason!r}")
-        ids = torch.full((len(drawn), most), self.settings.pad_token_id)
-        log_probs = torch.zeros(len(drawn), dtype=torch.float64)
-        for row, one in enumerate(drawn):
-            ids[row, : len(one.token_ids)] = torch.tensor(one.token_ids)
-            chosen = zip(one.token_ids, one.logprobs, strict=True)
-            log_probs[row] = sum(found[token].logprob for token, found in chosen)
-        return Draws(Completions(ids, torch.tensor([len(one.token_ids) for one in drawn])), log_probs)
+        log_probs = [
+            [found[token].logprob for token, found in zip(one.token_ids, one.logprobs, strict=True)] for one in drawn
+        ]
+        reasons = [one.finish_reason for one in drawn]
+        return draws_of([one.token_ids for one in drawn], log_probs, reasons, self.settings)
 
     def rest(self) -> None:
         if self._llm is not None and torch.cuda.is_available():
@@ -131,26 +128,6 @@ class VLLMEngine(Engine):
     def _wake(self) -> None:
         if torch.cuda.is_available():
             self._llm.wake_up()
-
-    def _plain(self, seed: int, limit: int) -> Any:
-        """Sampling that changes nothing; any of the run's end-of-text tokens ends a completion, and no other."""
-        return self._vllm.SamplingParams(
-            n=1,
-            temperature=1.0,
-            top_p=1.0,
-            top_k=0,
-            min_p=0.0,
-            presence_penalty=0.0,
-            frequency_penalty=0.0,
-            repetition_penalty=1.0,
-            min_tokens=0,
-            max_tokens=limit,
-            seed=seed,
-            ignore_eos=True,  # the checkpoint's own, which may not be the run's
-            stop_token_ids=list(self.settings.eos_token_ids),
-            logprobs=0,  # of the drawn token
-            detokenize=False,
-        )
 
     def _make_room(self, tokens: int) -> None:
         """Start vLLM, again if need be, for rows of so many tokens."""
@@ -188,16 +165,73 @@ class VLLMEngine(Engine):
             self._stream(base_model(policy))
             self._llm.reset_prefix_cache()
             return
-        number, name = next(self._numbers), policy.active_adapter
-        folder = Path(self._folder.name) / f"adapter-{number}"
-        policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
-        path = folder if (folder / "adapter_config.json").exists() else folder / name
+        number = next(self._numbers)
+        path = save_adapter(policy, Path(self._folder.name) / f"adapter-{number}")
         self._adapter = self._vllm.lora.request.LoRARequest(f"policy-{number}", number, str(path))
 
     def _stream(self, model: PreTrainedModel) -> None:
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights(model)})
         if not torch.cuda.is_available():
             self._llm.collective_rpc(_repack_embeddings)
+
+
+def plain_sampling(seed: int, limit: int, eos_token_ids: Sequence[int]) -> dict[str, Any]:
+    """Parameters of sampling that change no probability.
+
+    Args:
+        seed: of the row.
+        limit: most tokens.
+        eos_token_ids: any of these ends a completion, and no other token does.
+    """
+    return {
+        "n": 1,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+        "min_tokens": 0,
+        "max_tokens": limit,
+        "seed": seed,
+        "ignore_eos": True,  # the checkpoint's own, which may not be the run's
+        "stop_token_ids": list(eos_token_ids),
+        "logprobs": 0,  # of the drawn token alone
+    }
+
+
+def draws_of(
+    tokens: Sequence[Sequence[int]],
+    log_probs: Sequence[Sequence[float]],
+    reasons: Sequence[str],
+    settings: EngineSettings,
+) -> Draws:
+    """What vLLM returned, as draws.
+
+    Args:
+        tokens: of each completion, the end of text included.
+        log_probs: of each token, nats.
+        reasons: why each completion ended.
+        settings: the run's.
+
+    Raises:
+        RuntimeError: for a completion that was given up.
+    """
+    if unusual := sorted({reason for reason in reasons if reason not in ("stop", "length")}):
+        raise RuntimeError(f"vLLM gave a completion up: its reason is {', '.join(map(repr, unusual))}.")
+    ids = torch.full((len(tokens), settings.max_completion_length), settings.pad_token_id)
+    for row, drawn in enumerate(tokens):
+        ids[row, : len(drawn)] = torch.tensor(drawn)
+    total = torch.tensor([math.fsum(row) for row in log_probs], dtype=torch.float64)
+    return Draws(Completions(ids, torch.tensor([len(drawn) for drawn in tokens])), total)
+
+
+def save_adapter(policy: PeftModel, folder: Path) -> Path:
+    """Write a policy's active adapter; the folder that holds it."""
+    name = policy.active_adapter
+    policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    return folder if (folder / "adapter_config.json").exists() else folder / name
 
 
 def weights(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
