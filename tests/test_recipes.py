@@ -216,6 +216,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
         "long_prompts": ("--lengths", "--proposals", "--proposals_apart"),
         "long_completions": ("--lengths", "--models", "--draws", "--chains"),
         "memory": ("--limits_gib", "--ways", "--max_completion_length"),
+        "engines": ("--engines", "--dtypes", "--lengths", "--draws", "--adapter", "--output_dir"),
         "steer_text": ("--tasks", "--make_gold", "--gold_dir", "--run", "--calls", "--learning_rates", "--aldrift"),
         "external_objective": (
             "--processes",
