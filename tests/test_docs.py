@@ -286,12 +286,21 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
 
     def pip(words: list[str]) -> None:
         assert words[0] == "install"
+        if "-r" in words:  # a freeze
+            assert Path(words[words.index("-r") + 1]).is_file()
+            return
         assert Path(words[words.index("-c") + 1]).is_file()
         extras = re.fullmatch(r"\.\[(\w+)\]", words[words.index("-e") + 1])[1]
         assert extras in importlib.metadata.metadata("aldrift_hf").get_all("Provides-Extra")
 
     def pytest_(words: list[str]) -> None:
-        assert words in ([], ["-m", "not slow"])
+        assert words in ([], ["-m", "not slow"]) or (
+            words[:2] == ["-k", "not transformers"] and all(Path(word).is_file() for word in words[2:])
+        )
+
+    def vllm(words: list[str]) -> None:
+        assert words[0] == "serve"
+        assert {word for word in words if word.startswith("--")} == {"--enable-lora", "--max-lora-rank"}
 
     def aldrift(words: list[str]) -> None:
         command = words[0]
@@ -315,9 +324,11 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
         "python3": python,
         "pip": pip,
         "pytest": pytest_,
+        "vllm": vllm,
     }
 
     def run(words: list[str]) -> None:
+        words = [*itertools.dropwhile(re.compile(r"[A-Z_]+=").match, words)]  # variables of the environment
         program = Path(words[0]).name
         assert program in programs, f"there is no check for {shlex.join(words)}"
         programs[program](words[1:])

@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import math
 import sys
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from aldrift_hf.models.engines.vllm import check_servable, weights
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p, every_completion
+from aldrift_hf.types import Completions, Draws
 
 A = 3
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is in an environment of its own")
@@ -194,3 +196,30 @@ def test_the_streamed_weights_are_the_models_own(kind):
     own = tiny_llama(0, hidden_size=64, initializer_range=0.15, tie_word_embeddings=kind == "tied")
     if kind == "lora":
         assert all(torch.equal(value, own.state_dict()[name]) for name, value in found.items())
+
+
+@pytest.mark.slow
+def test_the_recipe_compares_engines(recipe_module, monkeypatch, capsys, chat_model, tmp_path):
+    """And makes no row twice."""
+    recipe = recipe_module("engines")
+    line = ["engines.py", "--engines", "transformers", "--dtypes", "float32", "--lengths", "3", "4", "--draws", "8"]
+    line += ["--model_name_or_path", str(chat_model), "--output_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", line)
+    recipe.main()
+    assert "transformers True float32 4 8" in capsys.readouterr().out
+    table = (tmp_path / "engines.md").read_text()
+    assert "| tokens per CPU second |" in table
+    recipe.main()
+    assert "True" not in capsys.readouterr().out
+    assert (tmp_path / "engines.md").read_text() == table
+
+
+def test_what_a_gap_costs_and_what_bias_it_avoids(recipe_module):
+    """Of a normal gap with standard deviation σ under r: ESS exp(-σ²), and a total variation of 2Φ(σ/2) - 1."""
+    figures = recipe_module("engines").figures
+    gap = 0.5 * torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    lengths = torch.full((len(gap),), 10)
+    row = figures(Draws(Completions(lengths[:, None], lengths), gap), torch.zeros(len(gap)), 1e6)
+    assert row["ess"] == pytest.approx(math.exp(-0.25), abs=0.01)
+    assert row["bias"] == pytest.approx(math.erf(0.25 / math.sqrt(2)), abs=0.01)
+    assert (row["tokens"], row["tokens_per_cpu_second"]) == (10, 2)
