@@ -1,8 +1,10 @@
 """What the other tests see on the CPU, on a GPU: whole runs in fp32, bf16 and 4 bits."""
 
+from importlib import util
+
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, tiny_llama
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig
 
@@ -61,3 +63,19 @@ def test_a_run_on_a_gpu(precision, sampler, config, tokenizer, tmp_path):
     tolerance = 0.1 if precision == "bf16" else 2e-3
     assert torch.allclose(proposals.log_model[0], drawn, atol=tolerance)
     assert proposals.objective.mean() < trainer.record.rungs[0]["objective_mean"]
+
+
+@pytest.mark.skipif(util.find_spec("vllm") is None, reason="vLLM is in an environment of its own")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("full", [False, True])
+def test_a_run_with_vllm_on_a_gpu(precision, full, config, tokenizer):
+    """vLLM sleeps while the model learns, wakes up with its weights, and draws from the model up to rounding."""
+    model = tiny_llama(hidden_size=64, initializer_range=0.15).to("cuda", getattr(torch, precision))
+    settings = {"engine": "vllm", "engine_kwargs": {"gpu_memory_utilization": 0.1}, "use_cpu": False}
+    args = config(num_generations=256, per_device_generation_batch_size=None, sampler="archive", **settings)
+    lora = None if full else LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear")
+    trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora)
+    trainer.train()
+    first, last = trainer.record.rungs[0], trainer.record.rungs[-1]
+    assert last["objective_mean"] < first["objective_mean"]
+    assert last["engine/logprob_gap_std"] < (1e-3 if precision == "float32" else 0.2)
