@@ -124,6 +124,14 @@ def test_a_longer_prompt_starts_vllm_again():
         assert torch.allclose(draws.log_probs, scores(policy, prompt, draws.completions), atol=1e-3)
 
 
+@needs_vllm
+def test_what_vllm_has_no_adapters_for_is_an_error():
+    model = tiny_gpt2(n_embd=64)
+    policy = get_peft_model(model, lora_config(model)).eval()
+    with pytest.raises(RuntimeError, match="vLLM cannot serve GPT2LMHeadModel with LoRA: .*full fine-tuning"):
+        drawn(sync(engine_of("vllm"), policy), policy, [[EOS]])
+
+
 @each_engine
 def test_a_run_learns_and_resumes(name, config, tokenizer):
     """With either engine the model comes closer to p_T, and a run goes on from its checkpoint as if never stopped."""

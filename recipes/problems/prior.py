@@ -35,6 +35,9 @@ class RecipeModelConfig(ModelConfig):
             "more."
         },
     )
+    prior_heads: int = field(
+        default=4, metadata={"help": "Heads of the small model, 64 wide in all; vLLM on a CPU asks for two."}
+    )
     prior_steps: int = field(
         default=800, metadata={"help": "Optimizer updates that train the small model, or the warm-up of another one."}
     )
@@ -42,7 +45,7 @@ class RecipeModelConfig(ModelConfig):
     @property
     def small_prior(self) -> SmallPriorConfig:
         """Size and training of the small model."""
-        return SmallPriorConfig(layers=self.prior_layers, steps=self.prior_steps)
+        return SmallPriorConfig(layers=self.prior_layers, heads=self.prior_heads, steps=self.prior_steps)
 
     @property
     def warms_up(self) -> bool:

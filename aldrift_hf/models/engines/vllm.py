@@ -101,7 +101,7 @@ class VLLMEngine(Engine):
         """See [`Engine.generate`].
 
         Raises:
-            RuntimeError: where vLLM gives a completion up.
+            RuntimeError: where vLLM cannot serve the model, or gives a completion up.
         """
         if self._policy is None:
             raise RuntimeError("call sync(policy) before generate()")
@@ -154,7 +154,13 @@ class VLLMEngine(Engine):
             **({"gpu_memory_utilization": 0.3} if on_gpu else {}),
             **lora,
         }
-        self._llm = self._vllm.LLM(**options | dict(self.settings.options))
+        try:
+            self._llm = self._vllm.LLM(**options | dict(self.settings.options))
+        except Exception as error:  # of any type, for whatever vLLM does not support
+            raise RuntimeError(
+                f"vLLM cannot serve {type(model).__name__}{' with LoRA' * bool(lora)}: {error}. Change engine_kwargs, "
+                "take full fine-tuning where the model is served but not its adapter, or engine='transformers'."
+            ) from error
         self._stream(model)
         self._take_over()
 
