@@ -128,7 +128,7 @@ def test_a_longer_prompt_starts_vllm_again():
 def test_what_vllm_has_no_adapters_for_is_an_error():
     model = tiny_gpt2(n_embd=64)
     policy = get_peft_model(model, lora_config(model)).eval()
-    with pytest.raises(RuntimeError, match="vLLM cannot serve GPT2LMHeadModel with LoRA: .*full fine-tuning"):
+    with pytest.raises(RuntimeError, match=r"vLLM cannot serve GPT2LMHeadModel with LoRA: .*full fine-tuning"):
         drawn(sync(engine_of("vllm"), policy), policy, [[EOS]])
 
 
