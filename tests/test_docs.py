@@ -286,8 +286,8 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
 
     def pip(words: list[str]) -> None:
         assert words[0] == "install"
-        if "-r" in words:  # a freeze
-            assert Path(words[words.index("-r") + 1]).is_file()
+        if "--no-deps" in words:  # beside a freeze
+            assert words[-2:] == ["-e", "."] or (words[-2] == "-r" and Path(words[-1]).is_file())
             return
         assert Path(words[words.index("-c") + 1]).is_file()
         extras = re.fullmatch(r"\.\[(\w+)\]", words[words.index("-e") + 1])[1]
