@@ -65,7 +65,7 @@ def test_a_packed_row_attends_in_blocks_of_any_size(model, chunk, monkeypatch):
     forward = packing.pack(*zip(*rows))
     with inference(model), sharing(model):
         logits = model(**forward.inputs).logits
-        found = head._logprobs(forward.select(logits), forward.targets)
+        found = head.token_logprobs(forward.select(logits), forward.targets)
         expected = [log_prob(model, *row).item() for row in rows]
     assert forward.table(found).sum(-1).tolist() == pytest.approx(expected, abs=2e-5)
 
