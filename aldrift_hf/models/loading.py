@@ -254,7 +254,7 @@ def _found(model: str) -> Iterator[None]:
 
 
 def mapping_of(init_kwargs: InitKwargs) -> dict[str, Any]:
-    """`model_init_kwargs` as keyword arguments."""
+    """`model_init_kwargs`, or other settings of their kind, as keyword arguments."""
     return dict(cast(Mapping[str, Any], init_kwargs or {}))
 
 

@@ -63,7 +63,8 @@ class VLLMServerEngine(Engine):
         self.settings, self.concurrency = settings, int(options["concurrency"])
         headers = {"Authorization": f"Bearer {options['api_key']}"} if options["api_key"] else {}
         self._client = httpx.Client(base_url=options["base_url"], headers=headers, timeout=options["timeout"])
-        self._folder = Path(tempfile.mkdtemp(prefix="aldrift_adapters_", dir=options["adapter_dir"]))
+        self._temporary = tempfile.TemporaryDirectory(prefix="aldrift_adapters_", dir=options["adapter_dir"])
+        self._folder = Path(self._temporary.name)
         self._names = (f"aldrift-{uuid.uuid4().hex}-{number}" for number in itertools.count(1))
         self._name: str | None = None
 
