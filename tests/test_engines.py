@@ -2,13 +2,26 @@
 
 import importlib.util
 import itertools
+import json
 import math
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, lora_config, perturb, tiny_gpt2, tiny_llama
+from conftest import (
+    CONFIGS,
+    EOS,
+    MAX_LENGTH,
+    ALDRIFTTrainer,
+    accelerate_launch,
+    count_a,
+    lora_config,
+    perturb,
+    tiny_gpt2,
+    tiny_llama,
+)
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from aldrift_hf.models.engines import ENGINES, EngineGuard, EngineSettings
@@ -165,6 +178,52 @@ def test_a_run_learns_and_resumes(name, config, tokenizer):
     for ours, theirs in zip(resumed.record.rungs, whole.record.rungs, strict=True):
         assert ours["objective_mean"] == theirs["objective_mean"]
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+
+
+TWO_PROCESSES = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+from conftest import count_a, lora_config, tiny_llama
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.toy import word_tokenizer
+
+torch.set_num_threads(1)
+config = ALDRIFTConfig(
+    output_dir={output!r}, tau_max=1.5, objective_range=3.0, tau_step=0.5, num_rungs=2, num_generations=128,
+    max_completion_length=3, per_device_generation_batch_size=16, per_device_train_batch_size=4, updates_per_rung=4,
+    learning_rate=1e-2, disable_tqdm=True, use_cpu=True, sampler="archive", engine="vllm", save_strategy="no",
+)
+spread = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+if spread:  # Accelerate has FSDP on accelerators alone: see test_sharded.py
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+model = tiny_llama(hidden_size=64, initializer_range=0.15)
+words = word_tokenizer(["a", "b", "c"], " ")
+trainer = ALDRIFTTrainer(model, count_a, config, processing_class=words, peft_config=lora_config(model))
+trainer.train()
+if spread:
+    assert "DTensor" in str({{type(parameter) for parameter in trainer.model.parameters()}})
+    assert trainer.rollout.engine._llm is not None, "this process has drawn nothing"
+"""
+
+
+@needs_vllm
+def test_each_of_two_processes_has_an_engine(tmp_path):
+    """The model's parameters are spread over both (FSDP2); what is drawn is what one process draws."""
+    records = {}
+    for config in (CONFIGS / "single_cpu.yaml", Path(__file__).parent / "fsdp2_cpu.yaml"):
+        script, folder = tmp_path / f"{config.stem}.py", tmp_path / config.stem
+        script.write_text(TWO_PROCESSES.format(tests=str(Path(__file__).parent), output=str(folder)))
+        done = accelerate_launch(config, str(script))
+        assert done.returncode == 0, done.stderr[-4000:]
+        records[config.stem] = [json.loads(line) for line in (folder / "rungs.jsonl").read_text().splitlines()]
+    one, two = records.values()
+    assert one[0]["objective_mean"] == two[0]["objective_mean"]
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-4)
+    assert two[1]["objective_mean"] < two[0]["objective_mean"]
+    assert abs(two[1]["engine/logprob_gap_mean"]) < 1e-3
 
 
 def test_without_vllm_the_error_says_what_to_install(config, tokenizer, monkeypatch):

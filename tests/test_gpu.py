@@ -45,7 +45,7 @@ def test_a_run_on_a_gpu(precision, sampler, config, tokenizer, tmp_path):
     )
 
     def scores(prior):
-        with trainer.rollout.running(), inference(trainer.model):
+        with trainer.rollout.runtime.running(True), inference(trainer.model):
             if not prior:
                 return log_probs(base_model(trainer.model), [EOS], every_completion())
             with trainer.rollout.prior.active(trainer.model) as prior_model:

@@ -20,23 +20,53 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = """
 import json, os, sys
+from pathlib import Path
 sys.path.insert(0, {tests!r})
 import torch
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from conftest import count_a, lora_config, tiny_gpt2, tiny_llama
 from safetensors.torch import save_file
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from torch.distributed.tensor import DTensor
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, TransformersEngine
+from aldrift_hf.models.engines import EngineSettings
+from aldrift_hf.models.engines.vllm import save_adapter, whole_adapter
+from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.sharding import whole
 from aldrift_hf.toy import word_tokenizer
+from peft import PeftModel
 
 torch.set_num_threads(1)
 output, flags = sys.argv[1], sys.argv[2:]
 fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+class Elsewhere(TransformersEngine):
+    # Draws with a copy of its own, as vLLM does.
+
+    draws_with_policy = False
+    layers = set()
+
+    def sync(self, policy):
+        names = [name for name, _ in tiny_llama().named_parameters()]
+        weights = {{n.replace(".base_layer", ""): whole(p) for n, p in base_model(policy).named_parameters()}}
+        copy = tiny_llama()
+        copy.load_state_dict({{name: weights[name] for name in names}})
+        folder = save_adapter(policy, whole_adapter(policy), Path(output) / f"adapter-{{config.process_index}}")
+        self.own = PeftModel.from_pretrained(copy, folder).eval()
+        self.policy = base_model(policy)
+        super().sync(self.own)
+
+    def generate(self, prompts, address, rows, limits=None):
+        self.layers |= {{type(p).__name__ for p in self.policy.model.layers.parameters()}}
+        return super().generate(prompts, address, rows, limits)
+
+
 model = tiny_gpt2() if "--gpt2" in flags else tiny_llama()
 config = ALDRIFTConfig(
     output_dir=output, tau_max=1.5, objective_range=None if "--range" in flags else 3.0, tau_step=0.5,
     num_generations=80, chain_length=4, max_completion_length=3, per_device_generation_batch_size=16,
-    per_device_train_batch_size=4, num_rungs=3,
+    per_device_train_batch_size=4, num_rungs=3, scoring_batch_tokens=20 if "--elsewhere" in flags else 2**14,
     updates_per_rung=4, learning_rate=1e-2, disable_tqdm=True, use_cpu="--gpu" not in flags, save_strategy="steps",
     save_steps=6, sampler="archive",
 )
@@ -48,18 +78,23 @@ if "--full" not in flags:
     peft_config = lora_config(model)
     if "--head" in flags:
         peft_config.target_modules = [*peft_config.target_modules, "lm_head"]
+words = word_tokenizer(["a", "b", "c"], " ")
+engine = Elsewhere(EngineSettings(3, (words.eos_token_id,), words.eos_token_id)) if "--elsewhere" in flags else None
 trainer = ALDRIFTTrainer(
-    model, count_a, config, train_dataset=["", "a b", "c"], processing_class=word_tokenizer(["a", "b", "c"], " "),
-    peft_config=peft_config,
+    model, count_a, config, train_dataset=["", "a b", "c"], processing_class=words, peft_config=peft_config,
+    engine=engine,
 )
 assert trainer.is_fsdp_enabled == fsdp, (trainer.is_fsdp_enabled, fsdp)
 assert trainer.args.world_size == 2
 before = trainer.sample(7)
 trainer.evaluate()
 resume = os.path.join(output, "checkpoint-6") if "--resume" in flags else None
+Elsewhere.layers.clear()  # before training the model is not sharded yet
 trainer.train(resume_from_checkpoint=resume)
 if fsdp:
     assert "DTensor" in str({{type(p) for p in trainer.model.parameters()}}), "sharded again"
+    if engine:
+        assert engine.layers == {{"DTensor"}}, f"sharded all the time, but {{engine.layers}}"
     assert all(p.requires_grad == ("lora_" in n and ".prior." not in n or "--full" in flags)
                for n, p in trainer.model.named_parameters())
 after = trainer.sample(50, chain_length=5)
@@ -83,6 +118,7 @@ def launch(folder: Path, config: str, *flags: str) -> subprocess.CompletedProces
 KINDS = {
     "head": ["--head"],  # the output embedding is adapted, and so no longer tied to FSDP's root alone
     "full": ["--gpt2", "--full", "--range"],
+    "elsewhere": ["--elsewhere"],  # the engine has weights of its own, and the model is never whole
 }
 
 
@@ -93,6 +129,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_is_that_of_ddp_and_resumes(kind, tmp_path):
+    """Forward passes made in step by processes with unlike numbers of them, too; their order is all that changes."""
     ddp, fsdp = (tmp_path / name for name in ("multi_cpu", "fsdp2_cpu"))
     for folder in (ddp, fsdp):
         done = launch(folder, folder.name, *KINDS[kind])
@@ -114,6 +151,8 @@ def test_the_run_is_that_of_ddp_and_resumes(kind, tmp_path):
         if not name.endswith("c_attn.bias"):  # a key's bias has no gradient but rounding, which Adam blows up
             assert torch.allclose(one[name], saved[name], rtol=0, atol=1e-5), name
 
+    if kind == "elsewhere":
+        return
     done = launch(fsdp, "fsdp2_cpu", "--resume", *KINDS[kind])
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-6000:]
     again = weights(fsdp / "final")

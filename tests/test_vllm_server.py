@@ -9,10 +9,11 @@ import threading
 import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import EOS, MAX_LENGTH, free_port, lora_config, perturb, tiny_llama
+from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, free_port, lora_config, perturb, tiny_llama
 from peft import get_peft_model
 
 from aldrift_hf.models.engines import EngineGuard, EngineSettings, VLLMServerEngine, vllm_server
@@ -146,9 +147,23 @@ def test_a_completion_that_is_given_up_is_an_error(server):
         engine.generate([[1]], (7,), range(1))
 
 
-def test_what_a_server_cannot_serve_is_refused(server):
+def test_the_first_process_passes_the_adapter_on_for_all(server, monkeypatch):
+    """The others draw under its name."""
+    engine = engine_at(server.address)
+    process = SimpleNamespace(is_main_process=False, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(vllm_server, "PartialState", lambda: process)
+    monkeypatch.setattr(vllm_server, "broadcast_object_list", lambda values: ["the first's"])
+    for _ in range(2):
+        engine.sync(policy_of())
+    assert server.asked == []
+    engine.generate([[1]], (7,), range(1))
+    assert [body["model"] for _, body in server.asked] == ["the first's"]
+
+
+def test_what_a_server_cannot_serve_is_refused_when_the_trainer_is_made(server, config, tokenizer):
+    args = config(engine="vllm_server", engine_kwargs={"base_url": server.address})
     with pytest.raises(ValueError, match="passes on adapters alone: set peft_config"):
-        engine_at(server.address).sync(tiny_llama())
+        ALDRIFTTrainer(tiny_llama(), count_a, args, processing_class=tokenizer)
     with pytest.raises(ValueError, match=r"engine_kwargs of engine='vllm_server' are base_url, .* got gpu"):
         engine_at(server.address, gpu=1)
     assert server.asked == []

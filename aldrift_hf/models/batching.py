@@ -40,11 +40,16 @@ class Batches:
     size: int
     fixed: bool
 
-    def over(self, rows: range, work: Callable[[range], Result]) -> list[Result]:
+    def over(self, rows: range, work: Callable[[range], Result], retry: bool = True) -> list[Result]:
         """Call `work` on one range of rows after the other, and return the results.
 
         Like Accelerate's `find_executable_batch_size`, but it continues where memory ran out instead of starting over,
         and collects garbage (tens of milliseconds) only then.
+
+        Args:
+            rows: the rows.
+            work: takes some of them.
+            retry: whether to go on with fewer rows at once where memory runs out.
 
         Raises:
             torch.OutOfMemoryError: where the size is fixed, or not even one row fits; with what to change.
@@ -57,9 +62,10 @@ class Batches:
             except Exception as error:
                 if not _out_of_memory(error):
                     raise
-                if self.fixed:
+                if self.fixed or not retry:
+                    remedy = "lower it, or leave it out" if self.fixed else "set a lower one"
                     raise torch.OutOfMemoryError(
-                        f"out of memory with per_device_generation_batch_size={self.size}: lower it, or leave it out."
+                        f"out of memory with per_device_generation_batch_size={self.size}: {remedy}."
                     ) from error
                 if self.size == 1:
                     raise torch.OutOfMemoryError(f"not even one completion fits into memory. {REMEDY}") from error

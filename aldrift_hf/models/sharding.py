@@ -1,8 +1,9 @@
 """Models whose parameters are spread over the processes: FSDP2 and DeepSpeed ZeRO-3.
 
-Proposing and scoring need whole parameters on every process: processes run different numbers of forward passes, of
-different lengths, and a forward pass of a sharded model waits for all processes. So parameters are gathered once per
-phase ([`gathered`]), within which no process waits for another; training steps run sharded.
+A forward pass of a sharded model waits for all processes, and these make different numbers of them when they propose
+and score. Where the model itself draws, which takes a pass per token, its parameters are gathered once per phase
+([`gathered`]), and no process waits for another. Where an engine draws with weights of its own, parameters stay sharded
+under FSDP2, and the processes make their forward passes together ([`in_step`]). Training steps run sharded.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, StateDictType, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from ._trl import unwrap_model_for_generation
 
@@ -49,7 +52,10 @@ def check(accelerator: Accelerator, model: Any) -> None:
 
 @contextlib.contextmanager
 def gathered(
-    wrapped: nn.Module, accelerator: Accelerator, checkpointing: dict[str, Any] | None = None
+    wrapped: nn.Module,
+    accelerator: Accelerator,
+    checkpointing: dict[str, Any] | None = None,
+    whole: bool = True,
 ) -> Iterator[None]:
     """Within a `with` block every process has whole parameters; all processes enter and leave it together.
 
@@ -57,6 +63,8 @@ def gathered(
         wrapped: the model as the Trainer trains it.
         accelerator: the Trainer's.
         checkpointing: the run's `gradient_checkpointing_kwargs`.
+        whole: if false, under FSDP2 only what is not in a layer (embeddings, the last norm) is gathered; each layer is
+            in a forward pass, for as long as it runs, and these are made [`in_step`].
     """
     shards = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     if not shards and is_sharded(wrapped):  # ZeRO-3: gathered, and DeepSpeed's hooks off the modules
@@ -75,12 +83,14 @@ def gathered(
     root = cast(Any, wrapped)
     reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
     _touch(root)
-    root.set_reshard_after_forward(False)
+    root.set_reshard_after_forward(not whole)
+    root.set_reshard_after_forward(False, recurse=False)
     # Transformers registers `generate` as a forward pass around the inner ones: FSDP reshards when it ends, whatever it
     # was told, and the next call would wait for all processes.
     as_forward = {module: module.__dict__.pop("generate") for module in shards if "generate" in module.__dict__}
+    together = shards if whole else shards[:1]
     try:
-        for module in shards:
+        for module in together:
             module.unshard()
         yield
     finally:
@@ -88,8 +98,37 @@ def gathered(
             module.generate = generate
         root.set_reshard_after_forward(reshards)
         root.set_reshard_after_forward(False, recurse=False)  # as FSDP itself has it for the root
-        for module in shards:
+        for module in together:
             module.reshard()
+
+
+@contextlib.contextmanager
+def in_step(model: PreTrainedModel) -> Iterator[bool]:
+    """Within a `with` block all processes make their forward passes of a model together.
+
+    A process that has made all of its own joins in the others' with one token, until nobody has any left; all enter
+    and leave the block together. Where each process has whole parameters there is nothing to wait for.
+
+    Args:
+        model: the language model itself; only its own forward passes are counted.
+
+    Yields:
+        whether they do; then one that fails within a pass cannot go on alone.
+    """
+    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        yield False
+        return
+
+    def announce(*_: Any) -> None:
+        gather_object([True])
+
+    handle = model.register_forward_pre_hook(announce)
+    try:
+        yield True
+    finally:
+        handle.remove()
+    while any(gather_object([False])):
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
 
 
 @contextlib.contextmanager

@@ -172,7 +172,7 @@ def whole_subject(name: str, options: Options) -> Subject:
 def running(trainer: ALDRIFTTrainer) -> Iterator[PreTrainedModel]:
     """The policy, in eval mode and in the precision of training."""
     rollout = trainer.rollout
-    with rollout.runtime.running(), inference(rollout.policy()):
+    with rollout.runtime.running(True), inference(rollout.policy()):
         yield base_model(rollout.policy())
 
 

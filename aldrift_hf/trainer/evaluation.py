@@ -41,7 +41,9 @@ class Measured:
     proposals: Proposals
 
 
-def measure(run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tensor | None = None) -> Measured:
+def measure(
+    run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tensor | None = None, keep: bool = False
+) -> Measured:
     """How close the model is to `p_T`.
 
     Args:
@@ -50,9 +52,10 @@ def measure(run: Run, prompts: Prompts, step: int, per_prompt: int, which: Tenso
         step: the update after which the model is measured: the address of the random stream.
         per_prompt: draws per prompt.
         which: `[S]`, positions of the prompts to draw for among `prompts`; `None` for all.
+        keep: whether the journal keeps the draws.
     """
     tau, ladder = run.tau_max, run.state.ladder
-    proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step), which=which)
+    proposals = run.rollout.propose(prompts, per_prompt, (streams.EVALUATE, step), which=which, keep=keep)
     log_weight = proposals.log_weight(tau)
     log_z, fresh = diagnostics.log_z(log_weight), pooled_influence(log_weight, [log_weight.shape[-1]])
     measured = proposal_metrics(proposals, tau, run.args.success_threshold)

@@ -237,12 +237,13 @@ class HookedTrainer(Trainer):
         return cast(nn.Module, self.accelerator.unwrap_model(self.model))
 
     @contextlib.contextmanager
-    def _running(self) -> Iterator[None]:
-        """Where models may be run outside of training steps: parameters whole, and under the autocast of those."""
+    def _running(self, whole: bool) -> Iterator[None]:
+        """Where models may be run outside of training steps, under the autocast of those: see [`sharding.gathered`]."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._is_wrapped():
             self.model.to(self.args.device)  # the Trainer leaves that to the wrapping, when training begins
         checkpointing = cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
-        with sharding.gathered(self.model_wrapped, self.accelerator, checkpointing), self.accelerator.autocast():
+        gathered = sharding.gathered(self.model_wrapped, self.accelerator, checkpointing, whole)
+        with gathered, self.accelerator.autocast():
             yield
 
     def _is_wrapped(self) -> bool:

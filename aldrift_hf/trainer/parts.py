@@ -6,6 +6,8 @@ import inspect
 from dataclasses import dataclass
 from typing import TypeVar
 
+from torch import nn
+
 from ..algorithm.goals import Goal, KLBudget, TargetCost, TargetSuccess
 from ..algorithm.ladders import LADDERS, Ladder
 from ..algorithm.losses import LOSSES, Loss
@@ -61,13 +63,16 @@ def goal_of(args: ALDRIFTConfig) -> Goal | None:
     return None if args.kl_budget is None else KLBudget(args.kl_budget)
 
 
-def engine_of(args: ALDRIFTConfig, settings: EngineSettings, engine: Engine | None) -> Engine:
+def engine_of(args: ALDRIFTConfig, settings: EngineSettings, engine: Engine | None, policy: nn.Module) -> Engine:
     """The engine of a run: the instance given, or the one that `args` names.
 
     Raises:
         TypeError: for an instance of the wrong class.
+        ValueError: for one that cannot draw with this policy.
     """
-    return ENGINES[args.engine].from_settings(settings) if engine is None else _checked("engine", engine, Engine)
+    engine = ENGINES[args.engine].from_settings(settings) if engine is None else _checked("engine", engine, Engine)
+    engine.check(policy)
+    return engine
 
 
 def check_continues(engine: Engine | type[Engine], asked_by: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,21 +16,20 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import streams
-from ..algorithm.archive import Snapshot
-from ..algorithm.prompt_groups import group_of
-from ..models import snapshots
+from ..content import Content
 from ..models.batching import Batches, fitting
 from ..models.engines import Engine, EngineGuard
 from ..models.footprint import Work
 from ..models.numerics import check_scores, check_support
 from ..models.prior import Prior, base_model
 from ..models.scoring import inference, sequence_logprobs
+from ..models.sharding import in_step, whole
 from ..models.shared_prompts.cache import MIN_PROMPT
 from ..models.shared_prompts.support import can_share_prompts
 from ..objective.objective import Objective
 from ..types import Completions, Draws, Progress, Prompts, Proposals
 from .config import ALDRIFTConfig
+from .draw_journal import Columns, DrawJournal
 
 Result = TypeVar("Result")
 
@@ -43,6 +43,14 @@ class _Part(NamedTuple):
     log_prior: Tensor
     measured: Tensor
 
+    @property
+    def columns(self) -> Columns:
+        """All but the texts."""
+        return {**self.completions._asdict(), **{name: getattr(self, name) for name in _NUMBERS}}
+
+
+_NUMBERS = ("log_model", "log_prior", "measured")
+
 
 @dataclass(frozen=True)
 class Runtime:
@@ -50,13 +58,14 @@ class Runtime:
 
     Attributes:
         policy: returns the module that is trained, adapter layers in place, without wrappers of distributed training.
-        running: a context in which models may be run: in the precision of training, with all parameters in place.
+        running: a context in which models may be run, in the precision of training. Its argument says whether every
+            process needs whole parameters; otherwise forward passes are made [`aldrift_hf.models.sharding.in_step`].
         progress: shows how far a piece of work is.
         stop_if_asked: called between rounds of proposals, and between updates; raises where the user wants to stop.
     """
 
     policy: Callable[[], nn.Module]
-    running: Callable[[], contextlib.AbstractContextManager[None]]
+    running: Callable[[bool], contextlib.AbstractContextManager[None]]
     progress: Progress
     stop_if_asked: Callable[[], None]
 
@@ -75,6 +84,7 @@ class Rollout:
 
     Attributes:
         guard: sees whether the engine draws from the policy.
+        journal: keeps draws until they are used.
         batches: how many rows at once fit into memory; `None` before the first draw.
         seconds: seconds that each part of the last proposals took.
     """
@@ -93,6 +103,7 @@ class Rollout:
         self.prior, self.engine, self.objective = prior, engine, objective
         self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
         self.guard = EngineGuard(engine, pad_token_id, args.scoring_batch_tokens)
+        self.journal = DrawJournal(str(args.output_dir))
         size = args.per_device_generation_batch_size
         self.batches = None if size is None else Batches(size, fixed=True)
         self.seconds: dict[str, float] = {}
@@ -104,6 +115,7 @@ class Rollout:
         stream: Sequence[int],
         beginnings: Sequence[Sequence[int]] | None = None,
         which: Tensor | None = None,
+        keep: bool = False,
     ) -> Proposals:
         """`per_prompt` draws for every prompt, or for some, scored and evaluated.
 
@@ -117,6 +129,7 @@ class Rollout:
             beginnings: tokens with which each draw begins, fewer than a completion has at most; `None` for none. The
                 draws' `log q` is that of the whole completions all the same.
             which: `[S]`, the prompts to draw for, as positions among `prompts`; `None` for all.
+            keep: whether the journal keeps them, so that a run that is killed does not draw them again.
 
         Raises:
             FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
@@ -132,9 +145,14 @@ class Rollout:
                 self.engine.sync(self.policy())
                 if beginnings is None:
                     self.guard.begin()
-                for drawn in self._deal("proposals", prompts, rows, functools.partial(self._draw, stream, beginnings)):
+                kept = self._kept(prompts, rows, stream, beginnings) if keep else []
+                work = functools.partial(self._draw, stream, beginnings)
+                rounds = self._deal("proposals", prompts, rows, work, sum(len(part.texts) for part in kept))
+                for drawn in itertools.chain([kept] if kept else [], rounds):
                     if beginnings is None:
                         self.guard.check(torch.cat([part.measured for part in drawn]))
+                    if keep and drawn is not kept:
+                        self.journal.add([part.columns for part in drawn])
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
@@ -177,8 +195,38 @@ class Rollout:
         texts = dict(zip(distinct, self.tokenizer.batch_decode(distinct, skip_special_tokens=True), strict=True))
         return [texts[row] for row in rows]
 
+    def _kept(
+        self,
+        prompts: Prompts,
+        rows: Sequence[int],
+        stream: Sequence[int],
+        beginnings: Sequence[Sequence[int]] | None,
+    ) -> list[_Part]:
+        """The first of these draws, where an earlier start of the run has made them, from the same law."""
+        args, policy = self.args, self.policy()
+        model = base_model(policy)
+        trained = (parameter for parameter in policy.parameters() if parameter.requires_grad)
+        asked = [prompts.token_ids[row] for row in dict.fromkeys(rows)]
+        tokens = [torch.tensor(list(map(len, asked))), torch.tensor(list(itertools.chain.from_iterable(asked)))]
+        law = [
+            [args.seed, torch.tensor(rows), tokens, beginnings, args.max_completion_length],
+            [type(self.engine).__name__, args.engine_kwargs, torch.is_autocast_enabled(model.device.type)],
+            [model.config.to_json_string(), str(model.dtype), self.prior.row_scores],
+            [Content().digest(whole(parameter)) for parameter in trained],
+        ]
+        return [
+            _Part(completions, self.decode(completions), *(columns[name] for name in _NUMBERS))
+            for columns in self.journal.begin(stream, law)
+            for completions in [Completions(columns["ids"], columns["length"])]
+        ]
+
     def _deal(
-        self, what: str, prompts: Prompts, rows: Sequence[int], work: Callable[[range, list[list[int]]], Result]
+        self,
+        what: str,
+        prompts: Prompts,
+        rows: Sequence[int],
+        work: Callable[[range, list[list[int]]], Result],
+        done: int = 0,
     ) -> Iterator[list[Result]]:
         """Deal blocks of rows out to the processes, one each per round; yields each round's results in rows' order.
 
@@ -187,18 +235,22 @@ class Rollout:
             prompts: their token ids are passed to `work`.
             rows: the prompt of each row.
             work: takes a range of rows and their prompts' token ids.
+            done: as many rows are left out, from the first on.
         """
         args, batches = self.args, self._fitting(prompts, len(rows) // len(set(rows)))
-        blocks = [range(len(rows))[start : start + batches.size] for start in range(0, len(rows), batches.size)]
-        with self.runtime.progress(what, len(rows)) as advance:
+        blocks = [range(len(rows))[start : start + batches.size] for start in range(done, len(rows), batches.size)]
+        with self.runtime.progress(what, len(rows), done) as advance:
             for first in range(0, len(blocks), args.world_size):
-                mine = [
-                    result
-                    for block in blocks[first + args.process_index :][:1]
-                    for result in batches.over(
-                        block, lambda part: work(part, [prompts.token_ids[rows[row]] for row in part])
-                    )
-                ]
+                with in_step(base_model(self.policy())) as waits:
+                    mine = [
+                        result
+                        for block in blocks[first + args.process_index :][:1]
+                        for result in batches.over(
+                            block,
+                            lambda part: work(part, [prompts.token_ids[rows[row]] for row in part]),
+                            retry=not waits,
+                        )
+                    ]
                 together = [result for results in gather_object([mine]) for result in results]
                 advance(sum(map(len, blocks[first : first + args.world_size])))
                 yield together
@@ -266,7 +318,7 @@ class Rollout:
 
     @contextlib.contextmanager
     def _inference(self) -> Iterator[None]:
-        with self.runtime.running(), inference(self.policy()):
+        with self.runtime.running(self.engine.draws_with_policy), inference(self.policy()):
             yield
 
     @contextlib.contextmanager
@@ -284,58 +336,3 @@ class Rollout:
             yield
         finally:
             self.seconds[key] += time.perf_counter() - start
-
-
-class TrainingRollout:
-    """The policy on the run's own prompts, as [`aldrift_hf.algorithm.rung.run_rung`] sees it.
-
-    Args:
-        rollout: draws for any prompts.
-        prompts: the run's.
-        folder: for snapshots of the model that are too large for memory.
-        is_prior: as below.
-
-    Attributes:
-        per_prompt: proposals per prompt of the next rung.
-        is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
-    """
-
-    def __init__(self, rollout: Rollout, prompts: Prompts, folder: str, is_prior: bool) -> None:
-        self.rollout, self.prompts, self.folder, self.is_prior = rollout, prompts, folder, is_prior
-        self.per_prompt = rollout.args.proposals
-        self._ahead: Proposals | None = None
-
-    def group(self, rung: int) -> Tensor:
-        """`[S]`, the prompts of a rung."""
-        args = self.rollout.args
-        return group_of(rung, len(self.prompts), args.prompts_per_rung, args.seed)
-
-    def propose(self, rung: int) -> Proposals:
-        """A rung's independent proposals."""
-        drawn, self._ahead = self._ahead, None
-        if drawn is not None:
-            return drawn
-        return self.rollout.propose(self.prompts, self.per_prompt, (streams.PROPOSE, rung), which=self.group(rung))
-
-    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
-        """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
-        before, which = self.rollout.seconds, self.group(rung)
-        per_prompt = len(beginnings) // len(which)
-        drawn = self.rollout.propose(self.prompts, per_prompt, (streams.PROPOSE, rung, step), beginnings, which)
-        self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}
-        return drawn
-
-    def draw_ahead(self) -> Proposals:
-        """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""
-        self._ahead = self.propose(0)
-        return self._ahead
-
-    def snapshot(self) -> Snapshot:
-        """The policy as it is now; empty while it is the prior."""
-        return {} if self.is_prior else snapshots.take(self.rollout.policy(), self.folder)
-
-    def log_prob(self, snapshot: Snapshot | None, proposals: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities under a snapshot's model, or the present one (`None`), nats."""
-        policy = self.rollout.policy()
-        with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
-            return self.rollout.score(self.prompts, proposals)

@@ -26,9 +26,10 @@ from ..reporting.record import RunRecord
 from ..types import Prompts, Proposals, Samples
 from .config import ALDRIFTConfig
 from .cycles import has_cycles, updates_for
-from .rollout import Rollout, TrainingRollout
+from .rollout import Rollout
 from .samples import RungSamples
 from .state import Phase, RunState
+from .training_rollout import TrainingRollout
 from .validation import MAX_COUNT
 
 logger = logging.getLogger(__name__)

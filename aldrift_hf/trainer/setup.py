@@ -20,11 +20,12 @@ from .config import ALDRIFTConfig
 from .cycles import LAST_RUNG, updates_per_rung
 from .inputs import Inputs
 from .parts import Parts, engine_of, goal_of
-from .rollout import Rollout, Runtime, TrainingRollout
+from .rollout import Rollout, Runtime
 from .run import Run
 from .samples import RungSamples
 from .settings import settings_of
 from .state import RunState
+from .training_rollout import TrainingRollout
 
 SNAPSHOT_FOLDER = "_snapshots"
 """Folder in `output_dir` for models of earlier rungs that are too large for memory; the Trainer never pushes it."""
@@ -77,16 +78,15 @@ def make_run(
     eos_token_ids = inputs.eos_token_ids(base_model(policy))
     options = loading.mapping_of(args.engine_kwargs)
     for_engine = EngineSettings(args.max_completion_length, eos_token_ids, inputs.pad_token_id, options)
-    rollout = Rollout(
-        args, runtime, prior, engine_of(args, for_engine, engine), objective, inputs.tokenizer, inputs.pad_token_id
-    )
+    engine = engine_of(args, for_engine, engine, policy)
+    rollout = Rollout(args, runtime, prior, engine, objective, inputs.tokenizer, inputs.pad_token_id)
     snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
     at_once = min(len(prompts), args.prompts_per_rung or len(prompts))
     one_pass = math.ceil(at_once * args.num_chains / rows_per_update)
     given = args.updates_per_rung or (None if parts.loss.needs_weighted_draws else one_pass)
     updates = given or updates_per_rung(at_once * args.proposals, rows_per_update)
     most = updates if given or not can_skip else LAST_RUNG * updates
-    named: dict[str, Any] = {**vars(parts), "engine": rollout.engine}
+    named: dict[str, Any] = {**vars(parts), "engine": engine}
     return Run(
         args=args,
         prompts=prompts,

@@ -257,6 +257,7 @@ class ALDRIFTTrainer(HookedTrainer):
                 which = run.on_prompts.group(run.state.rung + 1)
                 output.metrics.update(self._measure(self.inputs.prompts, "final", draws, which))
             run.update_record()
+            self.rollout.journal.clear()
             self.events.tell("on_run_end")
         return output
 
@@ -310,7 +311,8 @@ class ALDRIFTTrainer(HookedTrainer):
         """The metrics of [`evaluate`] from `per_prompt` draws for these prompts (`None`: all), logged and told."""
         start = time.time()
         with self.objective.open():
-            measured = measure(self.run, prompts, self.state.global_step, per_prompt, which)
+            step, keep = self.state.global_step, prefix == "final"
+            measured = measure(self.run, prompts, step, per_prompt, which, keep)
         metrics, self.prompt_metrics = measured.metrics, Dataset.from_list(measured.by_prompt)
         metrics["runtime"] = time.time() - start
         if prefix == "final":

@@ -39,10 +39,13 @@ class Engine(ABC):
     up to rounding, and the tokens must come from it.
 
     Attributes:
+        draws_with_policy: whether it draws with the very module that is trained, which must then be whole on every
+            process. For others FSDP2 leaves it sharded.
         follows_model: whether the law is meant to be that of the model that is trained. Otherwise nothing is checked.
         remedy: what to do where it is not, for the error.
     """
 
+    draws_with_policy: ClassVar[bool] = True
     follows_model: ClassVar[bool] = True
     remedy: ClassVar[str] = (
         "Its weights may be old (sync), or it may change probabilities: draw at temperature 1, without top-k, top-p or "
@@ -54,12 +57,23 @@ class Engine(ABC):
         """An engine for a run."""
         return cls()
 
+    def check(self, policy: nn.Module) -> None:  # noqa: B027 - most engines draw with any model
+        """Refuse a model that this engine cannot draw with; called once, before anything is computed.
+
+        Args:
+            policy: the model that will be trained.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+
     @abstractmethod
     def sync(self, policy: nn.Module) -> None:
         """Take over the present weights; called before each round of draws, in eval mode, on all processes.
 
         Args:
-            policy: the model that is trained, a `PreTrainedModel` or `PeftModel` with its adapter active.
+            policy: the model that is trained, a `PreTrainedModel` or `PeftModel` with its adapter active. Where it is
+                sharded, [`aldrift_hf.models.sharding.whole`] makes a parameter whole.
         """
 
     @abstractmethod

@@ -43,7 +43,8 @@ class VLLMEngine(Engine):
     """Draws with vLLM by plain ancestral sampling; see [`Engine`].
 
     A row's draw depends on its own seed, derived from the stream's address and the row, and in fp32 not on its batch;
-    in half precision vLLM's rounding varies with the batch, and with it a draw now and then.
+    in half precision vLLM's rounding varies with the batch, and with it a draw now and then. Each process has an engine
+    of its own, with the whole model.
 
     Args:
         settings: the run's. Its `options` are arguments of `vllm.LLM`, such as `gpu_memory_utilization`.
@@ -52,6 +53,7 @@ class VLLMEngine(Engine):
         ImportError: without vLLM.
     """
 
+    draws_with_policy: ClassVar[bool] = False
     remedy: ClassVar[str] = (
         "vLLM may not apply this adapter or this model as transformers does. Take engine='transformers', or, where the "
         "gap is rounding of another kind, compute in float32."
@@ -79,13 +81,10 @@ class VLLMEngine(Engine):
     def from_settings(cls, settings: EngineSettings) -> VLLMEngine:
         return cls(settings)
 
-    def sync(self, policy: nn.Module) -> None:
-        """See [`Engine.sync`].
-
-        Raises:
-            ValueError: for a quantized model, and for an adapter other than LoRA.
-        """
+    def check(self, policy: nn.Module) -> None:
         check_servable(policy)
+
+    def sync(self, policy: nn.Module) -> None:
         self._policy = policy
         if self._llm is not None:
             self._wake()
@@ -172,7 +171,7 @@ class VLLMEngine(Engine):
             self._llm.reset_prefix_cache()
             return
         number = next(self._numbers)
-        path = save_adapter(policy, Path(self._folder.name) / f"adapter-{number}")
+        path = save_adapter(policy, whole_adapter(policy), Path(self._folder.name) / f"adapter-{number}")
         self._adapter = self._vllm.lora.request.LoRARequest(f"policy-{number}", number, str(path))
 
     def _stream(self, model: PreTrainedModel) -> None:
@@ -233,10 +232,21 @@ def draws_of(
     return Draws(Completions(ids, torch.tensor([len(drawn) for drawn in tokens])), total)
 
 
-def save_adapter(policy: PeftModel, folder: Path) -> Path:
-    """Write a policy's active adapter; the folder that holds it."""
+def whole_adapter(policy: PeftModel) -> dict[str, Tensor]:
+    """The parameters of a policy's adapters, whole; all processes call it."""
+    return {name: sharding.whole(parameter) for name, parameter in policy.named_parameters() if "lora_" in name}
+
+
+def save_adapter(policy: PeftModel, parameters: dict[str, Tensor], folder: Path) -> Path:
+    """Write a policy's active adapter; the folder that holds it.
+
+    Args:
+        policy: the model that is trained.
+        parameters: from [`whole_adapter`].
+        folder: is made.
+    """
     name = policy.active_adapter
-    policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    policy.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False, state_dict=parameters)
     return folder if (folder / "adapter_config.json").exists() else folder / name
 
 

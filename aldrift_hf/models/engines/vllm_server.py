@@ -2,8 +2,8 @@
 
 Start it with `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve MODEL --enable-lora --max-lora-rank R`, with the model
 that the run begins with, in the same precision. What it listens at is yours to guard: whoever reaches it can load
-adapters. Adapters are passed on as folders that the server can read, each under
-a new name; the model's own weights never are, so full fine-tuning needs `engine="vllm"`.
+adapters. The run's first process passes adapters on as folders that the server can read, each under a new name; the
+model's own weights never are, so full fine-tuning needs `engine="vllm"`.
 """
 
 from __future__ import annotations
@@ -16,16 +16,18 @@ import uuid
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import httpx
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from torch import nn
 
 from ...streams import stream_seed
 from ...types import Draws
 from .base import Engine, EngineSettings
-from .vllm import check_servable, draws_of, plain_sampling, save_adapter
+from .vllm import check_servable, draws_of, plain_sampling, save_adapter, whole_adapter
 
 ADDRESS = "http://localhost:8000"
 TIMEOUT = 600.0
@@ -48,6 +50,7 @@ class VLLMServerEngine(Engine):
         ValueError: for other options.
     """
 
+    draws_with_policy: ClassVar[bool] = False
     remedy: ClassVar[str] = (
         "Serve the model that the run begins with, in the same precision, with --enable-lora, a --max-lora-rank of at "
         "least the adapter's, and the default --logprobs-mode."
@@ -72,13 +75,11 @@ class VLLMServerEngine(Engine):
     def from_settings(cls, settings: EngineSettings) -> VLLMServerEngine:
         return cls(settings)
 
-    def sync(self, policy: nn.Module) -> None:
-        """See [`Engine.sync`].
+    def check(self, policy: nn.Module) -> None:
+        """See [`Engine.check`].
 
         Raises:
             ValueError: for models that the server cannot serve, and for full fine-tuning.
-            ConnectionError: for a server that does not answer.
-            RuntimeError: for one that refuses the adapter.
         """
         check_servable(policy)
         if not isinstance(policy, PeftModel):
@@ -86,12 +87,24 @@ class VLLMServerEngine(Engine):
                 "engine='vllm_server' passes on adapters alone: set peft_config, or take engine='vllm' for full "
                 "fine-tuning."
             )
-        before, self._name = self._name, next(self._names)
-        path = save_adapter(policy, self._folder / self._name)
-        self._post("/v1/load_lora_adapter", {"lora_name": self._name, "lora_path": str(path.resolve())})
-        if before is not None:
-            self._post("/v1/unload_lora_adapter", {"lora_name": before})
-            shutil.rmtree(self._folder / before)
+
+    def sync(self, policy: nn.Module) -> None:
+        """See [`Engine.sync`].
+
+        Raises:
+            ConnectionError: for a server that does not answer.
+            RuntimeError: for one that refuses the adapter.
+        """
+        policy = cast(PeftModel, policy)
+        before, parameters = self._name, whole_adapter(policy)
+        self._name = broadcast_object_list([next(self._names)])[0]
+        if PartialState().is_main_process:
+            path = save_adapter(policy, parameters, self._folder / self._name)
+            self._post("/v1/load_lora_adapter", {"lora_name": self._name, "lora_path": str(path.resolve())})
+            if before is not None:
+                self._post("/v1/unload_lora_adapter", {"lora_name": before})
+                shutil.rmtree(self._folder / before)
+        PartialState().wait_for_everyone()
 
     def generate(
         self,

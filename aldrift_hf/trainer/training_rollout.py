@@ -1,0 +1,72 @@
+"""The policy on a run's own prompts, rung by rung, as [`aldrift_hf.algorithm.rung.run_rung`] sees it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from .. import streams
+from ..algorithm.archive import Snapshot
+from ..algorithm.prompt_groups import group_of
+from ..models import snapshots
+from ..types import Prompts, Proposals
+from .rollout import Rollout
+
+
+class TrainingRollout:
+    """The policy on the run's own prompts, as [`aldrift_hf.algorithm.rung.run_rung`] sees it.
+
+    Args:
+        rollout: draws for any prompts.
+        prompts: the run's.
+        folder: for snapshots of the model that are too large for memory.
+        is_prior: as below.
+
+    Attributes:
+        per_prompt: proposals per prompt of the next rung.
+        is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
+    """
+
+    def __init__(self, rollout: Rollout, prompts: Prompts, folder: str, is_prior: bool) -> None:
+        self.rollout, self.prompts, self.folder, self.is_prior = rollout, prompts, folder, is_prior
+        self.per_prompt = rollout.args.proposals
+        self._ahead: Proposals | None = None
+
+    def group(self, rung: int) -> Tensor:
+        """`[S]`, the prompts of a rung."""
+        args = self.rollout.args
+        return group_of(rung, len(self.prompts), args.prompts_per_rung, args.seed)
+
+    def propose(self, rung: int) -> Proposals:
+        """A rung's independent proposals."""
+        drawn, self._ahead = self._ahead, None
+        if drawn is not None:
+            return drawn
+        address, which = (streams.PROPOSE, rung), self.group(rung)
+        return self.rollout.propose(self.prompts, self.per_prompt, address, which=which, keep=True)
+
+    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
+        before, which = self.rollout.seconds, self.group(rung)
+        per_prompt = len(beginnings) // len(which)
+        address = (streams.PROPOSE, rung, step)
+        drawn = self.rollout.propose(self.prompts, per_prompt, address, beginnings, which, keep=True)
+        self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}
+        return drawn
+
+    def draw_ahead(self) -> Proposals:
+        """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""
+        self._ahead = self.propose(0)
+        return self._ahead
+
+    def snapshot(self) -> Snapshot:
+        """The policy as it is now; empty while it is the prior."""
+        return {} if self.is_prior else snapshots.take(self.rollout.policy(), self.folder)
+
+    def log_prob(self, snapshot: Snapshot | None, proposals: Proposals) -> Tensor:
+        """`[P, n]` log-probabilities under a snapshot's model, or the present one (`None`), nats."""
+        policy = self.rollout.policy()
+        with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
+            return self.rollout.score(self.prompts, proposals)

@@ -1,0 +1,126 @@
+"""A run that is killed among its draws goes on with them, also where it would not draw the same again."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
+
+from aldrift_hf import TransformersEngine
+from aldrift_hf.models.engines import EngineSettings
+from aldrift_hf.types import Completions
+
+DRAWS, BATCH = 48, 8
+
+
+class Unrepeatable(TransformersEngine):
+    """Draws other texts each time that it is made, as half precision does in other batches.
+
+    Args:
+        start: what makes them others.
+        stop_at: the call that is interrupted.
+    """
+
+    def __init__(self, start, stop_at=None):
+        super().__init__(EngineSettings(MAX_LENGTH, (EOS,), EOS))
+        self.start, self.stop_at, self.rows, self.drawn = start, stop_at, [], []
+
+    def generate(self, prompts, address, rows, limits=None):
+        if len(self.rows) == self.stop_at:
+            raise KeyboardInterrupt
+        self.rows.append((tuple(address[1:]), rows))
+        draws = super().generate(prompts, (*address, self.start), rows, limits)
+        self.drawn += draws.completions.tokens()
+        return draws
+
+
+@pytest.fixture
+def start(config, tokenizer):
+    """Begins or resumes a run in one folder; returns its trainer after it has ended or was interrupted."""
+
+    def started(number, stop_at=None, resume=None, seed=0, **changes):
+        engine = Unrepeatable(number, stop_at)
+        settings = {"num_rungs": 2, "sampler": "archive", "updates_per_rung": 4, "chain_length": 1}
+        settings |= {"num_generations": DRAWS, "per_device_generation_batch_size": BATCH, "save_strategy": "epoch"}
+        model = tiny_gpt2(seed)
+        args = config(**settings | changes)
+        trainer = ALDRIFTTrainer(
+            model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model), engine=engine
+        )
+        if stop_at is None:
+            trainer.train(resume_from_checkpoint=resume)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    return started
+
+
+def journal(trainer) -> Path:
+    return Path(trainer.args.output_dir) / "_draws"
+
+
+@pytest.mark.parametrize("resume", [None, True])
+def test_what_was_drawn_is_not_drawn_again(start, resume):
+    """On the first rung without a checkpoint, on the second with one."""
+    before = 0 if resume is None else DRAWS // BATCH
+    first = start(1, stop_at=before + 3)
+    kept = first.rollout.engine.drawn[before * BATCH :]
+    second = start(2, resume=resume)
+    rung = 0 if resume is None else 1
+    rows = [rows for address, rows in second.rollout.engine.rows if address == (0, rung)]
+    assert rows == [range(start, start + BATCH) for start in range(3 * BATCH, DRAWS, BATCH)]
+    assert len(kept) == 3 * BATCH
+    of_the_rung = kept + second.rollout.engine.drawn[: DRAWS - len(kept)]
+    costs = count_a([], second.rollout.decode(Completions.of(of_the_rung, EOS)))
+    assert second.record.rungs[rung]["objective_mean"] == pytest.approx(sum(costs) / DRAWS)
+    assert not journal(second).exists(), "nothing is left when the run has ended"
+
+
+def test_draws_of_another_prior_or_seed_are_not_taken(start):
+    for changes in ({"seed": 1}, {"max_completion_length": 2}):
+        start(1, stop_at=3)
+        other = start(2, stop_at=6, **changes)
+        assert [rows.start for _, rows in other.rollout.engine.rows] == list(range(0, DRAWS, BATCH)), changes
+
+
+def test_a_damaged_round_ends_what_is_kept(start):
+    first = start(1, stop_at=3)
+    (path,) = journal(first).glob("*/*/*/1.safetensors")
+    path.write_bytes(path.read_bytes()[:20])
+    second = start(2)
+    assert second.rollout.engine.rows[0] == ((0, 0), range(BATCH, 2 * BATCH))
+
+
+def test_a_run_that_is_killed_as_it_learns_keeps_the_rungs_draws(start, monkeypatch):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ALDRIFTTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            start(1)
+    second = start(2)
+    assert [rows for address, rows in second.rollout.engine.rows if address == (0, 0)] == []
+    assert torch.tensor([rung["draws"] for rung in second.record.rungs]).tolist() == [DRAWS, DRAWS]
+
+
+def test_the_last_measurement_is_kept_as_well(start):
+    blocks = DRAWS // BATCH
+    start(1, stop_at=2 * blocks + 2)
+    second = start(2, resume=True)
+    measured = [rows.start for address, rows in second.rollout.engine.rows if address[0] == 3]
+    assert measured == list(range(2 * BATCH, DRAWS, BATCH))
+
+
+def test_moves_of_chains_are_kept(start):
+    """Their beginnings are a part of what they depend on."""
+    settings = {"sampler": "suffix", "chain_length": 3, "num_generations": 24, "num_rungs": 1}
+    whole = start(1, **settings)
+    moves = [number for number, (address, _) in enumerate(whole.rollout.engine.rows) if len(address) == 3]
+    cut = start(1, stop_at=moves[-1], **settings)
+    again = start(1, **settings)
+    made = len(cut.rollout.engine.rows)
+    assert again.rollout.engine.rows == whole.rollout.engine.rows[made:]
+    assert again.record.rungs[0]["objective_mean"] == whole.record.rungs[0]["objective_mean"]
