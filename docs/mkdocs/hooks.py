@@ -1,0 +1,77 @@
+"""The site from the repository's own files: pages where they stand, source code that they name, formulas as MathML.
+
+A page's name in the site is its path in the repository, so that relative links between pages hold in both.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from importlib import resources
+from pathlib import Path
+
+from math_core import LatexToMathML
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files, InclusionLevel
+from mkdocs.structure.pages import Page
+from mkdocs.utils import get_relative_url
+
+ROOT = Path(__file__).parents[2]
+SOURCE = r"(?:accelerate_configs|aldrift_hf|recipes)/(?:\w+/)*\w+\.(?:py|yaml)"
+NAMED = re.compile(rf"`({SOURCE})`")
+LINK = re.compile(r"(?<=\]\()([\w./-]+\.(?:py|yaml))(?=\))")
+FUNCTION = re.compile(r"(\[`[^\]]+`\])\((?:\.\./)*(aldrift_hf/[\w/]+)\.py#([\w.]+)\)")
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+LATEX = LatexToMathML()
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Pages of the repository, and the source files that they name, as pages that neither menu nor search lists."""
+    for file in files.documentation_pages():
+        files.remove(file)
+        page = File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path)
+        page.dest_uri = file.dest_uri
+        files.append(page)
+    for path in (ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))):
+        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    font = resources.files("ziamath.fonts") / "STIXTwoMath-Regular.ttf"
+    files.append(File.generated(config, "mkdocs/math.ttf", content=font.read_bytes()))
+    named: set[str] = set()
+    for page in files.documentation_pages():
+        text = page.content_string
+        linked = ((ROOT / page.src_uri).parent.joinpath(target).resolve() for target in LINK.findall(text))
+        named |= {*NAMED.findall(text), *(str(path.relative_to(ROOT)) for path in linked)}
+    for name in sorted(named):
+        files.append(
+            File.generated(config, f"{name}.md", content=_source_page(name), inclusion=InclusionLevel.NOT_IN_NAV)
+        )
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Links to a function lead to its place in the API, those to a file to its page."""
+
+    def to_api(match: re.Match[str]) -> str:
+        return f"{match[1]}[{match[2].replace('/', '.')}.{match[3]}]"
+
+    return LINK.sub(r"\1.md", FUNCTION.sub(to_api, markdown))
+
+
+def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Formulas become MathML, which browsers draw without a script; files that are named become links."""
+
+    def formula(match: re.Match[str]) -> str:
+        return LATEX.convert_with_local_state(html.unescape(match[2]), displaystyle=match[1] == "div")
+
+    def link(match: re.Match[str]) -> str:
+        target = files.get_file_from_path(match[2]) or files.get_file_from_path(f"{match[2]}.md")
+        return f'<a href="{get_relative_url(target.url, page.url)}">{match[1]}</a>' if target else match[1]
+
+    content = FORMULA.sub(formula, content)
+    return re.sub(rf"(<code>({SOURCE}|recipes/\w+\.md)</code>)(?!</a>)", link, content)
+
+
+def _source_page(name: str) -> str:
+    code = (ROOT / name).read_text(encoding="utf-8")
+    language = "python" if name.endswith(".py") else "yaml"
+    return f"---\nsearch: {{exclude: true}}\ntitle: {name}\n---\n\n# `{name}`\n\n~~~~{language}\n{code}~~~~\n"
