@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -273,3 +274,18 @@ def run_recipe(tmp_path, monkeypatch, recipe_module, no_report) -> Callable[...,
         return Path(settings["output_dir"])
 
     return run
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    from playwright.sync_api import sync_playwright  # not in the environment of vLLM
+
+    with sync_playwright() as playwright:
+        own = Path(playwright.chromium.executable_path)
+        installed = map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))
+        found = next((path for path in (own if own.exists() else None, *installed) if path), None)
+        if found is None:
+            pytest.skip("no Chromium found: apt-get install chromium-headless-shell, or playwright install chromium")
+        with playwright.chromium.launch(executable_path=found) as chromium:
+            yield chromium

@@ -6,10 +6,8 @@ import ast
 import importlib.metadata
 import itertools
 import os
-import pkgutil
 import re
 import shlex
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib import util
@@ -26,14 +24,13 @@ from markdown_it.token import Token
 from transformers import logging
 from trl import TrlParser
 
-import aldrift_hf
 from aldrift_hf import check_objective, cli, selftest
 from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.cli.runs import OPTIONS_FILE
 from aldrift_hf.toy import SmallPriorConfig, small_prior
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "recipes", "tests")
+FOLDERS = (".github", "accelerate_configs", "aldrift_hf", "docs", "recipes", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))])
 PAGES = [str(page.relative_to(ROOT)) for page in PAGES]
 
@@ -298,6 +295,9 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
             words[:2] == ["-k", "not transformers"] and all(Path(word).is_file() for word in words[2:])
         )
 
+    def mkdocs(words: list[str]) -> None:
+        assert words in (["build", "--strict"], ["serve"])
+
     def vllm(words: list[str]) -> None:
         assert words[0] == "serve"
         assert {word for word in words if word.startswith("--")} == {"--enable-lora", "--max-lora-rank"}
@@ -320,6 +320,7 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
     programs = {
         "accelerate": accelerate,
         "aldrift": aldrift,
+        "mkdocs": mkdocs,
         "python": python,
         "python3": python,
         "pip": pip,
@@ -357,7 +358,7 @@ def test_commands_parse(page, check, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_have_a_target(page):
-    """Relative links lead to a file, and to one of its headings by GitHub's name for it."""
+    """Relative links lead to a file, to one of its headings by GitHub's name for it, or to a name that it defines."""
     for link in inline(page, "link_open", "image"):
         target = str(link.attrs.get("href", link.attrs.get("src")))
         path, _, anchor = target.partition("#")
@@ -368,27 +369,16 @@ def test_links_have_a_target(page):
 
 
 def anchors(page: str) -> list[str]:
+    if page.endswith(".py"):
+        return list(definitions(ast.parse((ROOT / page).read_text()).body))
     headings = [body.children for head, body in itertools.pairwise(tokens(page)) if head.type == "heading_open"]
     texts = ["".join(child.content for child in children) for children in headings]
     return [re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in texts]
 
 
-# ---- The API reference -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_api_reference(tmp_path):
-    """The README's command makes a page for every module, lists the trainer's arguments, and prints no warning."""
-    (command,) = [block.content for block in blocks("README.md", "bash") if "pdoc" in block.content]
-    command = command.replace(".venv/bin/python", sys.executable).replace("out/api", str(tmp_path))
-    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Warn" not in done.stderr
-    modules = [module.name for module in pkgutil.walk_packages(aldrift_hf.__path__, "aldrift_hf.")]
-    for module in ("aldrift_hf", *(name for name in modules if "._" not in name)):
-        assert (tmp_path / f"{module.replace('.', '/')}.html").is_file(), module
-    page = (tmp_path / "aldrift_hf.html").read_text()
-    trainer = page[page.index('id="ALDRIFTTrainer"') :]
-    for argument in ("model", "objective", "args", "train_dataset", "processing_class", "eval_dataset", "peft_config"):
-        assert re.search(rf"<li><strong>{argument} \(.*?\):</strong>", trainer), argument
-    assert 'href="aldrift_hf/algorithm/diagnostics.html' in page, "the start page links to the modules"
+def definitions(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+    """Functions and classes, and with a dot the methods of these."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield prefix + node.name
+            yield from definitions(node.body, f"{prefix}{node.name}.") if isinstance(node, ast.ClassDef) else ()

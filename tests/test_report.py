@@ -6,10 +6,8 @@ import base64
 import io
 import math
 import re
-import shutil
 from collections import Counter
 from html.parser import HTMLParser
-from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
@@ -18,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import count_a, lora_config, tiny_gpt2
 from matplotlib.figure import Figure
-from playwright.sync_api import Error, sync_playwright
+from playwright.sync_api import Error
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from aldrift_hf import ALDRIFTTrainer
@@ -292,18 +290,6 @@ def test_a_plot_is_told_in_words_too(record):
 
 
 # ---- In a browser ---------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        own = Path(playwright.chromium.executable_path)
-        installed = map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))
-        found = next((path for path in (own if own.exists() else None, *installed) if path), None)
-        if found is None:
-            pytest.skip("no Chromium found: apt-get install chromium-headless-shell, or playwright install chromium")
-        with playwright.chromium.launch(executable_path=found) as chromium:
-            yield chromium
 
 
 @pytest.fixture

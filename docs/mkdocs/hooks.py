@@ -61,7 +61,8 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
     """Formulas become MathML, which browsers draw without a script; files that are named become links."""
 
     def formula(match: re.Match[str]) -> str:
-        return LATEX.convert_with_local_state(html.unescape(match[2]), displaystyle=match[1] == "div")
+        drawn = LATEX.convert_with_local_state(html.unescape(match[2]), displaystyle=match[1] == "div")
+        return f'<div class="formula">{drawn}</div>' if match[1] == "div" else drawn
 
     def link(match: re.Match[str]) -> str:
         target = files.get_file_from_path(match[2]) or files.get_file_from_path(f"{match[2]}.md")
