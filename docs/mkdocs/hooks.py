@@ -66,7 +66,9 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 
     def link(match: re.Match[str]) -> str:
         target = files.get_file_from_path(match[2]) or files.get_file_from_path(f"{match[2]}.md")
-        return f'<a href="{get_relative_url(target.url, page.url)}">{match[1]}</a>' if target else match[1]
+        if target is None or target is page.file:
+            return match[1]
+        return f'<a href="{get_relative_url(target.url, page.url)}">{match[1]}</a>'
 
     content = FORMULA.sub(formula, content)
     return re.sub(rf"(<code>({SOURCE}|recipes/\w+\.md)</code>)(?!</a>)", link, content)
@@ -75,4 +77,4 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
 def _source_page(name: str) -> str:
     code = (ROOT / name).read_text(encoding="utf-8")
     language = "python" if name.endswith(".py") else "yaml"
-    return f"---\nsearch: {{exclude: true}}\ntitle: {name}\n---\n\n# `{name}`\n\n~~~~{language}\n{code}~~~~\n"
+    return f"---\nsearch: {{exclude: true}}\nhide: [toc]\ntitle: {name}\n---\n\n# `{name}`\n\n~~~~{language}\n{code}~~~~\n"
