@@ -17,6 +17,7 @@ from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[2]
+CONTRIBUTING = ".github/CONTRIBUTING.md"
 SOURCE = r"(?:accelerate_configs|aldrift_hf|recipes)/(?:\w+/)*\w+\.(?:py|yaml)"
 NAMED = re.compile(rf"`({SOURCE})`")
 LINK = re.compile(r"(?<=\]\()([\w./-]+\.(?:py|yaml))(?=\))")
@@ -27,13 +28,15 @@ LATEX = LatexToMathML()
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Pages of the repository, and the source files that they name, as pages that neither menu nor search lists."""
-    for file in files.documentation_pages():
+    for file in [file for file in files if file.src_dir == config.docs_dir]:
         files.remove(file)
         page = File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path)
         page.dest_uri = file.dest_uri
         files.append(page)
-    for path in (ROOT / "README.md", *sorted((ROOT / "recipes").glob("*.md"))):
-        files.append(File.generated(config, str(path.relative_to(ROOT)), abs_src_path=str(path)))
+    for path in (ROOT / "README.md", ROOT / CONTRIBUTING, *sorted((ROOT / "recipes").glob("*.md"))):
+        name, included = str(path.relative_to(ROOT)), InclusionLevel.INCLUDED  # in a hidden folder, too
+        files.append(File.generated(config, name, abs_src_path=str(path), inclusion=included))
+    files.src_uris[CONTRIBUTING].dest_uri = "contributing/index.html"  # hidden folders are not always published
     font = resources.files("ziamath.fonts") / "STIXTwoMath-Regular.ttf"
     files.append(File.generated(config, "mkdocs/math.ttf", content=font.read_bytes()))
     named: set[str] = set()
@@ -71,10 +74,11 @@ def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files
         return f'<a href="{get_relative_url(target.url, page.url)}">{match[1]}</a>'
 
     content = FORMULA.sub(formula, content)
-    return re.sub(rf"(<code>({SOURCE}|recipes/\w+\.md)</code>)(?!</a>)", link, content)
+    return re.sub(rf"(<code>({SOURCE}|(?:recipes|\.github)/\w+\.md)</code>)(?!</a>)", link, content)
 
 
 def _source_page(name: str) -> str:
     code = (ROOT / name).read_text(encoding="utf-8")
     language = "python" if name.endswith(".py") else "yaml"
-    return f"---\nsearch: {{exclude: true}}\nhide: [toc]\ntitle: {name}\n---\n\n# `{name}`\n\n~~~~{language}\n{code}~~~~\n"
+    settings = f"---\nsearch: {{exclude: true}}\nhide: [toc]\ntitle: {name}\n---\n"
+    return f"{settings}\n# `{name}`\n\n~~~~{language}\n{code}~~~~\n"
