@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
+from .models.quiet import leave_out_kernel_advice
+
 if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
@@ -66,6 +68,8 @@ _EXPORTS = {
     "types": ("Draws",),
 }
 """Names by the module that defines them; the same as under `TYPE_CHECKING`, for mypy and editors."""
+
+leave_out_kernel_advice()  # before any import of bitsandbytes, as by PEFT
 
 _MODULES = {name: module for module, names in _EXPORTS.items() for name in names}
 

@@ -28,6 +28,8 @@ from rich.console import Console
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .models import quiet
+from .models.prior import base_model
 from .models.prompts import encode_prompt
 from .reporting.progress import ProgressBars
 from .streams import stream_seed
@@ -144,7 +146,8 @@ def small_prior(
                     config.batches_per_draw,
                 )  # fmt: skip
             store(model, tokenizer, folder)
-    return GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer
+    with quiet.late_bars():
+        return GPT2LMHeadModel.from_pretrained(folder).eval(), tokenizer
 
 
 def fit(
@@ -175,6 +178,7 @@ def fit(
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
+    base_model(model).loss_type = "ForCausalLM"  # which the class name of GPT-2 does not tell, as a warning says
     model.train()
     what = "updates of the prior"
     with ProgressBars(Console()).progress(what, steps) or no_progress(what, steps) as advance:
@@ -246,7 +250,8 @@ def store(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase
     """Save a prior to the cache. A killed run never leaves a part of it there: it is written elsewhere and renamed."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(temporary)
+    with quiet.late_bars():
+        model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     try:
         os.replace(temporary, folder)

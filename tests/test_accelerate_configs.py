@@ -13,6 +13,7 @@ FOLDER = Path(__file__).parents[1] / "accelerate_configs"
 # Accelerate starts CPU processes on one machine by the launcher of MULTI_GPU; for MULTI_CPU it needs mpirun, and
 # without it one process runs where two were asked for. They become MULTI_CPU, as the launch below shows.
 EXPECTED = {
+    "single_process": ("NO", 1, "no", False),
     "single_cpu": ("NO", 1, "no", True),
     "multi_cpu": ("MULTI_GPU", 2, "no", True),
     "single_gpu": ("NO", 1, "bf16", False),

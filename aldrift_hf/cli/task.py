@@ -18,6 +18,7 @@ from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from transformers import AutoTokenizer
 from trl import get_peft_config, get_quantization_config
 
+from ..models import quiet
 from ..models.loading import is_adapter
 from ..objective.protocol import CostFunction
 from ..trainer.config import ALDRIFTConfig
@@ -85,7 +86,8 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
     if os.path.isfile(name):
         if suffix not in _READERS:
             raise ValueError(f"--dataset_name {name}: the name of a file of prompts ends in {', '.join(_READERS)}")
-        dataset = load_dataset(_READERS[suffix], data_files=name, split="train")
+        with quiet.reading_files():
+            dataset = load_dataset(_READERS[suffix], data_files=name, split="train")
         return cast(Dataset, dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset)
     if suffix in _READERS:
         raise ValueError(f"--dataset_name {name}: there is no such file")

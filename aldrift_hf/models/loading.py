@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils.peft_utils import find_adapter_config_file
 
-from . import adapters, gguf_files, kinds
+from . import adapters, gguf_files, kinds, quiet
 from .configs import numbers, text_config
 from .prior import base_model
 
@@ -64,7 +64,7 @@ def _load_whole(model_id: str, kwargs: dict[str, Any]) -> PreTrainedModel:
     """A model all of whose parameters come from its checkpoint."""
     gguf_files.check_kwargs(model_id, kwargs)
     place, file = gguf_files.source(model_id)
-    with gguf_files.read(model_id):
+    with gguf_files.read(model_id), quiet.late_bars():
         model, report = AutoModelForCausalLM.from_pretrained(
             place, output_loading_info=True, **kwargs | file | gguf_files.unpacked(model_id)
         )
@@ -89,7 +89,8 @@ def _load_adapter(model_id: str, kwargs: dict[str, Any]) -> PeftModel:
     base = _load_whole(str(config.base_model_name_or_path), for_base | _revision_of_base(config))
     renamed = getattr(base, "_checkpoint_conversion_mapping", None) or None
     _resize(base, config, load_peft_weights(model_id, device="cpu", key_mapping=renamed, **place))
-    model = PeftModelForCausalLM(base, config)
+    with quiet.new_adapter():
+        model = PeftModelForCausalLM(base, config)
     try:
         result = cast(Any, model.load_adapter(model_id, "default", is_trainable=True, key_mapping=renamed, **place))
     except RuntimeError as error:  # a size mismatch
@@ -138,7 +139,8 @@ def load_trained(policy: PreTrainedModel | PeftModel, folder: Path, adapter_name
     if isinstance(policy, PeftModel):
         adapters.load_active(policy, folder, adapter_name)
     else:  # through transformers, which handles shards and tied weights
-        policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
+        with quiet.late_bars():
+            policy.load_state_dict(type(policy).from_pretrained(folder, dtype=policy.dtype).state_dict())
 
 
 def check_trainable(config: PreTrainedConfig, init_kwargs: InitKwargs, adapter: bool) -> None:

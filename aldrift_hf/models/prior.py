@@ -21,7 +21,7 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from . import adapters, sharding
+from . import adapters, quiet, sharding
 
 # LoRA initialisations that subtract the adapter's initial value from the base weights: with the adapter off, the base
 # is then no longer the model that was passed in.
@@ -143,7 +143,8 @@ def split(
     config = copy.deepcopy(peft_config)
     config.inference_mode = False  # true in every config that PEFT has saved
     try:
-        policy = get_peft_model(model, config)
+        with quiet.new_adapter():
+            policy = get_peft_model(model, config)
     except Exception as error:  # of any type: PEFT's own checks differ from one kind of adapter to the next
         raise ValueError(
             f"PEFT cannot put the {config.peft_type.value} adapter of this peft_config into a {type(model).__name__}: "

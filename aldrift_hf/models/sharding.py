@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, StateDictType, register_fsdp_forw
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from . import quiet
 from ._trl import unwrap_model_for_generation
 
 logger = logging.getLogger(__name__)
@@ -69,13 +70,14 @@ def gathered(
     shards = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     if not shards and is_sharded(wrapped):  # ZeRO-3: gathered, and DeepSpeed's hooks off the modules
         model = cast(Any, accelerator.unwrap_model(wrapped))
-        checkpoints = model.is_gradient_checkpointing
+        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         try:
             with unwrap_model_for_generation(wrapped, accelerator):
                 yield
         finally:
             if checkpoints:  # TRL's context restores other settings or, after an exception, none
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
+                with quiet.old_names():
+                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
         return
     if not shards:
         yield

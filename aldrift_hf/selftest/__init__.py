@@ -13,7 +13,6 @@ import platform
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
@@ -23,7 +22,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
-from transformers import logging as transformers_logging
 
 from ..command_line import Parser
 from ..models.prior import base_model
@@ -85,10 +83,7 @@ def run(
         ImportError, OSError, ValueError: if the model cannot be loaded or trained.
     """
     start, console = time.perf_counter(), Console(highlight=False)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
-        warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
         options.folder = folder
         subjects: list[tuple[str, Callable[[], Subject]]] = []
         if options.model_name_or_path is not None:

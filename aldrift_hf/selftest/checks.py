@@ -83,7 +83,9 @@ def scores(subject: Subject) -> Distance:
     with running(subject.trainer) as model:
         for row, (prompt, tokens) in enumerate(zip(prompts, completions.tokens(), strict=True)):
             ids = torch.tensor([prompt + tokens], device=model.device)
-            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].cpu().double()
+            logits = (
+                model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, len(prompt) - 1 : -1].cpu().double()
+            )
             by_hand[row] = logits.log_softmax(-1)[range(len(tokens)), tokens].sum()
         scored = [
             subject.score(model, prompts, completions, pad_token_id=pad, batch_size=size)
@@ -140,7 +142,8 @@ def rare_tokens(subject: Subject) -> Distance:
     config = neutral_generation_config(max_completion_length=1, eos_token_ids=[END], pad_token_id=END)
     with running(subject.make(WIDE_VOCABULARY) if subject.make else subject.trainer) as model:
         drawn = subject.generate(model, [prompt] * count, config, uniforms((subject.options.seed, 1), range(count), 1))
-        logits = model(input_ids=torch.tensor([prompt], device=model.device)).logits[0, -1]
+        ids = torch.tensor([prompt], device=model.device)
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[0, -1]
     log_q, tokens = logits.cpu().double().log_softmax(-1), drawn.completions.ids[:, 0]
     gap = min(_max_gap(drawn.log_probs, log_q[tokens]), subject.rounding())
     p_value = chi_square_p(tokens.bincount(minlength=len(log_q)), log_q.exp(), math.exp(gap))

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -15,6 +16,7 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
+from ..models import quiet
 from ..models.generation import generate, neutral_generation_config
 from ..models.loading import is_adapter
 from ..models.prior import base_model
@@ -146,7 +148,8 @@ def tiny_subject(config: PreTrainedConfig, options: Options, num_draws: int = NU
 
     def make(vocabulary: int = VOCABULARY, parts: Mapping[str, Any] | None = None, **settings: Any) -> ALDRIFTTrainer:
         checkpoint = tempfile.mkdtemp(dir=options.folder)
-        tiny_model(config, vocabulary, options.seed).save_pretrained(checkpoint)
+        with quiet.late_bars():
+            tiny_model(config, vocabulary, options.seed).save_pretrained(checkpoint)
         args = options.training(**{**TARGET, **settings})
         return _trainer(checkpoint, args, PROMPTS, processing_class=word_tokenizer(WORDS, " "), **(parts or {}))
 
@@ -188,14 +191,16 @@ def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: A
     """A trainer that writes and prints nothing, with LoRA on all layers that take it unless `name` is an adapter."""
     # PEFT refuses out_proj in Mamba's family.
     lora = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, target_modules="all-linear", exclude_modules=["out_proj"])
-    trainer = ALDRIFTTrainer(
-        name,
-        _count_other_words,
-        args,
-        train_dataset=list(prompts),
-        peft_config=None if is_adapter(name, args.model_init_kwargs) else lora,
-        **kwargs,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "You have passed exclude_modules=.* but no modules were excluded")
+        trainer = ALDRIFTTrainer(
+            name,
+            _count_other_words,
+            args,
+            train_dataset=list(prompts),
+            peft_config=None if is_adapter(name, args.model_init_kwargs) else lora,
+            **kwargs,
+        )
     for callback in (PrinterCallback, *map(type, default_callbacks(args))):
         trainer.remove_callback(callback)
     return trainer

@@ -44,7 +44,7 @@ def tiny_model(config: PreTrainedConfig, vocabulary: int, seed: int) -> PreTrain
     rows, weight = torch.randint(vocabulary, (64, 6)), model.get_output_embeddings().weight
     with torch.no_grad():
         for _ in range(3):  # once is not enough where a family caps its logits
-            std = model(input_ids=rows).logits.float().std(-1).mean().item()
+            std = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits.float().std(-1).mean().item()
             weight.mul_(min(max(LOGITS_STD / std, 0.01), 100.0))
     return model
 
@@ -60,7 +60,8 @@ def _smallest(config: PreTrainedConfig, vocabulary: int) -> PreTrainedConfig:
                 small = _shrunk(config, vocabulary, layers, head_dim)
                 model = AutoModelForCausalLM.from_config(small)
                 if _kinds(model) == kinds:
-                    model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+                    ids = torch.zeros(1, 3, dtype=torch.long)
+                    model(input_ids=ids, attention_mask=torch.ones_like(ids))
                     return small
         except Exception as error:  # a family can fail in any way for sizes that it was not written for
             problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"

@@ -7,6 +7,8 @@ from typing import Optional
 
 from transformers import TrainingArguments
 
+from ..models import quiet
+
 
 @dataclass
 class TrainerDefaults(TrainingArguments):
@@ -48,3 +50,7 @@ class TrainerDefaults(TrainingArguments):
     dataloader_pin_memory: bool = field(
         default=False, metadata={"help": "Off by default: a batch is a few token ids, so pinning gains nothing."}
     )
+
+    def __post_init__(self) -> None:
+        with quiet.old_names():  # --gradient_checkpointing, which all allowed versions of transformers have
+            super().__post_init__()

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerControl
 
 from ..algorithm.losses import Loss
-from ..models import adapters, numerics, sharding
+from ..models import adapters, numerics, quiet, sharding
 from ..models.head import Projection, projecting
 from ..models.passes import Padded, Pass
 from ..models.prior import base_model
@@ -218,7 +218,8 @@ class HookedTrainer(Trainer):
             )
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
+        with quiet.late_bars():
+            super()._save(output_dir, state_dict)
         if self.args.should_save:  # in place of the card that PEFT has written
             self.hub.write_card(self.record, output_dir or str(self.args.output_dir))
 

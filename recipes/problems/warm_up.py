@@ -14,6 +14,7 @@ from accelerate import PartialState
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from aldrift_hf.models import quiet
 from aldrift_hf.streams import stream_seed
 from aldrift_hf.toy import NUM_FINGERPRINT_TEXTS, TextSource, cache_folder, completion_ids, fit, store
 
@@ -55,11 +56,13 @@ def warm_up(
             logger.warning(f"warming up the prior: {steps} updates on {batch_size} texts each; cached in {folder}")
             with torch.random.fork_rng():
                 torch.manual_seed(stream_seed(seed))
-                fitted = cast(PeftModel, get_peft_model(model, peft_config))
+                with quiet.new_adapter():
+                    fitted = cast(PeftModel, get_peft_model(model, peft_config))
                 fit(fitted, tokenizer, draw, steps, batch_size, learning_rate, seed)
             store(fitted, tokenizer, folder)
             model = cast(PreTrainedModel, fitted.unload())  # without the adapter, which is loaded below
-    return PeftModel.from_pretrained(model, folder, is_trainable=True)
+    with quiet.new_adapter():
+        return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
 def _weights(model: PreTrainedModel) -> str:
