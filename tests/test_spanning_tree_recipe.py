@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CONFIGS, accelerate_launch, tiny_gpt2
+from expected_lines import MAIN_JOB, PROCESSES, RUN, WARNINGS, assert_quiet
 from problems.spanning_tree import SEPARATOR, load_problem
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -157,8 +158,9 @@ def test_help_explains(recipe, capsys):
         assert words in text
 
 
-@pytest.mark.parametrize("config", ["single_cpu", "multi_cpu"])
+@pytest.mark.parametrize("config", ["single_process", "multi_cpu"])
 def test_launched_by_accelerate(config, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
     line = [text for name, value in SMALL.items() for text in (f"--{name}", str(value))]
     done = accelerate_launch(CONFIGS / f"{config}.yaml", str(RECIPE), *line, "--output_dir", str(tmp_path / "out"))
@@ -166,3 +168,6 @@ def test_launched_by_accelerate(config, tmp_path, monkeypatch):
     check_output(done.stdout)
     assert done.stdout.count("missing mass: ") == 1, "only one process reports"
     assert len(rungs(tmp_path / "out")) == 3
+    processes = PROCESSES if config == "multi_cpu" else ()
+    assert_quiet(done.stdout, *RUN, *MAIN_JOB)
+    assert_quiet(done.stderr, *RUN, *WARNINGS, *processes)
