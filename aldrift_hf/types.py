@@ -179,6 +179,14 @@ class Proposals:
         pairs = {(row, *tokens) for row, tokens in zip(rows.tolist(), completions.tokens(), strict=True)}
         return len(pairs) / len(rows)
 
+    def distinct_by_prompt(self) -> Tensor:
+        """`[P]`, each prompt's distinct completions as a share of its draws."""
+        prompts, n = self.objective.shape
+        tokens = [*map(tuple, self.completions.tokens())]
+        return torch.tensor(
+            [len({*tokens[n * place : n * (place + 1)]}) / n for place in range(prompts)], dtype=torch.float64
+        )
+
     def constant_cost_share(self) -> float:
         """Share of prompts for which all draws have the same cost."""
         return (self.objective.amin(-1) == self.objective.amax(-1)).double().mean().item()

@@ -92,7 +92,7 @@ def printed_by_two_processes(source: str) -> list[str]:
 @pytest.fixture
 def no_report(monkeypatch) -> None:
     """For commands and recipes that make their trainers themselves: nothing is drawn."""
-    monkeypatch.setattr("aldrift_hf.reporting.report.write_report", lambda record, folder: None)
+    monkeypatch.setattr("aldrift_hf.reporting.report.write_report", lambda *args: None)
 
 
 @pytest.fixture

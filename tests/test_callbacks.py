@@ -174,7 +174,9 @@ def events(callback: RunCallback, args, proposals: Proposals, first: bool) -> No
 
 @pytest.mark.parametrize("removed", ALL)
 def test_none_needs_another(config, proposals, removed, capsys, caplog, monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda record, folder: Path(folder, report.REPORT_FILE).touch())
+    monkeypatch.setattr(
+        report, "write_report", lambda record, folder, picture: Path(folder, report.REPORT_FILE).touch()
+    )
     args = config(disable_tqdm=False, log_completions=True)
     Path(args.output_dir).mkdir()
     for callback in default_callbacks(args):
@@ -191,7 +193,9 @@ def test_none_needs_another(config, proposals, removed, capsys, caplog, monkeypa
 
 @pytest.mark.parametrize("first", [True, False])
 def test_only_the_first_process_acts(config, proposals, first, caplog, monkeypatch):
-    monkeypatch.setattr(report, "write_report", lambda record, folder: Path(folder, report.REPORT_FILE).touch())
+    monkeypatch.setattr(
+        report, "write_report", lambda record, folder, picture: Path(folder, report.REPORT_FILE).touch()
+    )
     printed, args = io.StringIO(), config()
     Path(args.output_dir).mkdir()
     for each in ALL:

@@ -122,7 +122,7 @@ def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, toke
 
 def test_it_is_drawn_once_a_minute_and_at_the_end_and_never_ends_a_run(record, tmp_path, monkeypatch, caplog):
     calls: list[bool] = []
-    monkeypatch.setattr(report_page, "write_report", lambda record, folder: calls.append(record.finished))
+    monkeypatch.setattr(report_page, "write_report", lambda record, *args: calls.append(record.finished))
     clock = [0.0]
     monkeypatch.setattr("time.monotonic", lambda: clock[0])
     writer, record.finished = ReportWriter(), False
@@ -133,7 +133,7 @@ def test_it_is_drawn_once_a_minute_and_at_the_end_and_never_ends_a_run(record, t
     writer.on_run_end(*event, record=record)
     assert calls == [False, False, True]
 
-    monkeypatch.setattr(report_page, "write_report", lambda record, folder: 1 / 0)
+    monkeypatch.setattr(report_page, "write_report", lambda *args: 1 / 0)
     writer.on_run_end(*event, record=record)
     assert "could not be written" in caplog.text
     assert "ZeroDivisionError" in caplog.text

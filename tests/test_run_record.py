@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
-from aldrift_hf.reporting import health
+from aldrift_hf.reporting import health, outcome
 from aldrift_hf.reporting.record import DRAWS_FILE, MAX_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
 from aldrift_hf.reporting.writers import RecordWriter
 
@@ -94,7 +94,7 @@ def test_a_run_under_way_can_be_read(make):
     assert not under_way.finished
     assert not under_way.metrics
     assert [rung["rung"] for rung in under_way.rungs] == [0, 1]
-    assert health.outcome(under_way).startswith("So far, after 2 rungs")
+    assert outcome.outcome(under_way).startswith("So far, after 2 rungs")
 
 
 def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
@@ -134,7 +134,7 @@ def test_a_good_run_has_no_warning():
         metrics={"draws": 512, "objective": 0.1, "success": 0.9, "ess": 0.9, "khat": 0.1, "missing_mass": 0.01}
     )
     assert health.run_warnings(good) == []
-    assert health.outcome(good) == (
+    assert outcome.outcome(good) == (
         "After 2 rungs, the model's mean cost is 0.1 (the prior's: 1) and 90.0% of its draws are of cost 0 (the "
         "prior's: 50.0%); by the ladder's log Z, its draws cover 99% of p_T."
     )
@@ -143,7 +143,7 @@ def test_a_good_run_has_no_warning():
 def test_what_counts_as_success_is_said():
     settings = SETTINGS | {"success_threshold": 0.25}
     strong = dataclasses.replace(record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9}), settings=settings)
-    assert "90.0% of its draws are of cost 0.25 or less" in health.outcome(strong)
+    assert "90.0% of its draws are of cost 0.25 or less" in outcome.outcome(strong)
 
 
 @pytest.mark.parametrize(
@@ -169,4 +169,4 @@ def test_what_a_reader_should_know_is_said(run, said):
 def test_a_run_under_way_is_not_blamed_for_being_short_of_its_end():
     assert health.run_warnings(record(finished=False, tau=0.5)) == []
     assert health.run_warnings(RunRecord(SETTINGS)) == []
-    assert health.outcome(RunRecord(SETTINGS)) == "The first rung is still running."
+    assert outcome.outcome(RunRecord(SETTINGS)) == "The first rung is still running."

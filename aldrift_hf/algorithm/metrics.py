@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..types import SLACK, Completions, Proposals
 from . import diagnostics
+from .diversity import diversity
 from .errors import mean_error, variance_of_sum
 from .rung import Rung
 
@@ -41,6 +42,28 @@ def proposal_metrics(proposals: Proposals, tau: float, threshold: float) -> dict
         "success_error": share_error(successes),
         "ess": diagnostics.effective_sample_size(log_weight).mean().item(),
         "khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
+        "diversity": diversity(proposals),
+        "kl_to_prior": (proposals.log_model - proposals.log_prior).mean().item(),
+    }
+
+
+def prompt_metrics(proposals: Proposals, tau: float, threshold: float, log_z: Tensor) -> dict[str, Tensor]:
+    """Figures of each prompt, `[P]`: mean cost, success, ESS, share of distinct draws, `log Z`, and KL(model‖p_τ).
+
+    Args:
+        proposals: the draws.
+        tau: the inverse temperature of the target.
+        threshold: a draw that costs at most this is a success.
+        log_z: `[P]`, of the target, nats.
+    """
+    log_weight = proposals.log_weight(tau)
+    return {
+        "objective": proposals.objective.mean(-1),
+        "success": proposals.successes(threshold).mean(-1),
+        "ess": diagnostics.effective_sample_size(log_weight),
+        "distinct": proposals.distinct_by_prompt(),
+        "log_z": log_z,
+        "kl": diagnostics.reverse_kl(log_weight, log_z),
     }
 
 
@@ -55,12 +78,13 @@ def completion_metrics(proposals: Proposals, eos_token_ids: Sequence[int]) -> di
         "completions/mean_length": length.mean().item(),
         "completions/clipped_ratio": _clipped(completions, eos_token_ids).double().mean().item(),
         "entropy": (-proposals.log_model.sum() / length.sum()).item(),
-        "kl_to_prior": (proposals.log_model - proposals.log_prior).mean().item(),
     }
 
 
 def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     """A rung's figures; means over prompts.
+
+    The target's distance from the prior is `KL(p_τ‖L) = -τ·E[d] - log Z_τ`, where `E[d]` is the pool's weighted mean.
 
     Args:
         rung: the rung.
@@ -70,10 +94,13 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     error = rung.state.tau_max_error
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
+    target_objective = (pool.log_weight(tau).softmax(-1) * pool.objective).sum(-1).mean().item()
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
     return {
         **proposal_metrics(proposals, tau, threshold),
         "sample_objective_mean": pool.objective.flatten()[chosen].mean().item(),
+        "target_objective_mean": target_objective,
+        "target_kl_to_prior": -tau * target_objective - log_z.mean().item(),
         "acceptance_rate": rung.selection.acceptance_rate,
         "log_z_increment": (log_z - rung.before.log_z).mean().item(),
         "log_z": log_z.mean().item(),

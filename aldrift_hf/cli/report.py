@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.console import Console
 
-from ..reporting import health
+from ..reporting import health, outcome
 from ..reporting.record import RunRecord
 from ..reporting.report import write_report
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 def print_outcome(record: RunRecord, folder: str) -> None:
     """The outcome, the warnings, and where the report is."""
     console = Console(highlight=False, soft_wrap=True)
-    console.print(health.outcome(record), markup=False)
+    console.print(outcome.outcome(record), markup=False)
     for warning in health.run_warnings(record):
         console.print(f"warning: {warning}", markup=False, style="yellow")
     console.print(f"report: {folder}/report.html", markup=False)

@@ -13,7 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
 from ..algorithm.goals import GOALS
-from . import health
+from . import health, outcome
 from .numbers import with_error
 from .record import RunRecord
 
@@ -75,9 +75,9 @@ def model_card(
         repo=repo,
         on_the_hub="/" in repo,
         what=_what(settings, base_model),
-        target=_escaped(health.target_in_words(record)),
+        target=_escaped(outcome.target_in_words(record)),
         prior=settings["prior"],
-        outcome=_escaped(health.outcome(record)) if record.rungs else "",
+        outcome=_escaped(outcome.outcome(record)) if record.rungs else "",
         warnings=[*map(_escaped, health.run_warnings(record))],
         results=_results(record),
         settings=_settings(record),
@@ -147,7 +147,7 @@ def _results(record: RunRecord) -> str:
     model = record.metrics or {**last, "objective": last["objective_mean"], "distinct": last["distinct_proposals"]}
     rows = [
         ("mean cost", f"{prior['objective_mean']:.4g}", with_error(model, "objective", ".4g")),
-        (f"draws {health.success_in_words(record)}", f"{prior['success']:.1%}", with_error(model, "success", ".1%")),
+        (f"draws {outcome.success_in_words(record)}", f"{prior['success']:.1%}", with_error(model, "success", ".1%")),
         ("distinct draws", f"{prior['distinct_proposals']:.1%}", with_error(model, "distinct", ".1%")),
         ("effective sample size", "", with_error(model, "ess", ".2f")),
         ("k-hat", "", with_error(model, "khat", ".2f")),
@@ -165,7 +165,7 @@ def _settings(record: RunRecord) -> str:
         updates = f"{min(made)} to {max(made)} updates per rung" if made else "a number of updates that is found"
     rows = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"] * settings["processes"]
     table = [
-        ("inverse temperature T", health.target_temperature(record)),
+        ("inverse temperature T", outcome.target_temperature(record)),
         ("largest cost D", "not measured yet" if record.objective_range is None else f"{record.objective_range:g}"),
         ("ladder", _ladder(settings)),
         ("sampler", f"`{settings['sampler']}`, {settings['num_generations']:,} proposals per prompt per rung"),

@@ -10,18 +10,22 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
 from ..types import Prompts, Proposals
 
+T = TypeVar("T")
+
 RUN_FILE, RUNGS_FILE, DRAWS_FILE = "run.json", "rungs.jsonl", "draws.jsonl"
 MAX_DRAWS = 1000
 """Number of draws that are kept; of more, every second, third, … is."""
+MAX_PROMPTS = 200
+"""Number of prompts whose metrics are kept: those whose model is farthest from the target."""
 
 
 @dataclass
@@ -47,16 +51,23 @@ class RunRecord:
             prompt, nats.
         log_z_error: its standard error, likewise.
         prompt_tau: that τ, likewise; 0 for a prompt that no rung has drawn for.
+        prior_costs: costs of the first rung's proposals, which are the prior's draws, at most [`MAX_DRAWS`].
+        prompt_metrics: metrics of the newest draws, one record per prompt, for the [`MAX_PROMPTS`] prompts with the
+            largest `kl`: `prompt`, `objective` (mean cost), `success`, `ess`, `distinct` (shares), `log_z`, `kl`
+            (KL(q‖p_τ)) and, of the final model, `missing_mass`; nats.
         rungs: one record per complete rung; means over prompts. Among them:
 
             - `rung` (index), `tau`, `draws` (per prompt), `objective_mean`, `objective_best`, `success` (share
-              of proposals that cost `success_threshold` or less), `sample_objective_mean` (after the correction);
+              of proposals that cost `success_threshold` or less), `sample_objective_mean` (after the correction),
+              `target_objective_mean` (weighted mean cost: that of `p_τ`);
             - `ess` (effective sample size as a share of the proposals), `khat`, `acceptance_rate` (of the chains),
-              `log_z`, `log_z_increment`, `missing_mass`, `kl_to_prior` (KL(q‖L)), `kl_to_target` (KL(q‖p_τ)), all in
-              nats where they are logarithms or divergences, per completion;
+              `log_z`, `log_z_increment`, `missing_mass`, `kl_to_prior` (KL(q‖L)), `target_kl_to_prior`
+              (KL(p_τ‖L)), `kl_to_target` (KL(q‖p_τ)), all in nats where they are logarithms or divergences, per
+              completion;
             - `log_z_error`, `missing_mass_error`, `kl_to_target_error`, `success_error`: standard errors of these;
-            - `distinct_proposals`, `distinct_samples`, `constant_cost` (share of prompts whose proposals all cost the
-              same), `excluded` (share of proposals of prior probability 0), `completions/clipped_ratio`: shares;
+            - `distinct_proposals`, `distinct_samples`, `diversity` ([`aldrift_hf.algorithm.diversity`]),
+              `constant_cost` (share of prompts whose proposals all cost the same), `excluded` (share of proposals of
+              prior probability 0), `completions/clipped_ratio`: shares;
             - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates),
               `learning_rate` (of the last one), `updates` (of the rung);
             - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
@@ -65,7 +76,8 @@ class RunRecord:
             - `seconds_propose`, `seconds_score`, `seconds_objective`, `seconds_learn`: wall-clock time.
         draws: the newest draws of the model, at most [`MAX_DRAWS`], before any correction. Each has `prompt`,
             `completion`, `objective` (its cost), `log_prior`, `log_model` and, for the inverse temperature `tau`,
-            `log_weight` = `log L - τ·d - log q`; nats.
+            `log_weight` = `log L - τ·d - log q` (nats) and `weight`, that weight as a multiple of the mean over all of
+            the prompt's draws.
     """
 
     settings: dict[str, Any]
@@ -78,6 +90,8 @@ class RunRecord:
     log_z: list[float] = field(default_factory=list)
     log_z_error: list[float] = field(default_factory=list)
     prompt_tau: list[float] = field(default_factory=list)
+    prior_costs: list[float] = field(default_factory=list)
+    prompt_metrics: list[dict[str, Any]] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     draws: list[dict[str, Any]] = field(default_factory=list)
 
@@ -88,10 +102,10 @@ class RunRecord:
             "log_prior": proposals.log_prior,
             "log_model": proposals.log_model,
             "log_weight": proposals.log_weight(tau),
+            "weight": proposals.log_weight(tau).softmax(-1) * proposals.objective.shape[-1],
         }
         numbers: dict[str, Tensor] = {name: column.flatten() for name, column in columns.items()}
         texts = cast(list[str], proposals.texts)
-        step = math.ceil(len(texts) / MAX_DRAWS)
         self.draws = [
             {
                 "prompt": prompts.rows[int(proposals.rows[i])]["prompt"],
@@ -99,7 +113,7 @@ class RunRecord:
                 **{name: column[i].item() for name, column in numbers.items()},
                 "tau": tau,
             }
-            for i in range(0, len(texts), step)
+            for i in evenly(range(len(texts)), MAX_DRAWS)
         ]
 
     def write(self, folder: str | Path) -> None:
@@ -136,6 +150,22 @@ class RunRecord:
             raise ValueError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
 
 
+def evenly(values: Sequence[T], most: int) -> list[T]:
+    """At most so many of the values: every second, third, …"""
+    return [*values[:: math.ceil(len(values) / most) or 1]]
+
+
+def prompt_rows(proposals: Proposals, prompts: Prompts, columns: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+    """A record per prompt, with its `prompt` and its place in each column, `[P]`; the largest `kl` first."""
+    return [
+        {
+            "prompt": prompts.rows[int(proposals.prompts[place])]["prompt"],
+            **{name: column[place].item() for name, column in columns.items()},
+        }
+        for place in columns["kl"].argsort(descending=True).tolist()
+    ]
+
+
 def _objects(path: Path, lines: Iterable[bytes]) -> list[dict[str, Any]]:
     try:
         values = [json.loads(line) for line in lines]
@@ -165,4 +195,6 @@ def _finite(value: Any) -> Any:
     """The same with `null` for NaN and infinity, which JSON has no numbers for."""
     if isinstance(value, dict):
         return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [*map(_finite, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,11 +1,6 @@
 "use strict";
-// The table of draws: a click on a header sorts by its column, a second click reverses the order; the field above the
-// table hides the rows that do not contain its text.
-const table = document.getElementById("draws");
-const body = table.tBodies[0];
-const rows = Array.from(body.rows);
-const headers = Array.from(table.tHead.rows[0].cells);
-
+// Tables: a click on a header sorts by its column, a second click reverses the order. The field above the table of draws
+// hides the rows that do not contain its text.
 function compare(column, isNumber, sign) {
   return (a, b) => {
     const [left, right] = [a.cells[column], b.cells[column]];
@@ -16,15 +11,20 @@ function compare(column, isNumber, sign) {
   };
 }
 
-headers.forEach((header, column) => {
-  header.querySelector("button").addEventListener("click", () => {
-    const descending = header.getAttribute("aria-sort") === "ascending";
-    headers.forEach((other) => other.removeAttribute("aria-sort"));
-    header.setAttribute("aria-sort", descending ? "descending" : "ascending");
-    body.append(...rows.sort(compare(column, header.dataset.kind === "number", descending ? -1 : 1)));
+document.querySelectorAll("table.sortable").forEach((table) => {
+  const headers = Array.from(table.tHead.rows[0].cells);
+  headers.forEach((header, column) => {
+    header.querySelector("button").addEventListener("click", () => {
+      const descending = header.getAttribute("aria-sort") === "ascending";
+      headers.forEach((other) => other.removeAttribute("aria-sort"));
+      header.setAttribute("aria-sort", descending ? "descending" : "ascending");
+      const order = compare(column, header.dataset.kind === "number", descending ? -1 : 1);
+      table.tBodies[0].append(...Array.from(table.tBodies[0].rows).sort(order));
+    });
   });
 });
 
+const rows = Array.from(document.getElementById("draws").tBodies[0].rows);
 const filter = document.getElementById("filter");
 const shown = document.getElementById("shown");
 filter.addEventListener("input", () => {

@@ -6,17 +6,28 @@ import base64
 import hashlib
 import json
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
-from . import figures, health
+from . import examples, figures, health, outcome
+from .draw_figures import plots_of_draws
+from .figure_style import PLOT_SIZE, Plot
 from .numbers import with_error
-from .record import RunRecord, replace_file
+from .record import MAX_PROMPTS, RunRecord, replace_file
+
+Picture = Callable[[Sequence[str], Sequence[float]], str]
+"""`picture(completions, weights)`: HTML or SVG that shows weighted completions; the weights sum to 1.
+
+The report shows it as it is, so it must escape what it takes from a completion. The page's policy lets it fetch nothing and run
+no script.
+"""
 
 REPORT_FILE, LADDER_FILE = "report.html", "figures/ladder.png"
 
@@ -24,10 +35,10 @@ _HERE = Path(__file__).parent
 _PIXELS_PER_INCH = 96
 """Of CSS."""
 _PROMPT_START = 80
-"""Number of characters of its prompt that the table shows beside a draw."""
+"""Number of characters of its prompt that a table shows."""
 
 
-def write_report(record: RunRecord, folder: str | Path) -> None:
+def write_report(record: RunRecord, folder: str | Path, picture: Picture | None = None) -> None:
     """Write `report.html` and `figures/ladder.png` into a run's folder.
 
     The page is self-contained. Completions, prompts and names come from elsewhere and are treated as text: they are
@@ -35,33 +46,49 @@ def write_report(record: RunRecord, folder: str | Path) -> None:
     """
     folder = Path(folder)
     figures.write_ladder(record, folder / LADDER_FILE)
-    replace_file(folder / REPORT_FILE, [render(record)])
+    replace_file(folder / REPORT_FILE, [render(record, picture)])
 
 
-def render(record: RunRecord) -> str:
-    """The page as HTML."""
+def render(record: RunRecord, picture: Picture | None = None) -> str:
+    """The page as HTML.
+
+    Args:
+        record: the run.
+        picture: how completions are shown, beside their text; `None` shows the text alone.
+    """
     environment = Environment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": "{:,}".format, "decimals": _decimals, "setting": _setting}
+    environment.filters |= {
+        "number": "{:,}".format, "decimals": _decimals, "setting": _setting, "key": json.dumps, "messages": _messages
+    }  # fmt: skip
     script = (_HERE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     prompts = list({json.dumps(draw["prompt"]): draw["prompt"] for draw in record.draws}.values())
-    width, height = (round(inches * _PIXELS_PER_INCH) for inches in figures.PLOT_SIZE)
+    width, height = (round(inches * _PIXELS_PER_INCH) for inches in PLOT_SIZE)
     return environment.get_template("report.html.jinja").render(
         record=record,
         title="ALDRIFT: " + " + ".join(record.settings["objective"]),
-        outcome=health.outcome(record),
-        target=health.target_in_words(record),
+        outcome=outcome.outcome(record),
+        target=outcome.target_in_words(record),
         warnings=health.run_warnings(record),
         checked=_checked(record),
         tiles=_tiles(record),
-        plots=[(plot, _data_url(plot)) for plot in figures.plots(record)],
+        sections=[
+            ("draws", "Prior, model and target", [(plot, _data_url(plot)) for plot in plots_of_draws(record)]),
+            ("ladder", "Along the ladder", [(plot, _data_url(plot)) for plot in figures.plots_along_ladder(record)]),
+        ],
         plot_width=width,
         plot_height=height,
-        prompts=[_messages(prompt) for prompt in prompts],
+        prompts=[*map(_messages, prompts)],
+        shared=os.path.commonprefix([*map(_messages, prompts)]),
         number_of={json.dumps(prompt): number for number, prompt in enumerate(prompts, start=1)},
-        draws=[(draw, json.dumps(draw["prompt"])) for draw in record.draws],
+        draws=record.draws,
+        groups=examples.groups(record.draws) if record.draws else [],
+        picture=picture and (lambda draw: picture([draw["completion"]], [1.0])),
+        pictures=_pictures(record, picture) if picture and record.draws else [],
+        by_prompt=record.prompt_metrics if len(record.prompt_metrics) > 1 else [],
+        max_prompts=MAX_PROMPTS,
         prompt_start=_PROMPT_START,
         settings=_settings(record),
         style=(_HERE / "report.css").read_text(encoding="utf-8"),
@@ -71,7 +98,15 @@ def render(record: RunRecord) -> str:
     )
 
 
-def _data_url(plot: figures.Plot) -> str:
+def _pictures(record: RunRecord, picture: Picture) -> list[tuple[str, str]]:
+    """Of the newest draws as the model wrote them and, where they have weights, as the target has them."""
+    texts = [draw["completion"] for draw in record.draws]
+    weights = np.array([draw["weight"] or 0.0 for draw in record.draws])
+    found = [("The model", picture(texts, [1 / len(texts)] * len(texts)))]
+    return [*found, ("The target", picture(texts, (weights / weights.sum()).tolist()))] if weights.any() else found
+
+
+def _data_url(plot: Plot) -> str:
     """The plot's image inside an URL."""
     return f"data:image/svg+xml;base64,{base64.b64encode(plot.svg().encode()).decode()}"
 
@@ -102,18 +137,19 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     model, prior, settings = _newest(record), record.rungs[0], record.settings
     tiles: list[tuple[str, str, Callable[[float], str], str]] = [
         ("mean cost", "objective", "{:.3g}".format, f"prior: {prior['objective_mean']:.3g}"),
-        ("success", "success", "{:.1%}".format, f"{health.success_in_words(record)}; prior: {prior['success']:.1%}"),
+        ("success", "success", "{:.1%}".format, f"{outcome.success_in_words(record)}; prior: {prior['success']:.1%}"),
         (
             "target covered",
             "missing_mass",
-            lambda nats: f"{health.covered_share(nats):.0%}",
+            lambda nats: f"{outcome.covered_share(nats):.0%}",
             f"missing mass: {with_error(model, 'missing_mass', '.2f')} nats",
         ),
         ("distinct draws", "distinct", "{:.1%}".format, f"prior: {prior['distinct_proposals']:.1%}"),
+        ("diversity", "diversity", "{:.2f}".format, f"prior: {_decimals(prior.get('diversity'), '.2f')}"),
         ("effective sample size", "ess", "{:.1%}".format, f"of {settings['num_generations']:,} draws per prompt"),
         ("k-hat", "khat", "{:.2f}".format, f"reliable up to {health.MAX_KHAT}"),
         ("acceptance rate", "acceptance_rate", "{:.1%}".format, "of the last rung's chains"),
-        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {health.target_temperature(record)}"),
+        ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {outcome.target_temperature(record)}"),
         ("distinct objective calls", "objective_calls", "{:,}".format, f"for {model['proposals']:,} proposals"),
     ]
     return [

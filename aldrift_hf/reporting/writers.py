@@ -36,9 +36,14 @@ class ReportWriter(RunCallback):
     """Writes `report.html` and `figures/ladder.png`: at most once a minute while the run goes on, and at its end.
 
     A report that cannot be drawn is logged as a warning and does not stop the run.
+
+    Args:
+        picture: how completions are shown, beside their text: `picture(completions, weights)` returns HTML or SVG. See
+            [`aldrift_hf.reporting.report.Picture`].
     """
 
-    def __init__(self) -> None:
+    def __init__(self, picture: report.Picture | None = None) -> None:
+        self.picture = picture
         self._written = time.monotonic()
 
     def _write(
@@ -49,7 +54,7 @@ class ReportWriter(RunCallback):
             return
         folder = Path(str(args.output_dir))
         try:
-            report.write_report(record, folder)
+            report.write_report(record, folder, self.picture)
         except Exception:
             logger.warning(f"{folder / report.REPORT_FILE} could not be written; the run continues", exc_info=True)
         self._written = time.monotonic()

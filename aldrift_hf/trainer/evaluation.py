@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import streams
 from ..algorithm import diagnostics
 from ..algorithm.errors import Influence, mean_error, pooled_influence
-from ..algorithm.metrics import proposal_metrics, success_share
+from ..algorithm.metrics import prompt_metrics, proposal_metrics, success_share
 from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
 from ..algorithm.samplers.kernels import isir, metropolis_hastings
 from ..algorithm.samplers.suffix import suffix_chains
+from ..reporting.record import prompt_rows
 from ..types import Prompts, Proposals, join_prompts
 from .parts import check_continues
 from .run import Run
@@ -32,7 +33,8 @@ class Measured:
 
     Attributes:
         metrics: those of [`ALDRIFTTrainer.evaluate`], without prefix.
-        by_prompt: `prompt`, `objective`, `success`, `ess`, `log_z` and `kl` of each prompt, the largest `kl` first.
+        by_prompt: `prompt` and the figures of [`prompt_metrics`] of each, the largest `kl` first; with `missing_mass`
+            where the ladder's log Z is known.
         proposals: the draws.
     """
 
@@ -69,33 +71,22 @@ def measure(
     }
     evenly = torch.full_like(log_weight, 1 / log_weight.shape[-1])
     kl_error = fresh.error(log_weight * evenly)
+    missing: dict[str, Tensor] = {}
     if prompts.keys == run.prompts.keys and ladder.taus:
         here = ladder.of(proposals.prompts)
         at_its_end = proposals.log_weight(here.prompt_tau[:, None])
         of_ladder = Influence(torch.zeros_like(log_weight), here.log_z_error.square())
-        metrics["missing_mass"] = diagnostics.missing_mass(here.log_z, at_its_end).mean().item()
+        missing = {"missing_mass": diagnostics.missing_mass(here.log_z, at_its_end)}
+        metrics["missing_mass"] = missing["missing_mass"].mean().item()
         metrics["missing_mass_error"] = mean_error(of_ladder.error(at_its_end.softmax(-1)))
         known = here.prompt_tau == tau
         log_z = torch.where(known, here.log_z, log_z)
         kl_error = torch.where(known, of_ladder.error(log_weight * evenly), kl_error)
-    by_prompt = {
-        "objective": proposals.objective.mean(-1),
-        "success": proposals.successes(run.args.success_threshold).mean(-1),
-        "ess": diagnostics.effective_sample_size(log_weight),
-        "log_z": log_z,
-        "kl": diagnostics.reverse_kl(log_weight, log_z),
-    }
+    by_prompt = prompt_metrics(proposals, tau, run.args.success_threshold, log_z) | missing
     metrics["kl"], metrics["kl_error"] = by_prompt["kl"].mean().item(), mean_error(kl_error)
     if len(log_z) > 1:
         metrics["kl_worst"], metrics["ess_worst"] = by_prompt["kl"].max().item(), by_prompt["ess"].min().item()
-    rows = [
-        {
-            "prompt": prompts.rows[int(proposals.prompts[place])]["prompt"],
-            **{name: column[place].item() for name, column in by_prompt.items()},
-        }
-        for place in by_prompt["kl"].argsort(descending=True).tolist()
-    ]
-    return Measured(metrics, rows, proposals)
+    return Measured(metrics, prompt_rows(proposals, prompts, by_prompt), proposals)
 
 
 @dataclass(frozen=True)

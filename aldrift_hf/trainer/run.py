@@ -17,12 +17,12 @@ from ..algorithm import stopping
 from ..algorithm.goals import Goal
 from ..algorithm.ladders import Ladder
 from ..algorithm.losses import Loss
-from ..algorithm.metrics import completion_metrics, rung_metrics
+from ..algorithm.metrics import completion_metrics, prompt_metrics, rung_metrics
 from ..algorithm.prompt_groups import num_groups
 from ..algorithm.rung import Rung, run_rung
 from ..algorithm.samplers import Sampler
 from ..objective.objective import Objective
-from ..reporting.record import RunRecord
+from ..reporting.record import MAX_DRAWS, MAX_PROMPTS, RunRecord, evenly, prompt_rows
 from ..types import Prompts, Proposals, Samples
 from .config import ALDRIFTConfig
 from .cycles import has_cycles, updates_for
@@ -134,7 +134,11 @@ class Run:
         is_last = self.stop_reason() is not None
         longer = self.updates_per_rung // self.ordinary_updates if is_last else 1
         state.begin_learning(longer * self._updates_for(rung.proposals))
+        if state.rung == 0:
+            state.prior_costs = evenly(rung.proposals.objective.flatten().tolist(), MAX_DRAWS)
+        by_prompt = prompt_metrics(rung.proposals, rung.state.tau, self.args.success_threshold, rung.after.log_z)
         self.record.take_draws(rung.proposals, self.prompts, rung.state.tau)
+        self.record.prompt_metrics = prompt_rows(rung.proposals, self.prompts, by_prompt)[:MAX_PROMPTS]
         self.update_record()
         self.tell("on_rung_drawn", metrics=metrics, proposals=rung.proposals, prompts=self.prompts)
 
@@ -192,6 +196,7 @@ class Run:
     def update_record(self) -> None:
         """Bring the record up to date with the state."""
         rungs = self.state.rungs
+        self.record.prior_costs = list(self.state.prior_costs)
         self.record.rungs = list(rungs if self.state.phase is Phase.LEARNED else rungs[:-1])
         self.record.log_z = self.state.ladder.log_z.tolist()
         self.record.log_z_error = self.state.ladder.log_z_error.tolist()

@@ -27,6 +27,7 @@ class RunState:
     Attributes:
         ladder: the inverse temperatures so far, the ladder's log Z, and D.
         phase: of the rung that the ladder has reached.
+        prior_costs: of the first rung's proposals: see [`RunRecord`].
         rungs: the figures of each rung begun; those of the last one lack what is learned while `phase` is `DRAWN`.
         proposals: draws so far.
         num_tokens: tokens of prompts and completions drawn so far.
@@ -41,6 +42,7 @@ class RunState:
 
     ladder: LadderState
     phase: Phase = Phase.LEARNED
+    prior_costs: list[float] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)
     proposals: int = 0
     num_tokens: int = 0

@@ -39,7 +39,7 @@ from ..models.scoring import without_dropout
 from ..objective.protocol import CostFunction
 from ..reporting.defaults import default_callbacks
 from ..reporting.hub import HubPusher
-from ..reporting.record import RunRecord
+from ..reporting.record import MAX_PROMPTS, RunRecord
 from ..types import Prompts
 from .checkpoints import Checkpointer, to_resume_from
 from .config import ALDRIFTConfig
@@ -101,7 +101,8 @@ class ALDRIFTTrainer(HookedTrainer):
     Attributes:
         record ([`RunRecord`]): what is known of the run: settings, the figures of each rung, draws.
         prompt_metrics (`Dataset`): what [`evaluate`], or the final measurement, found for each prompt, the worst first:
-            `prompt`, `objective`, `success`, `ess`, `log_z` and `kl`; `None` before.
+            `prompt`, `objective`, `success`, `ess`, `distinct`, `log_z`, `kl` and, where the ladder's log Z is known,
+            `missing_mass`; `None` before.
 
     Raises:
         ValueError, TypeError, OSError: for settings, data, an objective or an output directory that cannot work, before
@@ -295,9 +296,10 @@ class ALDRIFTTrainer(HookedTrainer):
 
         Returns:
             Under `eval_…`, means over prompts: `objective` (mean cost), `objective_best`, `success` (share of draws
-            that cost at most `success_threshold`), `distinct` (share of distinct draws), `ess` (share in [0, 1]),
-            `khat`, `log_z` (of `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where
-            it is known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training
+            that cost at most `success_threshold`), `distinct` (share of distinct draws), `diversity`
+            ([`aldrift_hf.algorithm.diversity`]), `ess` (share in [0, 1]), `khat`, `kl_to_prior` (KL(model‖L), nats),
+            `log_z` (of `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where it is
+            known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training
             began, `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]). With several prompts,
             also `kl_worst` and `ess_worst`; `prompt_metrics` then has a row for each.
         """
@@ -318,6 +320,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if prefix == "final":
             self.record.metrics = dict(metrics)
             self.record.take_draws(measured.proposals, prompts, self.run.tau_max)
+            self.record.prompt_metrics = measured.by_prompt[:MAX_PROMPTS]
         self.events.tell("on_measured", metrics=metrics)
         metrics = {f"{prefix}_{key}": value for key, value in metrics.items()}
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})

@@ -11,7 +11,7 @@ from problems.clustering import ClusteringProblem
 from sklearn.decomposition import PCA
 from sklearn.metrics import adjusted_rand_score
 
-from aldrift_hf.reporting.figures import PALETTE
+from aldrift_hf.reporting.figure_style import PALETTE
 from evaluation.figures import figure, plot_along_ladder
 from evaluation.tables import Comparison
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 
-from aldrift_hf.reporting.figures import BLUE, GREEN, GREY, ORANGE, PURPLE
+from aldrift_hf.reporting.figure_style import BLUE, GREEN, GREY, ORANGE, PURPLE
 from evaluation import suprema
 from evaluation.figures import figure
 from evaluation.tables import Comparison

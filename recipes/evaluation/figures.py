@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
-from aldrift_hf.reporting.figures import BLUE, GREEN, GREY, ORANGE, PALETTE, styled
+from aldrift_hf.reporting.figure_style import BLUE, GREEN, GREY, ORANGE, PALETTE, styled
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from aldrift_hf.reporting.figures import GREY
+from aldrift_hf.reporting.figure_style import GREY
 from evaluation import gold as golden
 from evaluation.figures import figure, plot_lines
 from evaluation.gold import Gold
