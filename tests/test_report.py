@@ -21,8 +21,10 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from aldrift_hf import ALDRIFTTrainer
 from aldrift_hf.reporting import report as report_page
-from aldrift_hf.reporting.figures import BLUE, GREEN, ORANGE, PALETTE, Plot, plots, relative_weights, styled
-from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.reporting.draw_figures import plots_of_draws, relative_weights
+from aldrift_hf.reporting.figure_style import BLUE, GREEN, ORANGE, PALETTE, Plot, styled
+from aldrift_hf.reporting.figures import plots_along_ladder
+from aldrift_hf.reporting.record import MAX_PROMPTS, RunRecord
 from aldrift_hf.reporting.report import LADDER_FILE, REPORT_FILE, render
 from aldrift_hf.reporting.writers import ReportWriter
 
@@ -65,6 +67,9 @@ def rung(index: int, tau: float, **changes: float) -> dict[str, float]:
         "objective_calls": 900 * (index + 1),
         "loss": 1.5,
         "kl_to_prior": 0.1 * tau,
+        "target_objective_mean": 1.4 - 0.3 * tau,
+        "target_kl_to_prior": 0.12 * tau,
+        "diversity": 0.8,
         "kl_to_target": 0.05,
         "entropy": 1.2 - 0.1 * tau,
         "completions/mean_length": 9.0 - tau,
@@ -75,7 +80,13 @@ def rung(index: int, tau: float, **changes: float) -> dict[str, float]:
 def draw(completion: str, cost: float, **changes) -> dict:
     log_prior, log_model = -10.0 - cost, -9.5 + 0.1 * cost
     weights = {"log_prior": log_prior, "log_model": log_model, "log_weight": log_prior - 3 * cost - log_model}
+    weights["weight"] = math.exp(0.1 - cost)
     return {"prompt": "", "completion": completion, "objective": cost, **weights, "tau": 3.0, **changes}
+
+
+def of_prompt(prompt, kl: float) -> dict:
+    shares = {"success": 0.5, "ess": 0.25, "distinct": 1.0}
+    return {"prompt": prompt, "objective": 2.0 - kl, **shares, "log_z": -1.0, "kl": kl, "missing_mass": 0.1}
 
 
 @pytest.fixture
@@ -91,6 +102,8 @@ def record() -> RunRecord:
         metrics=metrics,
         rungs=[rung(i, 0.5 * (i + 1)) for i in range(6)],
         draws=[draw(f"text  {i}\n two", cost) for i, cost in enumerate(costs)],
+        prior_costs=[3.0, 2.0, 10.0, 4.0],
+        prompt_metrics=[of_prompt("worst", 1.5), of_prompt("better", 0.5)],
     )
 
 
@@ -98,6 +111,10 @@ def record() -> RunRecord:
 def no_figures(monkeypatch) -> None:
     """For pages of which only the text is looked at: figures take most of the time."""
     monkeypatch.setattr(Plot, "svg", lambda plot: "")
+
+
+def plots(record: RunRecord) -> list[Plot]:
+    return [*plots_of_draws(record), *plots_along_ladder(record)]
 
 
 def names(record: RunRecord) -> list[str]:
@@ -153,8 +170,8 @@ def test_a_run_under_way(record, no_figures, count):
     page = render(record)
     assert "Running" in page
     assert ("The first rung is still running." if count == 0 else "So far, after 1 rung, ") in page
-    assert names(record)[-1] == "weights"
-    assert len(names(record)) == 1 + 12 * count
+    assert [plot.name for plot in plots_of_draws(record)] == ["costs", *["frontier"] * count, "weights"]
+    assert len(plots_along_ladder(record)) == 13 * count
 
 
 def test_what_a_run_does_not_have_is_left_out(record):
@@ -163,7 +180,7 @@ def test_what_a_run_does_not_have_is_left_out(record):
         each["archive_ess"] = 0.4
         each["completions/mean_length"] = 9.0
     for one in record.draws[:3]:
-        one["log_weight"] = None
+        one["log_weight"], one["weight"] = None, 0.0
     page = render(record)
     assert {"khat", "acceptance", "length"}.isdisjoint(names(record))  # a length that is always the same says nothing
     assert "acceptance rate" not in page
@@ -175,9 +192,10 @@ def test_what_a_run_does_not_have_is_left_out(record):
 def test_a_ladder_that_stays_at_one_temperature_is_drawn_by_rungs(record):
     assert "tau" not in names(record)
     record.rungs += [rung(6, 3.0), rung(7, 3.0)]
-    assert names(record)[0] == "tau"
     axes = Figure().add_subplot()
-    plots(record)[0].draw(axes)
+    first = plots_along_ladder(record)[0]
+    assert first.name == "tau"
+    first.draw(axes)
     assert axes.get_xlabel() == "rung"
     assert axes.lines[0].get_xydata().tolist() == [[rung["rung"], rung["tau"]] for rung in record.rungs]
 
@@ -208,14 +226,107 @@ def test_several_objectives_and_chat_prompts(record):
     assert '<b>system</b><div class="text">Be  brief.</div>' in page
 
 
-def test_weights_are_multiples_of_their_prompts_mean(record):
-    record.draws = [
-        draw("a", 0.0, prompt=prompt, log_weight=offset + math.log(weight) if weight else None)
-        for prompt, offset in (("one", 700.0), ("other", -900.0))
-        for weight in [4.0, 0.0] + [1.0] * 8
-    ] + [draw("a", 0.0, prompt="few draws")]
-    expected = np.array([4.0, 0.0] + [1.0] * 8) / 1.2
-    np.testing.assert_allclose(relative_weights(record), [*expected, *expected], rtol=1e-9)
+def test_weights_of_too_few_draws_per_prompt_are_not_shown(record):
+    record.draws[0]["weight"] = None  # null: no draw of its prompt has any
+    assert relative_weights(record).tolist() == [0.0, *(draw["weight"] for draw in record.draws[1:])]
+    record.settings["num_generations"] = 9
+    assert "weights" not in names(record)
+
+
+def test_costs_of_prior_model_and_target(record):
+    """Bars around the costs where these are evenly spaced; 25 of them otherwise. Each histogram adds up to 1."""
+    record.prior_costs = [0.0, 1.0, 1.0, 3.0]
+    record.draws = [draw("a", 0.0, weight=1.5), draw("b", 2.0, weight=0.5)]
+    assert histograms(record) == [[0.25, 0.5, 0, 0.25], [0.5, 0, 0.5, 0], [0.75, 0, 0.25, 0]]
+    record.draws[0]["objective"] = 0.1
+    assert [len(shares) for shares in histograms(record)] == [25] * 3
+    assert [sum(shares) for shares in histograms(record)] == pytest.approx([1.0] * 3)
+    for each in record.draws:
+        each["weight"] = None
+    assert len(histograms(record)) == 2, "where the draws have no weights, nothing is known of the target"
+
+
+def histograms(record: RunRecord) -> list[list[float]]:
+    axes, drawn = Figure().add_subplot(), []
+    hist = axes.hist
+    axes.hist = lambda *args, **kwargs: drawn.append(hist(*args, **kwargs)[0].tolist())
+    (plot,) = (plot for plot in plots_of_draws(record) if plot.name == "costs")
+    plot.draw(axes)
+    return drawn
+
+
+def test_cost_against_kl(record):
+    record.rungs += [rung(6, 3.0, target_kl_to_prior=9.0, target_objective_mean=-1.0)]  # τ = 3 again: the newest counts
+    record.metrics["kl_to_prior"] = 0.4
+    axes = Figure().add_subplot()
+    (plot,) = (plot for plot in plots_of_draws(record) if plot.name == "frontier")
+    plot.draw(axes)
+    target, model, newest = (line.get_xydata() for line in axes.lines)
+    assert target[[0, 1, -1]].tolist() == pytest.approx(np.array([[0.0, 1.85], [0.06, 1.25], [9.0, -1.0]]))
+    assert len(target) == 7
+    assert model[-1].tolist() == newest[0].tolist() == [0.4, 0.6]
+    assert len(model) == 8
+
+
+def test_messages_that_all_prompts_share_are_shown_once(record, no_figures):
+    for number, each in enumerate(record.draws):
+        each["prompt"] = [CHAT[0], {"role": "user", "content": f"Riddle {number % 5}"}]
+    page = render(record)
+    examples = page[page.index('id="examples"') : page.index('id="plots-draws"')]
+    assert examples.count("Be  brief.") == 1
+    asked = re.findall(r"Riddle (\d)", examples)
+    assert len(asked) == 9
+    assert all(len({*asked[group : group + 3]}) == 3 for group in (0, 3, 6)), "a group shows different prompts"
+
+
+def test_a_table_of_prompts(record, no_figures):
+    page = render(record)
+    table = page[page.index('id="by-prompt"') : page.index('id="newest"')]
+    assert table.index("worst") < table.index("better")
+    assert [float(value) for value in re.findall(r'data-value="([^"]+)"', table)[:6]] == [1.5, 0.5, 0.5, 0.25, 0.1, 1.0]
+    record.prompt_metrics = [of_prompt("one of many", 1.0)] * MAX_PROMPTS
+    assert "The 200 prompts farthest from their target" in render(record)
+    record.prompt_metrics = [of_prompt("alone", 1.0)]
+    assert "by-prompt" not in render(record)
+
+
+def test_a_picture_of_completions(record, no_figures):
+    seen = []
+
+    def picture(completions, weights):
+        seen.append((completions, weights))
+        return f"<svg><text>{len(completions)}</text></svg>"
+
+    page = render(record, picture)
+    assert page.count("<svg><text>1</text></svg>") == 9
+    assert page.count("<svg><text>30</text></svg>") == 2
+    texts = [draw["completion"] for draw in record.draws]
+    (of_model, evenly), (of_target, weights) = (each for each in seen if len(each[0]) > 1)
+    assert of_model == of_target == texts
+    assert evenly == pytest.approx([1 / 30] * 30)
+    assert sum(weights) == pytest.approx(1)
+    assert weights[5] / weights[3] == pytest.approx(math.e)
+
+
+def test_a_notebook_shows_it_in_a_frame(record, no_figures):
+    report = report_page.Report(record)
+    assert repr(report).startswith("Report: After 6 rungs, ")
+    (frame,) = Frames(report._repr_html_()).frames
+    assert frame["srcdoc"].startswith("<!doctype html>")
+    assert frame["sandbox"] == "allow-scripts"
+
+
+class Frames(HTMLParser):
+    """The attributes of all frames of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.frames: list[dict[str, str]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs) -> None:
+        if tag == "iframe":
+            self.frames.append(dict(attrs))
 
 
 def test_a_range_that_was_measured_is_shown(record, no_figures):
@@ -226,7 +337,7 @@ def test_a_range_that_was_measured_is_shown(record, no_figures):
 
 
 def test_a_resumed_run_without_draws_has_a_page(record, no_figures):
-    record.draws = []
+    record.draws = record.prompt_metrics = []
     page = render(record)
     assert "After 6 rungs" in page
     assert "<table" not in page
@@ -312,10 +423,13 @@ def look(browser, record, tmp_path):
 
 
 def test_a_completion_is_text_whatever_it_says(look, record, no_figures):
-    record.draws[0]["completion"] = record.draws[1]["prompt"] = EVIL
+    record.draws[0]["completion"] = record.draws[1]["prompt"] = record.prompt_metrics[0]["prompt"] = EVIL
+    record.draws[5] |= {"completion": EVIL, "log_prior": 0.0, "prompt": [{"role": EVIL, "content": EVIL}]}
     record.settings["base_model"] = record.settings["objective"][0] = EVIL
     page = look()
-    assert page.locator("td.text").first.inner_text() == EVIL
+    assert page.locator("#draws td.text").first.inner_text() == EVIL
+    assert page.locator("article").first.locator(".text").all_inner_texts() == [EVIL] * 2
+    assert page.locator("article b").first.inner_text() == EVIL
     assert page.locator("h1").inner_text() == f"ALDRIFT: {EVIL}"
     assert page.evaluate("window.x") is None
     assert page.locator("img").count() == page.locator("figure > img").count() == len(plots(record))
@@ -368,7 +482,7 @@ def test_it_fits_a_phone_and_a_desk(look, record):
         assert page.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
         drawn = page.locator("figure img").all()
         boxes = [image.bounding_box() for image in drawn]
-        assert len(boxes) == len(plots(record)) == 13
+        assert len(boxes) == len(plots(record)) == 16
         assert all(box["width"] > 250 and box["height"] > 150 for box in boxes)
         assert all(image.evaluate("image => image.complete && image.naturalWidth") == 346 for image in drawn)
         assert all(abs(box["width"] / box["height"] - 3.6 / 2.4) < 0.01 for box in boxes)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from ..types import Proposals
 
@@ -22,7 +23,7 @@ def diversity(proposals: Proposals) -> float:
     expectation does not depend on their number. NaN with one draw per prompt.
     """
     prompts, n = proposals.objective.shape
-    first = np.arange(prompts * n).reshape(prompts, n)[:, :-1].flatten()
+    first = torch.arange(prompts * n).view(prompts, n)[:, :-1].flatten()
     if not len(first):
         return math.nan
     first = first[:: math.ceil(len(first) / MAX_PAIRS)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any, cast
 
@@ -13,24 +12,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from ..types import Prompts, Proposals
 from .callbacks import RunCallback
-from .numbers import with_error
+from .numbers import COLUMNS, cell, with_error
 from .record import RunRecord
-
-_COLUMNS = {
-    "rung": ("rung", 4, "d"),
-    "tau": ("tau", 5, ".3g"),
-    "objective_mean": ("cost", 6, ".3g"),
-    "objective_best": ("best", 4, ".3g"),
-    "success": ("success", 7, ".3f"),
-    "acceptance_rate": ("accept", 6, ".2f"),
-    "ess": ("ESS/n", 5, ".2f"),
-    "khat": ("k-hat", 5, ".2f"),
-    "missing_mass": ("missing", 7, ".2f"),
-    "distinct_proposals": ("distinct", 8, ".2f"),
-    "loss": ("loss", 6, ".2g"),
-    "objective_calls": ("calls", 6, "d"),
-}
-"""Of a rung's metrics: each column's header, width and format. With spaces between them, 80 characters."""
 
 _METRICS = {
     "objective": ("mean cost {}", ".4g"),
@@ -81,19 +64,12 @@ class LadderLines(RunCallback):
             return
         if "rung" in logs:
             if not self._header_printed:
-                self._print(" ".join(f"{header:>{width}}" for header, width, _ in _COLUMNS.values()))
+                self._print(" ".join(f"{header:>{width}}" for header, width, _ in COLUMNS.values()))
                 self._header_printed = True
-            cells = (_cell(logs.get(name), width, spec) for name, (_, width, spec) in _COLUMNS.items())
+            cells = (f"{cell(logs.get(name), spec):>{width}}" for name, (_, width, spec) in COLUMNS.items())
             self._print(" ".join(cells))
-        elif "train_runtime" in logs:
-            self._print(f"trained in {logs['train_runtime']:,.0f} s")
-        elif prefix := next((name.removesuffix("_objective") for name in logs if name.endswith("_objective")), None):
-            metrics = [
-                words.format(with_error(logs, f"{prefix}_{name}", spec))
-                for name, (words, spec) in _METRICS.items()
-                if f"{prefix}_{name}" in logs
-            ]
-            self._print(f"{_TITLES.get(prefix, prefix)}: {', '.join(metrics)}")
+        elif line := line_of(logs):
+            self._print(line)
 
     def on_run_end(
         self,
@@ -111,8 +87,19 @@ class LadderLines(RunCallback):
         self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def _cell(value: float | None, width: int, spec: str) -> str:
-    return f"{'-' if value is None or not math.isfinite(value) else format(value, spec):>{width}}"
+def line_of(logs: dict[str, Any]) -> str | None:
+    """What is logged about an evaluation, samples or the time of a run, as a line; `None` for other logs."""
+    if "train_runtime" in logs:
+        return f"trained in {logs['train_runtime']:,.0f} s"
+    prefix = next((name.removesuffix("_objective") for name in logs if name.endswith("_objective")), None)
+    if prefix is None:
+        return None
+    metrics = [
+        words.format(with_error(logs, f"{prefix}_{name}", spec))
+        for name, (words, spec) in _METRICS.items()
+        if f"{prefix}_{name}" in logs
+    ]
+    return f"{_TITLES.get(prefix, prefix)}: {', '.join(metrics)}"
 
 
 class CompletionsTable(RunCallback):

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from .callbacks import RunCallback
 from .console import CompletionsTable, LadderLines
 from .health import HealthWarnings
+from .notebook import NotebookProgress
 from .progress import ProgressBars
 from .writers import ModelCardWriter, RecordWriter, ReportWriter
 
@@ -16,11 +17,14 @@ def default_callbacks(args: TrainingArguments) -> list[RunCallback]:
     """Record, report, model card and health warnings; and what `args` ask to be shown on the console.
 
     `disable_tqdm=True` leaves out progress bars and lines of metrics, and `log_completions=True` adds the table of
-    completions. All of them act on the first process only, and none depends on another one.
+    completions. In a notebook, bars and lines are one output that is updated. All of them act on the first process
+    only, and none depends on another one.
     """
     console = Console()  # one for all, so that lines are printed above the bars
     callbacks: list[RunCallback] = [RecordWriter(), ReportWriter(), ModelCardWriter(), HealthWarnings()]
-    if not args.disable_tqdm:
+    if not args.disable_tqdm and console.is_jupyter:
+        callbacks.append(NotebookProgress())
+    elif not args.disable_tqdm:
         callbacks += [ProgressBars(console), LadderLines(console)]
     if args.log_completions:
         callbacks.append(CompletionsTable(console))

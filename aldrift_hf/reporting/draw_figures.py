@@ -12,7 +12,7 @@ from .figure_style import BLUE, GREY, ORANGE, Plot
 from .record import RunRecord
 
 _NUM_BARS = 25
-"""Of a histogram of costs; where costs are multiples of one number and those in their range are no more, one for each."""
+"""Of a histogram of costs; where costs are evenly spaced and no more than so many, each has a bar of its own."""
 _MIN_WEIGHT = 1e-3
 """All weights below it share the first bar."""
 _MIN_DRAWS = 10
@@ -75,8 +75,8 @@ def _bins(costs: np.ndarray) -> list[float]:
     step = np.diff(distinct).min() if len(distinct) > 1 else 1.0
     places = (distinct - low) / step
     if places[-1] < _NUM_BARS and np.allclose(places, places.round(), atol=0.01):
-        return np.linspace(low - step / 2, high + step / 2, round(places[-1]) + 2).tolist()
-    return np.linspace(low, high, _NUM_BARS + 1).tolist()
+        return [*np.linspace(low - step / 2, high + step / 2, round(places[-1]) + 2)]
+    return [*np.linspace(low, high, _NUM_BARS + 1)]
 
 
 # ---- Cost against KL -------------------------------------------------------------------------------------------------

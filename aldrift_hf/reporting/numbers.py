@@ -1,9 +1,25 @@
-"""Figures for people to read."""
+"""Figures for people to read: formats, and the columns of a table of rungs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+
+COLUMNS = {
+    "rung": ("rung", 4, "d"),
+    "tau": ("tau", 5, ".3g"),
+    "objective_mean": ("cost", 6, ".3g"),
+    "objective_best": ("best", 4, ".3g"),
+    "success": ("success", 7, ".3f"),
+    "acceptance_rate": ("accept", 6, ".2f"),
+    "ess": ("ESS/n", 5, ".2f"),
+    "khat": ("k-hat", 5, ".2f"),
+    "missing_mass": ("missing", 7, ".2f"),
+    "distinct_proposals": ("distinct", 8, ".2f"),
+    "loss": ("loss", 6, ".2g"),
+    "objective_calls": ("calls", 6, "d"),
+}
+"""Of a rung's metrics: each column's header, width and format. With spaces between them, 80 characters."""
 
 
 def with_error(metrics: Mapping[str, float], name: str, spec: str) -> str:
@@ -18,3 +34,8 @@ def with_error(metrics: Mapping[str, float], name: str, spec: str) -> str:
     if not math.isfinite(value):
         return ""
     return f"{value:{spec}} ± {error:{spec}}" if math.isfinite(error) else f"{value:{spec}}"
+
+
+def cell(value: float | None, spec: str) -> str:
+    """A number; a hyphen where there is none."""
+    return "-" if value is None or not math.isfinite(value) else format(value, spec)

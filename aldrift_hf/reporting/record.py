@@ -18,6 +18,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 
 from ..types import Prompts, Proposals
+from .inline import run_as_html
 
 T = TypeVar("T")
 
@@ -115,6 +116,9 @@ class RunRecord:
             }
             for i in evenly(range(len(texts)), MAX_DRAWS)
         ]
+
+    def _repr_html_(self) -> str:
+        return run_as_html(self)
 
     def write(self, folder: str | Path) -> None:
         """Write the three files. `draws.jsonl` is left as it is while there are no draws, as after resuming a run."""

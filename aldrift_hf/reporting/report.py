@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import html
+import itertools
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,17 +27,38 @@ from .record import MAX_PROMPTS, RunRecord, replace_file
 Picture = Callable[[Sequence[str], Sequence[float]], str]
 """`picture(completions, weights)`: HTML or SVG that shows weighted completions; the weights sum to 1.
 
-The report shows it as it is, so it must escape what it takes from a completion. The page's policy lets it fetch nothing and run
-no script.
+The report shows it as it is, so it must escape what it takes from a completion. The page's policy lets it fetch nothing
+and run no script.
 """
 
 REPORT_FILE, LADDER_FILE = "report.html", "figures/ladder.png"
 
+_FRAME = "width: 100%; height: 80vh; min-height: 400px; border: 1px solid #8888"
 _HERE = Path(__file__).parent
 _PIXELS_PER_INCH = 96
 """Of CSS."""
 _PROMPT_START = 80
 """Number of characters of its prompt that a table shows."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A run's report, which a notebook shows inline, in a frame: so its style does not reach the notebook's page.
+
+    Attributes:
+        record: the run.
+        picture: how completions are shown, beside their text; `None` shows the text alone.
+    """
+
+    record: RunRecord
+    picture: Picture | None = None
+
+    def __repr__(self) -> str:
+        return f"Report: {outcome.outcome(self.record)}"
+
+    def _repr_html_(self) -> str:
+        page = html.escape(render(self.record, self.picture))
+        return f'<iframe srcdoc="{page}" sandbox="allow-scripts" title="Report" style="{_FRAME}"></iframe>'
 
 
 def write_report(record: RunRecord, folder: str | Path, picture: Picture | None = None) -> None:
@@ -81,11 +104,11 @@ def render(record: RunRecord, picture: Picture | None = None) -> str:
         plot_width=width,
         plot_height=height,
         prompts=[*map(_messages, prompts)],
-        shared=os.path.commonprefix([*map(_messages, prompts)]),
+        shared=_shared([*map(_messages, prompts)]),
         number_of={json.dumps(prompt): number for number, prompt in enumerate(prompts, start=1)},
         draws=record.draws,
         groups=examples.groups(record.draws) if record.draws else [],
-        picture=picture and (lambda draw: picture([draw["completion"]], [1.0])),
+        picture=picture,
         pictures=_pictures(record, picture) if picture and record.draws else [],
         by_prompt=record.prompt_metrics if len(record.prompt_metrics) > 1 else [],
         max_prompts=MAX_PROMPTS,
@@ -176,6 +199,11 @@ def _messages(prompt: Any) -> list[tuple[str, str]]:
         (turn["role"], turn["content"] if isinstance(turn["content"], str) else json.dumps(turn["content"], indent=1))
         for turn in prompt
     ]
+
+
+def _shared(prompts: list[list[tuple[str, str]]]) -> list[tuple[str, str]]:
+    """The messages that all prompts begin with."""
+    return [first for first, *_ in itertools.takewhile(lambda turns: len({*turns}) == 1, zip(*prompts, strict=False))]
 
 
 def _decimals(value: float | None, digits: str) -> str:

@@ -40,6 +40,8 @@ from ..objective.protocol import CostFunction
 from ..reporting.defaults import default_callbacks
 from ..reporting.hub import HubPusher
 from ..reporting.record import MAX_PROMPTS, RunRecord
+from ..reporting.report import Picture, Report
+from ..reporting.writers import ReportWriter
 from ..types import Prompts
 from .checkpoints import Checkpointer, to_resume_from
 from .config import ALDRIFTConfig
@@ -278,6 +280,17 @@ class ALDRIFTTrainer(HookedTrainer):
         policy = cast(PreTrainedModel, self._unwrapped())
         loading.load_trained(policy, Path(folder), record.settings.get("adapter_name"))
         self.run.take_up(record)
+
+    def report(self, picture: Picture | None = None) -> Report:
+        """The report of the run so far, which a notebook shows as the last value of a cell.
+
+        Args:
+            picture: how completions are shown, beside their text: see [`aldrift_hf.reporting.report.Picture`]. `None`
+                takes that of the installed `ReportWriter`, if it has one.
+        """
+        writers = [each for each in self.callback_handler.callbacks if isinstance(each, ReportWriter)]
+        own = next((each.picture for each in writers if each.picture is not None), None)
+        return Report(self.record, picture or own)
 
     # ---- Evaluation and sampling -------------------------------------------------------------------------------------
 
