@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
-from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong
+from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong, logo_image
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
 from evaluation.kept_runs import KeptRuns, Run, runs_of_best
 from evaluation.tables import publish
@@ -38,6 +38,7 @@ from transformers import PreTrainedModel
 from trl import TrlParser
 
 from aldrift_hf.models.prior import base_model
+from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL)
 KEY = ("factor", "method", "setting", "budget", "seed")
@@ -135,6 +136,8 @@ class Bench:
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be measured again
         config = left_open(last, TAU_MAX, budget, seed, **given)
         trainer = make_trainer(problem, config, self.model_config)
+        trainer.remove_callback(ReportWriter)
+        trainer.add_callback(ReportWriter(logo_image))
         trainer.train()
         rung = trainer.record.rungs[-1]
         figures = {"log_z_gap": truth.log_z - rung["log_z"], "missing_mass": rung["missing_mass"]}

@@ -31,7 +31,7 @@ from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradie
 from evaluation.kept_runs import KeptRuns, Run, runs_of_best
 from evaluation.molecule_search import MoleculeBudget, Spent, evolve
 from evaluation.molecule_target import Target
-from evaluation.molecules import DRAWS, distances, draw, draws_measured, picture, search, table
+from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
 from evaluation.reinvent import reinvent
 from evaluation.tables import publish
 from peft import PeftModel
@@ -41,6 +41,8 @@ from problems.training import left_open, make_trainer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
+
+from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
 KEY = ("objective", "method", "setting", "budget", "seed")
@@ -186,6 +188,8 @@ class Bench:
         config = left_open(last, numbers[0], budget, seed, **given)
         trainer = make_trainer(problem, config, self.model_config)
         trainer.add_callback(Spent(problem, budget))
+        trainer.remove_callback(ReportWriter)
+        trainer.add_callback(ReportWriter(molecules_svg))
         trainer.train()
         if self.makes_target(method, seed) and numbers[0] == self.options.sampling_tau:
             Target.of(trainer, numbers[0]).keep(self.target(objective))

@@ -95,6 +95,13 @@ def no_report(monkeypatch) -> None:
     monkeypatch.setattr("aldrift_hf.reporting.report.write_report", lambda *args: None)
 
 
+@pytest.fixture(scope="session")
+def priors(tmp_path_factory) -> Path:
+    """The folder of the priors, which are trained once for all pages, and by one of the test processes."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "priors"
+
+
 @pytest.fixture
 def tokenizer():
     return word_tokenizer(WORDS, " ")

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 from evaluation import binding
+from evaluation.binding import logo_image
 from problems import binding_sites
 from problems.binding_sites import scores
 
@@ -96,3 +97,12 @@ def test_an_unknown_factor_is_refused(run, monkeypatch):
     monkeypatch.setattr(binding_sites, "files_of_wheel", nothing)
     with pytest.raises(SystemExit, match=r"holds 0 files for OTHER_8mers\.txt"):
         run(factors="OTHER")
+
+
+def test_a_logo_for_the_report():
+    """By weight, of whole sequences; in an image, so that its names are its own."""
+    whole = ["A C G T A C G T", "A A A A A A A A"]
+    image = logo_image([*whole, "A C"], [0.5, 0.25, 0.25])
+    assert image.startswith('<img alt="sequence logo" src="data:image/svg+xml;base64,')
+    assert image != logo_image([*whole, "A C"], [0.25, 0.5, 0.25])
+    assert logo_image(["A C", "X"], [0.5, 0.5]) == "no sequence"

@@ -5,7 +5,11 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import itertools
+<<<<<<< HEAD
 import os
+=======
+import pkgutil
+>>>>>>> 34eb4c3 (Report: pictures of molecules and logos in the recipes; tests of diversity, of the frontier and of the record)
 import re
 import shlex
 import sys
@@ -56,13 +60,6 @@ def test_every_block_is_of_a_kind_that_is_verified(page):
 
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def priors(tmp_path_factory) -> Path:
-    """The folder of the priors, which are trained once for all pages and by one of the test processes."""
-    folder = tmp_path_factory.getbasetemp()
-    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "priors"
 
 
 @pytest.fixture

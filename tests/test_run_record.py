@@ -57,6 +57,54 @@ def test_a_run_is_read_as_it_was_written(make):
     assert draw["log_weight"] == draw["log_prior"] - 1.5 * draw["objective"] - draw["log_model"]
 
 
+def test_weights_of_draws_are_multiples_of_their_prompts_mean(make):
+    """Of all draws of the prompt, also of those that are not kept."""
+    trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "b"}], num_rungs=1, num_generations=1024)
+    trainer.train()
+    for prompt in ("a", "b"):
+        draws = [draw for draw in trainer.record.draws if draw["prompt"] == prompt]
+        assert len(draws) < 1024
+        assert sum(draw["weight"] for draw in draws) / len(draws) == pytest.approx(1, abs=0.1)
+        offsets = [math.log(draw["weight"]) - draw["log_weight"] for draw in draws]
+        assert offsets == pytest.approx([offsets[0]] * len(draws))
+
+
+def test_costs_of_the_prior_are_kept_when_a_run_is_resumed(make):
+    first = make(save_strategy="epoch", num_rungs=2)
+    first.train()
+    costs = first.record.prior_costs
+    assert len(costs) == 64
+    assert sum(costs) / 64 == pytest.approx(first.record.rungs[0]["objective_mean"])
+    resumed = make(save_strategy="epoch", num_rungs=3)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.record.prior_costs == costs == RunRecord.read(resumed.args.output_dir).prior_costs
+
+
+def test_the_worst_prompts_are_kept(make, monkeypatch):
+    monkeypatch.setattr("aldrift_hf.trainer.run.MAX_PROMPTS", 2)
+    trainer = make(train_dataset=["a", "b", "a b"], num_rungs=1, max_objective_calls=3 * 64)
+    trainer.train()
+    rows = trainer.record.prompt_metrics
+    assert not trainer.record.metrics, "of the rung's proposals: there was no final measurement"
+    assert len(rows) == 2
+    assert rows[0]["kl"] >= rows[1]["kl"] >= trainer.record.rungs[-1]["kl_to_target"]
+    for row in rows:
+        draws = [draw for draw in trainer.record.draws if draw["prompt"] == row["prompt"]]
+        assert row["distinct"] == len({draw["completion"] for draw in draws}) / 64
+        assert row["objective"] == pytest.approx(sum(draw["objective"] for draw in draws) / 64)
+
+
+def test_a_notebook_shows_outcome_and_rungs():
+    shown = record(finished=False)._repr_html_()
+    assert "the model&#x27;s mean cost is 1 (the prior&#x27;s: 1)" in shown
+    assert shown.count("<tr>") == 3
+    assert "<td>2</td><td>1</td><td>0.500</td>" in shown
+    many = RunRecord(SETTINGS, rungs=[RUNG] * 20)._repr_html_()
+    assert many.count("<tr>") == 13
+    assert "The first 8 rungs are left out." in many
+    assert "<table" not in RunRecord(SETTINGS)._repr_html_()
+
+
 def test_settings_say_what_was_asked(make):
     settings = make(objective=[count_a, lambda prompts, completions: [0.0] * len(completions)]).record.settings
     assert settings["objective"] == ["count_a", "<lambda>"]

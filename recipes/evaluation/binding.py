@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import io
+from base64 import b64encode
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,13 @@ from typing import Any
 import logomaker
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 from problems.binding_sites import BASES, LENGTH, BindingSiteProblem
 from problems.prior import RecipeModelConfig, make_prior
 from transformers import PreTrainedModel
 
 from aldrift_hf.models.prior import base_model
+from aldrift_hf.reporting.figure_style import styled
 from evaluation.enumeration import Enumeration, kl_divergence, total_variation
 from evaluation.figures import figure
 from evaluation.kept_runs import Run
@@ -155,6 +159,23 @@ def draw(truths: Mapping[str, Truth], runs: Runs, path: Path) -> None:
         for name, each in axes.items():
             each.set_title(name, fontsize=7)
             each.set_ylim(0, highest)
+
+
+def logo_image(completions: Sequence[str], weights: Sequence[float]) -> str:
+    """A logo of weighted sequences, for a run's report: see [`aldrift_hf.reporting.report.Picture`]."""
+    bases = np.zeros((LENGTH, len(BASES)))
+    for text, weight in zip(completions, weights):
+        sequence = text.split(" ")
+        if len(sequence) == LENGTH and {*sequence} <= {*BASES}:
+            bases[range(LENGTH), [BASES.index(base) for base in sequence]] += weight
+    if not bases.any():
+        return "no sequence"
+    file = io.StringIO()
+    with styled():
+        sheet = Figure((3.0, 1.5), layout="constrained")
+        logo(sheet.subplots(), bases)
+        sheet.savefig(file, format="svg")
+    return f'<img alt="sequence logo" src="data:image/svg+xml;base64,{b64encode(file.getvalue().encode()).decode()}">'
 
 
 def logo(axes: Any, bases: np.ndarray) -> None:

@@ -24,6 +24,8 @@ TOP = 10
 """The molecules whose mean score a curve shows."""
 GOOD = 0.8
 """Score of a molecule whose scaffold counts."""
+SHOWN = 12
+"""Molecules in a picture of a report."""
 DRAWS = 2048
 """Draws of a final model."""
 Runs = Mapping[str, Mapping[str, list[Run]]]
@@ -146,6 +148,25 @@ def draw(made: Runs, budget: int, path: Path) -> None:
             axes[name].set_xlabel("molecules evaluated")
             axes[name].set_ylabel(f"mean score of the {TOP} best")
         axes[names[0]].legend(fontsize=6)
+
+
+def molecules_svg(completions: Sequence[str], weights: Sequence[float]) -> str:
+    """The molecules of the largest weight, for a run's report: see [`aldrift_hf.reporting.report.Picture`]."""
+    total: dict[str, float] = {}
+    for text, weight in zip(completions, weights):
+        if (smiles := canonical_smiles(text)) is not None:
+            total[smiles] = total.get(smiles, 0.0) + weight
+    shown = sorted(total, key=total.__getitem__, reverse=True)[:SHOWN]
+    if not shown:
+        return "no molecule"
+    grid = Draw.MolsToGridImage(
+        [Chem.MolFromSmiles(smiles) for smiles in shown],
+        molsPerRow=min(4, len(shown)),
+        subImgSize=(200, 150),
+        legends=[f"{total[smiles]:.1%}" if len(total) > 1 else "" for smiles in shown],
+        useSVG=True,
+    )
+    return str(grid).partition("?>")[2]  # without the declaration, which HTML does not have
 
 
 def picture(made: Runs, path: Path) -> None:
