@@ -106,7 +106,7 @@ def test_the_score_of_a_prior_molecule_is_low():
 
 
 def test_a_picture_for_the_report():
-    """One for each molecule, however it is written, those of the largest weight first; what is no molecule is left out."""
+    """One for each molecule, however it is written; what is no molecule is left out."""
     svg = molecules_svg(["CCO", "OCC", "c1ccccc1", "C("], [0.2, 0.2, 0.3, 0.3])
     alone = molecules_svg(["CCO"], [1.0])
     assert [ElementTree.fromstring(each).get("width") for each in (svg, alone)] == ["400px", "200px"], "200 for each"

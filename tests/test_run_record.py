@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
+from aldrift_hf import RunCallback
 from aldrift_hf.reporting import health, outcome
 from aldrift_hf.reporting.record import DRAWS_FILE, MAX_DRAWS, RUN_FILE, RUNGS_FILE, RunRecord
 from aldrift_hf.reporting.writers import RecordWriter
@@ -81,17 +82,31 @@ def test_costs_of_the_prior_are_kept_when_a_run_is_resumed(make):
 
 
 def test_the_worst_prompts_are_kept(make, monkeypatch):
-    monkeypatch.setattr("aldrift_hf.trainer.run.MAX_PROMPTS", 2)
-    trainer = make(train_dataset=["a", "b", "a b"], num_rungs=1, max_objective_calls=3 * 64)
+    """Of a rung's proposals, and then of the final model's draws."""
+    for module in ("run", "trainer"):
+        monkeypatch.setattr(f"aldrift_hf.trainer.{module}.MAX_PROMPTS", 2)
+    seen = []
+
+    class Watch(RunCallback):
+        def on_rung_learned(self, args, state, control, *, record, **kwargs):
+            seen.append((record.prompt_metrics, record.draws))
+
+        on_run_end = on_rung_learned
+
+    trainer = make(train_dataset=["a", "b", "a b"], num_rungs=1)
+    trainer.add_callback(Watch())
     trainer.train()
-    rows = trainer.record.prompt_metrics
-    assert not trainer.record.metrics, "of the rung's proposals: there was no final measurement"
-    assert len(rows) == 2
-    assert rows[0]["kl"] >= rows[1]["kl"] >= trainer.record.rungs[-1]["kl_to_target"]
-    for row in rows:
-        draws = [draw for draw in trainer.record.draws if draw["prompt"] == row["prompt"]]
-        assert row["distinct"] == len({draw["completion"] for draw in draws}) / 64
-        assert row["objective"] == pytest.approx(sum(draw["objective"] for draw in draws) / 64)
+    (of_rung, drawn), (of_model, drawn_last) = seen
+    assert drawn is not drawn_last
+    assert of_rung[0]["kl"] >= trainer.record.rungs[-1]["kl_to_target"], "their mean over all prompts"
+    assert ("missing_mass" in of_rung[0], "missing_mass" in of_model[0]) == (False, True)
+    for rows, draws in seen:
+        assert len(rows) == 2
+        assert rows[0]["kl"] >= rows[1]["kl"]
+        for row in rows:
+            of_prompt = [draw for draw in draws if draw["prompt"] == row["prompt"]]
+            assert row["distinct"] == len({draw["completion"] for draw in of_prompt}) / 64
+            assert row["objective"] == pytest.approx(sum(draw["objective"] for draw in of_prompt) / 64)
 
 
 def test_a_notebook_shows_outcome_and_rungs():
