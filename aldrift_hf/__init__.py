@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .trainer.trainer import ALDRIFTTrainer
     from .types import Draws
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "ALDRIFTConfig",

@@ -36,7 +36,7 @@ def test_every_room_has_its_row():
 
 def test_the_top_level_is_as_designed():
     kept = {"recipes", "aldrift_hf", "tests", "accelerate_configs", "pyproject.toml", "README.md", "LICENSE"}
-    kept |= {"constraints.txt"}
+    kept |= {"constraints.txt", "CHANGELOG.md", "CITATION.cff"}
     made = {"out", "build", "dist", "trainer_output", "aldrift_hf.egg-info"}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert found - made == kept
