@@ -5,11 +5,6 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import itertools
-<<<<<<< HEAD
-import os
-=======
-import pkgutil
->>>>>>> 34eb4c3 (Report: pictures of molecules and logos in the recipes; tests of diversity, of the frontier and of the record)
 import re
 import shlex
 import sys
@@ -25,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
+from problems.real_model import real_model
 from transformers import logging
 from trl import TrlParser
 
@@ -84,8 +80,23 @@ def chat_model_here(tmp_path) -> None:
         part.save_pretrained(tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct")
 
 
+@pytest.fixture
+def real_model_here(tmp_path) -> None:
+    """The real chat model, from this machine's disk, under its name of the Hub."""
+    try:
+        model = real_model()
+    except OSError as error:
+        pytest.skip(str(error))
+    (tmp_path / "HuggingFaceTB").mkdir()
+    (tmp_path / "HuggingFaceTB" / "SmolLM2-135M-Instruct").symlink_to(model)
+
+
 # Its block is a pattern from a recipe, and test_external_objective.py runs it with the recipe's names.
 RUN_ELSEWHERE = ("recipes/README.md",)
+MODELS = {"README.md": "real_model_here", "recipes/real_problems.md": "chat_model_here"}
+"""What a page finds in its working directory."""
+SHORTER = ("max_objective_calls=512", "max_objective_calls=24")
+"""The real model's run takes as many minutes as it has calls by the score."""
 
 
 @pytest.mark.slow
@@ -95,14 +106,15 @@ def test_python_runs(page, priors, tmp_path, monkeypatch, capsys, request):
     """From top to bottom. A block prints the words of the `text` below it, and what the page claims is true."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ALDRIFT_CACHE", str(priors))
-    if page == "recipes/real_problems.md":
-        request.getfixturevalue("chat_model_here")
+    if page in MODELS:
+        request.getfixturevalue(MODELS[page])
     names: dict[str, Any] = {"__name__": "page", "printed": []}
     for block, below in itertools.pairwise([*tokens(page), None]):
         if block.type == "fence" and block.info == "python":
             capsys.readouterr()
             # With the page's line numbers, for tracebacks.
-            exec(compile("\n" * (block.map[0] + 1) + block.content, page, "exec"), names)
+            content = block.content.replace(*SHORTER) if page == "README.md" else block.content
+            exec(compile("\n" * (block.map[0] + 1) + content, page, "exec"), names)
             names["printed"].append(capsys.readouterr().out)
             if below is not None and below.type == "fence" and below.info == "text":
                 assert wording(names["printed"][-1]) == wording(below.content)
@@ -116,6 +128,14 @@ def wording(text: str) -> list[str]:
 
 
 def readme(names):
+    assert names["trainer"].objective_calls <= 24
+    assert "The budget is spent" in names["trainer"].record.ended_by
+    assert names["trainer"].record.rungs[0]["completions/mean_length"] > 5, "the real model writes sentences"
+    assert len(names["trainer"].record.draws) > 0
+    assert Path("out/short").is_dir()
+
+
+def getting_started(names):
     first, last = names["trainer"].record.rungs[0], names["trainer"].record.rungs[-1]
     # Of 46,656 outcomes of six throws, 462 have no fall: 1 %.
     assert 0.002 < first["success"] < 0.03
@@ -201,6 +221,7 @@ def real_problems(names):
 
 CLAIMS: dict[str, Callable[[dict[str, Any]], None]] = {
     "README.md": readme,
+    "docs/getting_started.md": getting_started,
     "recipes/choosing_T_and_D.md": choosing,
     "recipes/from_gpt2_to_8b.md": sizes,
     "recipes/reading_the_diagnostics.md": diagnostics,
@@ -359,7 +380,7 @@ def test_links_have_a_target(page):
     for link in inline(page, "link_open", "image"):
         target = str(link.attrs.get("href", link.attrs.get("src")))
         path, _, anchor = target.partition("#")
-        if not re.match(r"\w+:", target):
+        if not re.match(r"\w+:|\.\./\.\./actions/", target):  # of a workflow, on GitHub
             file = (ROOT / page).parent / path if path else ROOT / page
             assert file.exists(), target
             assert not anchor or anchor in anchors(str(file.resolve().relative_to(ROOT))), target

@@ -110,7 +110,7 @@ def test_it_works_in_a_browser(address, browser):
         visit("", 1280)
         page.locator(".highlight").first.hover()
         page.locator(".highlight button").first.click()
-        assert page.evaluate("navigator.clipboard.readText()").startswith("python3 -m venv .venv && ")
+        assert page.evaluate("navigator.clipboard.readText()").startswith("pip install .")
 
         def ground() -> str:
             return page.evaluate("getComputedStyle(document.body).backgroundColor")

@@ -18,6 +18,8 @@ from mkdocs.utils import get_relative_url
 
 ROOT = Path(__file__).parents[2]
 CONTRIBUTING = ".github/CONTRIBUTING.md"
+BADGE = re.compile(r"^\[!\[.*\]\(\.\./\.\./actions/.*\n", re.MULTILINE)
+"""A link that GitHub alone resolves."""
 SOURCE = r"(?:accelerate_configs|aldrift_hf|recipes)/(?:\w+/)*\w+\.(?:py|yaml)"
 NAMED = re.compile(rf"`({SOURCE})`")
 LINK = re.compile(r"(?<=\]\()([\w./-]+\.(?:py|yaml))(?=\))")
@@ -33,7 +35,12 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         page = File.generated(config, f"docs/{file.src_uri}", abs_src_path=file.abs_src_path)
         page.dest_uri = file.dest_uri
         files.append(page)
-    for path in (ROOT / "README.md", ROOT / CONTRIBUTING, *sorted((ROOT / "recipes").glob("*.md"))):
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / CONTRIBUTING,
+        *sorted((ROOT / "recipes").glob("*.md")),
+    ):
         name, included = str(path.relative_to(ROOT)), InclusionLevel.INCLUDED  # in a hidden folder, too
         files.append(File.generated(config, name, abs_src_path=str(path), inclusion=included))
     files.src_uris[CONTRIBUTING].dest_uri = "contributing/index.html"  # hidden folders are not always published
@@ -57,7 +64,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def to_api(match: re.Match[str]) -> str:
         return f"{match[1]}[{match[2].replace('/', '.')}.{match[3]}]"
 
-    return LINK.sub(r"\1.md", FUNCTION.sub(to_api, markdown))
+    return LINK.sub(r"\1.md", FUNCTION.sub(to_api, BADGE.sub("", markdown)))
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
