@@ -108,9 +108,11 @@ def test_it_works_in_a_browser(address, browser):
         assert page.locator(".arithmatex").count() == 0
 
         visit("", 1280)
-        page.locator(".highlight").first.hover()
-        page.locator(".highlight button").first.click()
-        assert page.evaluate("navigator.clipboard.readText()").startswith("pip install .")
+        block = page.locator(".highlight").first
+        block.hover()
+        block.locator("button").click()
+        copied = page.evaluate("navigator.clipboard.readText()").strip()
+        assert copied == block.locator("code").inner_text().strip() != ""
 
         def ground() -> str:
             return page.evaluate("getComputedStyle(document.body).backgroundColor")
