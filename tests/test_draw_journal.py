@@ -61,15 +61,17 @@ def journal(trainer) -> Path:
     return Path(trainer.args.output_dir) / "_draws"
 
 
-@pytest.mark.parametrize("resume", [None, True])
-def test_what_was_drawn_is_not_drawn_again(start, resume):
-    """On the first rung without a checkpoint, on the second with one."""
-    before = 0 if resume is None else DRAWS // BATCH
-    first = start(1, stop_at=before + 3)
+@pytest.mark.parametrize(("rung", "resume", "save"), [(0, None, "epoch"), (1, True, "epoch"), (1, None, "no")])
+def test_what_was_drawn_is_not_drawn_again(start, rung, resume, save):
+    """With a checkpoint, and without one: then all rungs' draws are still there, and the model learns from them again."""
+    before = rung * DRAWS // BATCH
+    first = start(1, stop_at=before + 3, save_strategy=save)
     kept = first.rollout.engine.drawn[before * BATCH :]
-    second = start(2, resume=resume)
-    rung = 0 if resume is None else 1
-    rows = [rows for address, rows in second.rollout.engine.rows if address == (0, rung)]
+    assert [path.name for path in sorted((journal(first) / "0").iterdir())] == ["0", "1"][
+        -1 if resume else 0 : rung + 1
+    ]
+    second = start(2, resume=resume, save_strategy=save)
+    rows = [rows for address, rows in second.rollout.engine.rows if address[0] == 0 and address[1] <= rung]
     assert rows == [range(start, start + BATCH) for start in range(3 * BATCH, DRAWS, BATCH)]
     assert len(kept) == 3 * BATCH
     of_the_rung = kept + second.rollout.engine.drawn[: DRAWS - len(kept)]
@@ -83,6 +85,15 @@ def test_draws_of_another_prior_or_seed_are_not_taken(start):
         start(1, stop_at=3)
         other = start(2, stop_at=6, **changes)
         assert [rows.start for _, rows in other.rollout.engine.rows] == list(range(0, DRAWS, BATCH)), changes
+
+
+def test_draws_of_other_weights_are_not_taken(start):
+    """A run that learns otherwise from the same draws comes to its second rung with another model."""
+    start(1, stop_at=DRAWS // BATCH + 3, save_strategy="no")
+    other = start(2, stop_at=3, save_strategy="no", learning_rate=1e-3)
+    assert [(address, rows.start) for address, rows in other.rollout.engine.rows] == [
+        ((0, 1), 0), ((0, 1), BATCH), ((0, 1), 2 * BATCH),
+    ]  # fmt: skip
 
 
 def test_a_damaged_round_ends_what_is_kept(start):

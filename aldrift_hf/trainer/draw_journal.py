@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..content import Content
+from ..streams import PROPOSE
 
 FOLDER = "_draws"
 """Folder in `output_dir`; the Trainer never pushes it."""
@@ -29,7 +30,7 @@ Columns = dict[str, Tensor]
 
 
 class DrawJournal:
-    """Rounds of draws, kept until the next draws for the same purpose begin. The first process writes and reads them.
+    """Rounds of draws, kept until a checkpoint has them. The first process writes and reads them.
 
     Args:
         output_dir: the run's folder.
@@ -44,15 +45,12 @@ class DrawJournal:
 
         Args:
             stream: the address of the draws: their purpose, a number, and of a chain's moves the step.
-            law: what they depend on. Others are not these draws, and are dropped.
+            law: what they depend on: draws of another law are not these.
         """
         digest = Content().digest([list(stream), law]).hex()
         self._folder = self._root / str(stream[0]) / str(stream[1]) / digest
         blocks: list[list[Columns]] = []
         if PartialState().is_main_process:
-            for other in self._folder.parent.parent.glob("*"):
-                if other != self._folder.parent:
-                    shutil.rmtree(other)
             for number in itertools.count():
                 try:
                     kept = load_file(self._file(number))
@@ -82,6 +80,13 @@ class DrawJournal:
                     "output_dir. What was written earlier is intact."
                 ) from error
         self._rounds += 1
+
+    def forget(self, rung: int) -> None:
+        """A checkpoint has the draws of all rungs up to this one."""
+        if PartialState().is_main_process:
+            for folder in (self._root / str(PROPOSE)).glob("*"):
+                if int(folder.name) <= rung:
+                    shutil.rmtree(folder)
 
     def clear(self) -> None:
         """The run has ended: nothing of it will be drawn again."""

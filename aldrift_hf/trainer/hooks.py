@@ -153,6 +153,8 @@ class HookedTrainer(Trainer):
         """As the Trainer's, with our files, and under a temporary name until all of them are written."""
         with self.checkpointer.saving(self):
             super()._save_checkpoint(model, trial)
+        if not self.args.save_only_model:  # with which no run is resumed
+            self.run.rollout.journal.forget(self.run.state.rung)
 
     def _get_output_dir(self, trial: Any) -> str:
         return self.checkpointer.staging or str(super()._get_output_dir(trial))
