@@ -63,13 +63,12 @@ def journal(trainer) -> Path:
 
 @pytest.mark.parametrize(("rung", "resume", "save"), [(0, None, "epoch"), (1, True, "epoch"), (1, None, "no")])
 def test_what_was_drawn_is_not_drawn_again(start, rung, resume, save):
-    """With a checkpoint, and without one: then all rungs' draws are still there, and the model learns from them again."""
+    """With a checkpoint, and without one: then all rungs' draws are there, and the model learns from them again."""
     before = rung * DRAWS // BATCH
     first = start(1, stop_at=before + 3, save_strategy=save)
     kept = first.rollout.engine.drawn[before * BATCH :]
-    assert [path.name for path in sorted((journal(first) / "0").iterdir())] == ["0", "1"][
-        -1 if resume else 0 : rung + 1
-    ]
+    rungs = {path.name for path in (journal(first) / "0").iterdir()}
+    assert rungs == ({"1"} if resume else {"0", "1"} if rung else {"0"})
     second = start(2, resume=resume, save_strategy=save)
     rows = [rows for address, rows in second.rollout.engine.rows if address[0] == 0 and address[1] <= rung]
     assert rows == [range(start, start + BATCH) for start in range(3 * BATCH, DRAWS, BATCH)]
