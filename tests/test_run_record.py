@@ -105,7 +105,6 @@ def test_the_worst_prompts_are_kept(make, monkeypatch):
         assert rows[0]["kl"] >= rows[1]["kl"]
         for row in rows:
             of_prompt = [draw for draw in draws if draw["prompt"] == row["prompt"]]
-            assert row["distinct"] == len({draw["completion"] for draw in of_prompt}) / 64
             assert row["objective"] == pytest.approx(sum(draw["objective"] for draw in of_prompt) / 64)
 
 

@@ -320,7 +320,7 @@ def test_evaluation_tells_which_prompts_are_worst(make):
     assert sorted(trainer.prompt_metrics["prompt"]) == ["a", "b"], "of the final measurement"
     metrics, rows = trainer.evaluate(), trainer.prompt_metrics
     assert sorted(rows["prompt"]) == ["", "a b", "c"]
-    for name in ("objective", "success", "ess", "log_z", "kl"):
+    for name in ("objective", "success", "ess", "distinct", "log_z", "kl"):
         assert metrics[f"eval_{name}"] == pytest.approx(sum(rows[name]) / 3)
     assert rows["kl"] == sorted(rows["kl"], reverse=True)
     assert metrics["eval_kl_worst"] == rows["kl"][0] > rows["kl"][2]
