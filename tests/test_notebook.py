@@ -116,3 +116,14 @@ def test_only_the_first_process_shows_anything(trainer, shown, monkeypatch):
     with callback.running():
         pass
     assert shown == []
+
+
+def test_the_report_has_the_pictures_of_the_files(trainer):
+    def picture(completions, weights):
+        return ""
+
+    assert trainer.report().picture is None
+    trainer.add_callback(ReportWriter(picture))
+    assert trainer.report().picture is picture
+    assert trainer.report(repr).picture is repr
+    assert repr(trainer.report()) == "Report: The first rung is still running."
