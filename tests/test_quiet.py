@@ -115,6 +115,19 @@ def test_bitsandbytes_other_messages_are_printed(caplog):
     assert [record.getMessage() for record in caplog.records] == ["something else"]
 
 
+def test_a_mask_is_asked_for_elsewhere(caplog):
+    logger = logging.getLogger("transformers.modeling_utils")
+    asks, other = "We strongly recommend passing in an `attention_mask` since", "something else"
+    with caplog.at_level(logging.WARNING, "transformers"):
+        logger.addHandler(caplog.handler)
+        with quiet.masks_of_ones():
+            logger.warning(asks)
+            logger.warning(other)
+        logger.warning(asks)
+        logger.removeHandler(caplog.handler)
+    assert [*dict.fromkeys(record.getMessage() for record in caplog.records)] == [other, asks]
+
+
 @pytest.mark.parametrize("left_out", [quiet.old_names, quiet.new_adapter])
 def test_other_warnings_are_printed(left_out):
     with warnings.catch_warnings(record=True) as seen:

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..types import Completions, Draws
+from . import quiet
 from .head import LOGITS_BUDGET, contiguous_input
 from .loading import context_length
 from .numerics import check_logits
@@ -214,7 +215,8 @@ def neutralised(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
     own = model.generation_config
     model.generation_config = config
     try:
-        yield
+        with quiet.masks_of_ones():
+            yield
     finally:
         model.generation_config = own
 

@@ -50,6 +50,24 @@ def new_adapter() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def masks_of_ones() -> Iterator[None]:
+    """Within a `with` block transformers does not ask for an attention mask.
+
+    Its `generate` is given one, leaves it out where it hides nothing, and then misses it.
+    """
+    logger = logging.getLogger("transformers.modeling_utils")
+    logger.addFilter(_asks_for_no_mask)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_asks_for_no_mask)
+
+
+def _asks_for_no_mask(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("We strongly recommend passing in an `attention_mask`")
+
+
+@contextlib.contextmanager
 def late_bars() -> Iterator[None]:
     """Within a `with` block transformers draws a progress bar of weights only where they take their time."""
     # Here, because the package imports this module and loads no transformers.
