@@ -13,9 +13,10 @@ import pytest
 from conftest import WORDS, tiny_gpt2
 from datasets import are_progress_bars_disabled
 from expected_lines import COMMANDS, RUN, assert_quiet
+from peft import LoraConfig
 from tqdm import tqdm
 
-from aldrift_hf.models import quiet
+from aldrift_hf.models import prior, quiet
 from aldrift_hf.toy import word_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
@@ -126,6 +127,14 @@ def test_a_mask_is_asked_for_elsewhere(caplog):
         logger.warning(asks)
         logger.removeHandler(caplog.handler)
     assert [*dict.fromkeys(record.getMessage() for record in caplog.records)] == [other, asks]
+
+
+def test_what_peft_sees_by_itself_is_left_out():
+    """That GPT-2's weights are stored transposed."""
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        prior.split(tiny_gpt2(), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    assert not seen
 
 
 @pytest.mark.parametrize("left_out", [quiet.old_names, quiet.new_adapter])
