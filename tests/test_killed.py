@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 
-KILLS = 50
+KILLS = 30
 BATCH = 8
 
 # One process imports everything and forks the runs: a kill costs the fraction of a second that the run had.
@@ -106,7 +106,7 @@ def runs(tmp_path_factory):
         [sys.executable, str(script), str(root), str(KILLS), str(BATCH)],
         capture_output=True,
         text=True,
-        timeout=1800,  # five minutes on two free cores
+        timeout=1800,  # three minutes on two free cores
         env=environment,
     )
     assert done.returncode == 0, done.stderr[-6000:]
