@@ -18,6 +18,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_best_is_found_within_the_budget(method):
     """A share of 400 / 65,536 of the sequences finds the single best one; chance does with 0.6 %."""

@@ -129,6 +129,7 @@ def make(config, tokenizer):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ladder", [{}, {"ladder": "linear", "tau_step": 0.5}], ids=["adaptive", "linear"])
 def test_a_run_finds_t_and_ends_there(make, tokenizer, name, ladder):

@@ -301,6 +301,7 @@ def test_each_of_several_runs_has_a_repository_of_its_own(config):
     assert one_of_several(config(), "step-2").hub_model_id == "out-step-2"
 
 
+@pytest.mark.slow
 def test_a_recipe_on_two_processes_pushes_once(hub, tmp_path, monkeypatch):
     """From its command line; the settings of the client come from the environment."""
     environment = {

@@ -103,6 +103,7 @@ def make(config, tokenizer):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix"])
 def test_log_z_of_every_prompt_is_exact_at_its_last_rung(make, tokenizer, sampler):
     """Prompts were last drawn for at different inverse temperatures. Chains add up from the last one of the prompt."""

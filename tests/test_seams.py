@@ -104,6 +104,7 @@ def test_the_geometric_ladder_is_climbed(config, tokenizer):
     assert [rung["tau"] for rung in trainer.record.rungs] == [T / 8, T / 4, T / 2, T]
 
 
+@pytest.mark.slow
 def test_the_tables_draws_are_weighted_by_the_table(config, tokenizer):
     """`log q` is that of the law that the tokens came from, which is not the model's: so weights are exact."""
     completions = every_completion()
