@@ -30,7 +30,7 @@ def test_the_quickstart(priors, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(QUICKSTART, as_version=4)
     resources = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
+    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
     assert (tmp_path / "out" / "quickstart" / "report.html").is_file()
     shown = {cell.source: [*pages(cell)] for cell in notebook.cells if cell.cell_type == "code"}
     (training,) = (html for source, html in shown.items() if "trainer.train()" in source)
