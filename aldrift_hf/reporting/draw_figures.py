@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 from .figure_style import BLUE, GREY, ORANGE, Plot
-from .record import RunRecord
+from .record import RunRecord, weights_of
 
 _NUM_BARS = 25
-"""Of a histogram of costs; where costs are evenly spaced and no more than so many, each has a bar of its own."""
+"""Of a histogram of costs; of evenly spaced costs, each has a bar of its own if they are no more than this."""
 _MIN_WEIGHT = 1e-3
 """All weights below it share the first bar."""
 _MIN_DRAWS = 10
@@ -34,15 +34,15 @@ def relative_weights(record: RunRecord) -> np.ndarray:
     """Weights of the newest draws, as multiples of their prompt's mean; none where a prompt has too few draws."""
     if record.settings["num_generations"] < _MIN_DRAWS:
         return np.empty(0)
-    return np.array([draw["weight"] or 0.0 for draw in record.draws])  # null where a prompt has no weight at all
+    return weights_of(record.draws)
 
 
 # ---- Cost ------------------------------------------------------------------------------------------------------------
 
 
 def _costs_plot(record: RunRecord) -> Plot:
-    prior = np.array(record.prior_costs)
-    model, weights = (np.array([draw[name] or 0.0 for draw in record.draws]) for name in ("objective", "weight"))
+    prior, model = np.array(record.prior_costs), np.array([draw["objective"] for draw in record.draws])
+    weights = weights_of(record.draws)
     means = {"prior": prior.mean(), "model": model.mean()}
     if weights.any():
         means["target"] = np.average(model, weights=weights)

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from .record import weights_of
+
 SHOWN = 3
 """Draws per group."""
 
@@ -33,7 +35,7 @@ def groups(draws: list[dict[str, Any]]) -> list[Group]:
     """Three groups, in each of which no completion is shown twice and, where there are enough of them, no prompt."""
     prompts = {json.dumps(draw["prompt"]) for draw in draws}
     key = _prompt if len(prompts) >= SHOWN else _text
-    weights = np.array([draw["weight"] or 0.0 for draw in draws])
+    weights = weights_of(draws)
     weights = weights if weights.any() else np.ones(len(draws))
     by_cost = sorted(range(len(draws)), key=lambda i: (draws[i]["objective"], -_number(draws[i]["log_prior"])))
     passed = weights[by_cost].cumsum()  # half of this draw's weight included, that is the share of p_τ before it

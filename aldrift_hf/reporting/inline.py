@@ -19,7 +19,7 @@ def run_as_html(record: Run) -> str:
 
 
 def rungs_as_html(rungs: list[dict[str, Any]]) -> str:
-    """A table of the last rungs' metrics, with the console's columns; nothing where there are none."""
+    """A table of the last rungs' metrics, with the console's columns; empty before the first rung."""
     if not rungs:
         return ""
     shown = rungs[-MAX_ROWS:]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+import numpy as np
 from torch import Tensor
 
 from ..types import Prompts, Proposals
@@ -154,8 +155,13 @@ class RunRecord:
             raise ValueError(f"{folder / RUN_FILE} is damaged: {error!r}") from error
 
 
+def weights_of(draws: Sequence[Mapping[str, Any]]) -> np.ndarray:
+    """`[n]`, the `weight` of each draw; 0 where it is null, because no draw for the prompt has a weight."""
+    return np.array([draw["weight"] or 0.0 for draw in draws])
+
+
 def evenly(values: Sequence[T], most: int) -> list[T]:
-    """At most so many of the values: every second, third, …"""
+    """Evenly spaced values, at most `most` of them."""
     return [*values[:: math.ceil(len(values) / most) or 1]]
 
 

@@ -14,7 +14,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from ..algorithm.diagnostics import MISSING_MASS_WARNING
@@ -22,7 +21,7 @@ from . import examples, figures, health, outcome
 from .draw_figures import plots_of_draws
 from .figure_style import PLOT_SIZE, Plot
 from .numbers import with_error
-from .record import MAX_PROMPTS, RunRecord, replace_file
+from .record import MAX_PROMPTS, RunRecord, replace_file, weights_of
 
 Picture = Callable[[Sequence[str], Sequence[float]], str]
 """`picture(completions, weights)`: HTML or SVG that shows weighted completions; the weights sum to 1.
@@ -124,7 +123,7 @@ def render(record: RunRecord, picture: Picture | None = None) -> str:
 def _pictures(record: RunRecord, picture: Picture) -> list[tuple[str, str]]:
     """Of the newest draws as the model wrote them and, where they have weights, as the target has them."""
     texts = [draw["completion"] for draw in record.draws]
-    weights = np.array([draw["weight"] or 0.0 for draw in record.draws])
+    weights = weights_of(record.draws)
     found = [("The model", picture(texts, [1 / len(texts)] * len(texts)))]
     return [*found, ("The target", picture(texts, (weights / weights.sum()).tolist()))] if weights.any() else found
 

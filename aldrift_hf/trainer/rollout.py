@@ -145,14 +145,7 @@ class Rollout:
                 self.engine.sync(self.policy())
                 if beginnings is None:
                     self.guard.begin()
-                kept = self._kept(prompts, rows, stream, beginnings) if keep else []
-                work = functools.partial(self._draw, stream, beginnings)
-                rounds = self._deal("proposals", prompts, rows, work, sum(len(part.texts) for part in kept))
-                for drawn in itertools.chain([kept] if kept else [], rounds):
-                    if beginnings is None:
-                        self.guard.check(torch.cat([part.measured for part in drawn]))
-                    if keep and drawn is not kept:
-                        self.journal.add([part.columns for part in drawn])
+                for drawn in self._rounds(prompts, rows, stream, beginnings, keep):
                     new = [text for part in drawn for text in part.texts]
                     self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
                     parts += drawn
@@ -195,6 +188,25 @@ class Rollout:
         texts = dict(zip(distinct, self.tokenizer.batch_decode(distinct, skip_special_tokens=True), strict=True))
         return [texts[row] for row in rows]
 
+    def _rounds(
+        self,
+        prompts: Prompts,
+        rows: Sequence[int],
+        stream: Sequence[int],
+        beginnings: Sequence[Sequence[int]] | None,
+        keep: bool,
+    ) -> Iterator[list[_Part]]:
+        """Draws in rounds, each as the engine's guard lets it pass: first what the journal has, all at once."""
+        kept = self._kept(prompts, rows, stream, beginnings) if keep else []
+        work = functools.partial(self._draw, stream, beginnings)
+        new = self._deal("proposals", prompts, rows, work, sum(len(part.texts) for part in kept))
+        for drawn in itertools.chain([kept] if kept else [], new):
+            if beginnings is None:
+                self.guard.check(torch.cat([part.measured for part in drawn]))
+            if keep and drawn is not kept:
+                self.journal.add([part.columns for part in drawn])
+            yield drawn
+
     def _kept(
         self,
         prompts: Prompts,
@@ -235,7 +247,7 @@ class Rollout:
             prompts: their token ids are passed to `work`.
             rows: the prompt of each row.
             work: takes a range of rows and their prompts' token ids.
-            done: as many rows are left out, from the first on.
+            done: the number of rows at the beginning that are left out.
         """
         args, batches = self.args, self._fitting(prompts, len(rows) // len(set(rows)))
         blocks = [range(len(rows))[start : start + batches.size] for start in range(done, len(rows), batches.size)]
