@@ -8,6 +8,7 @@ from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, lora_config, tiny
 
 from aldrift_hf import TransformersEngine
 from aldrift_hf.models.engines import EngineSettings
+from aldrift_hf.trainer.draw_journal import DrawJournal
 from aldrift_hf.types import Completions
 
 DRAWS, BATCH = 48, 8
@@ -67,7 +68,7 @@ def test_what_was_drawn_is_not_drawn_again(start, rung, resume, save):
     before = rung * DRAWS // BATCH
     first = start(1, stop_at=before + 3, save_strategy=save)
     kept = first.rollout.engine.drawn[before * BATCH :]
-    rungs = {path.name for path in (journal(first) / "0").iterdir()}
+    rungs = {path.name.split("-")[1] for path in journal(first).iterdir()}
     assert rungs == ({"1"} if resume else {"0", "1"} if rung else {"0"})
     second = start(2, resume=resume, save_strategy=save)
     rows = [rows for address, rows in second.rollout.engine.rows if address[0] == 0 and address[1] <= rung]
@@ -77,6 +78,20 @@ def test_what_was_drawn_is_not_drawn_again(start, rung, resume, save):
     costs = count_a([], second.rollout.decode(Completions.of(of_the_rung, EOS)))
     assert second.record.rungs[rung]["objective_mean"] == pytest.approx(sum(costs) / DRAWS)
     assert not journal(second).exists(), "nothing is left when the run has ended"
+
+
+def test_no_folder_disappears_while_the_run_lasts(start, monkeypatch):
+    """A push in the background, which walks through the run's folder, would stop at one that it had just seen."""
+    forget, seen = DrawJournal.forget, []
+
+    def forgotten(self, rung):
+        before = list(self._root.rglob("*"))
+        forget(self, rung)
+        seen.append((len(before), len(list(self._root.rglob("*"))), [path for path in before if path.is_dir()]))
+
+    monkeypatch.setattr(DrawJournal, "forget", forgotten)
+    start(1)
+    assert seen == [(DRAWS // BATCH, 0, [])] * 2
 
 
 def test_draws_of_another_prior_or_seed_are_not_taken(start):
@@ -97,7 +112,7 @@ def test_draws_of_other_weights_are_not_taken(start):
 
 def test_a_damaged_round_ends_what_is_kept(start):
     first = start(1, stop_at=3)
-    (path,) = journal(first).glob("*/*/*/1.safetensors")
+    (path,) = journal(first).glob("*-1.safetensors")
     path.write_bytes(path.read_bytes()[:20])
     second = start(2)
     assert second.rollout.engine.rows[0] == ((0, 0), range(BATCH, 2 * BATCH))

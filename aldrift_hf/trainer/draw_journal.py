@@ -23,7 +23,8 @@ from ..content import Content
 from ..streams import PROPOSE
 
 FOLDER = "_draws"
-"""Folder in `output_dir`; the Trainer never pushes it."""
+"""Folder in `output_dir`. The Trainer never pushes it, but a push in the background walks through it, and fails if a
+folder goes meanwhile: during a run only files do."""
 
 Columns = dict[str, Tensor]
 """What is kept of a block of consecutive rows."""
@@ -38,7 +39,7 @@ class DrawJournal:
 
     def __init__(self, output_dir: str | Path) -> None:
         self._root = Path(output_dir) / FOLDER
-        self._folder, self._rounds = self._root, 0
+        self._name, self._rounds = "", 0
 
     def begin(self, stream: Sequence[int], law: Any) -> list[Columns]:
         """Blocks of these draws that an earlier start has kept, from the first row on; all processes call it.
@@ -48,7 +49,7 @@ class DrawJournal:
             law: what they depend on: draws of another law are not these.
         """
         digest = Content().digest([list(stream), law]).hex()
-        self._folder = self._root / str(stream[0]) / str(stream[1]) / digest
+        self._name = f"{stream[0]}-{stream[1]}-{digest}"
         blocks: list[list[Columns]] = []
         if PartialState().is_main_process:
             for number in itertools.count():
@@ -68,15 +69,15 @@ class DrawJournal:
             OSError: where it cannot be written.
         """
         if PartialState().is_main_process:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial = self._folder / "partial"
+            self._root.mkdir(parents=True, exist_ok=True)
+            partial = self._root / "partial"
             joined = {f"{name}.{place}": column for place, block in enumerate(blocks) for name, column in block.items()}
             try:
                 save_file({name: column.contiguous() for name, column in joined.items()}, partial)
                 os.replace(partial, self._file(self._rounds))
             except (OSError, SafetensorError) as error:
                 raise OSError(
-                    f"draws could not be written to {self._folder}: {error}. Free disk space, or choose another "
+                    f"draws could not be written to {self._root}: {error}. Free disk space, or choose another "
                     "output_dir. What was written earlier is intact."
                 ) from error
         self._rounds += 1
@@ -84,9 +85,9 @@ class DrawJournal:
     def forget(self, rung: int) -> None:
         """A checkpoint has the draws of all rungs up to this one."""
         if PartialState().is_main_process:
-            for folder in (self._root / str(PROPOSE)).glob("*"):
-                if int(folder.name) <= rung:
-                    shutil.rmtree(folder)
+            for path in self._root.glob(f"{PROPOSE}-*"):
+                if int(path.name.split("-")[1]) <= rung:
+                    path.unlink()
 
     def clear(self) -> None:
         """The run has ended: nothing of it will be drawn again."""
@@ -94,7 +95,7 @@ class DrawJournal:
             shutil.rmtree(self._root, ignore_errors=True)
 
     def _file(self, number: int) -> Path:
-        return self._folder / f"{number}.safetensors"
+        return self._root / f"{self._name}-{number}.safetensors"
 
 
 def _split(kept: Columns) -> list[Columns]:
