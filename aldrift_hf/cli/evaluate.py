@@ -6,6 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 
+from ..reporting.record import finite
 from .parser import RunParser
 from .runs import load
 
@@ -27,4 +28,4 @@ def main(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             by_prompt = [] if trainer.prompt_metrics is None else trainer.prompt_metrics.to_list()
             worst = {"worst_prompts": by_prompt[:NUM_WORST]} if len(by_prompt) > 1 else {}
-            print(json.dumps({**metrics, **worst}, indent=2))
+            print(json.dumps(finite({**metrics, **worst}), indent=2))

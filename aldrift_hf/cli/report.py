@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         record = RunRecord.read(argv[0])
         write_report(record, argv[0])
-        print_outcome(record, argv[0])
+        print_outcome(record, argv[0], health.run_warnings(record))
     except (ValueError, OSError) as error:
         raise SystemExit(f"aldrift report: {error}") from None
     except (LookupError, TypeError, AttributeError) as error:  # a figure is missing, or is not a number
@@ -29,10 +29,10 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def print_outcome(record: RunRecord, folder: str) -> None:
-    """The outcome, the warnings, and where the report is."""
+def print_outcome(record: RunRecord, folder: str, warnings: Iterable[str] = ()) -> None:
+    """The outcome, warnings that have not been logged before, and where the report is."""
     console = Console(highlight=False, soft_wrap=True)
     console.print(outcome.outcome(record), markup=False)
-    for warning in health.run_warnings(record):
+    for warning in warnings:
         console.print(f"warning: {warning}", markup=False, style="yellow")
     console.print(f"report: {folder}/report.html", markup=False)

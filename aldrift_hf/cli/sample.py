@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from ..reporting.record import finite
 from .parser import RunParser
 from .runs import load
 
@@ -49,4 +50,4 @@ def main(argv: Sequence[str]) -> None:
         if trainer.is_world_process_zero():
             output = options.output
             with contextlib.nullcontext(sys.stdout) if output is None else open(output, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(draw, ensure_ascii=False) + "\n" for draw in draws)
+                file.writelines(json.dumps(finite(draw), ensure_ascii=False) + "\n" for draw in draws)

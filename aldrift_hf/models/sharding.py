@@ -2,8 +2,8 @@
 
 A forward pass of a sharded model waits for all processes, and these make different numbers of them when they propose
 and score. Where the model itself draws, which takes a pass per token, its parameters are gathered once per phase
-([`gathered`]), and no process waits for another. Where an engine draws with weights of its own, parameters stay sharded
-under FSDP2, and the processes make their forward passes together ([`in_step`]). Training steps run sharded.
+([`gathered`]), and no process waits for another. Where an engine draws with weights of its own, layers stay sharded,
+and the processes make their forward passes together ([`in_step`]). Training steps run sharded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import contextlib
 import logging
 import os
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,10 +21,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, StateDictType, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from . import quiet
-from ._trl import unwrap_model_for_generation
+from ._trl import add_hooks, remove_hooks
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,6 @@ def check(accelerator: Accelerator, model: Any) -> None:
 def gathered(
     wrapped: nn.Module,
     accelerator: Accelerator,
-    checkpointing: dict[str, Any] | None = None,
     whole: bool = True,
 ) -> Iterator[None]:
     """Within a `with` block every process has whole parameters; all processes enter and leave it together.
@@ -63,26 +62,56 @@ def gathered(
     Args:
         wrapped: the model as the Trainer trains it.
         accelerator: the Trainer's.
-        checkpointing: the run's `gradient_checkpointing_kwargs`.
-        whole: if false, under FSDP2 only what is not in a layer (embeddings, the last norm) is gathered; each layer is
-            in a forward pass, for as long as it runs, and these are made [`in_step`].
+        whole: if false, only what is not in a layer (embeddings, the last norm) is gathered; each layer is in a forward
+            pass, for as long as it runs, and these are made [`in_step`].
     """
-    shards = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
-    if not shards and is_sharded(wrapped):  # ZeRO-3: gathered, and DeepSpeed's hooks off the modules
-        model = cast(Any, accelerator.unwrap_model(wrapped))
-        checkpoints = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-        try:
-            with unwrap_model_for_generation(wrapped, accelerator):
-                yield
-        finally:
-            if checkpoints:  # TRL's context restores other settings or, after an exception, none
-                with quiet.old_names():
-                    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=checkpointing)
-        return
-    if not shards:
+    if any(isinstance(module, FSDPModule) for module in wrapped.modules()):
+        with _gathered_by_fsdp(wrapped, accelerator, whole):
+            yield
+    elif is_sharded(wrapped):
+        with _gathered_by_deepspeed(wrapped, whole):
+            yield
+    else:
         yield
-        return
-    root = cast(Any, wrapped)
+
+
+@contextlib.contextmanager
+def _gathered_by_deepspeed(wrapped: nn.Module, whole: bool) -> Iterator[None]:
+    """Without DeepSpeed's own hooks, which fetch what they have seen needed before: that differs between processes."""
+    layers = [] if whole else list(_layers(wrapped))
+    in_layers = {parameter for layer in layers for parameter in layer.parameters()}
+    remove_hooks(wrapped)
+    handles = [handle for layer in layers for handle in _gathered_as_it_runs(layer)]
+    try:
+        with _joined([parameter for parameter in wrapped.parameters() if parameter not in in_layers]):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        add_hooks(wrapped)
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of a model's outermost lists of modules."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _layers(child)
+
+
+def _gathered_as_it_runs(layer: nn.Module) -> list[RemovableHandle]:
+    joined = _joined(list(layer.parameters()))
+
+    def enter(*_: Any) -> None:
+        joined.__enter__()
+
+    def leave(*_: Any) -> None:
+        joined.__exit__(None, None, None)
+
+    return [layer.register_forward_pre_hook(enter), layer.register_forward_hook(leave, always_call=True)]
+
+
+@contextlib.contextmanager
+def _gathered_by_fsdp(root: Any, accelerator: Accelerator, whole: bool) -> Iterator[None]:
+    shards: list[Any] = [module for module in root.modules() if isinstance(module, FSDPModule)]
     reshards = bool(accelerator.state.fsdp_plugin.reshard_after_forward)
     _touch(root)
     root.set_reshard_after_forward(not whole)
@@ -117,7 +146,7 @@ def in_step(model: PreTrainedModel) -> Iterator[bool]:
     Yields:
         whether they do; then one that fails within a pass cannot go on alone.
     """
-    if not any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if not any(is_apart(parameter) for parameter in model.parameters()):
         yield False
         return
 
@@ -137,12 +166,22 @@ def in_step(model: PreTrainedModel) -> Iterator[bool]:
 def writable(parameters: list[nn.Parameter]) -> Iterator[None]:
     """Within a `with` block parameters that ZeRO-3 has partitioned are whole; what rank 0 writes is kept."""
     if any(hasattr(parameter, "ds_id") for parameter in parameters):
-        import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
-        with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+        with _joined(parameters, modifier_rank=0):
             yield
     else:
         yield
+
+
+def _joined(
+    parameters: Sequence[nn.Parameter], modifier_rank: int | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """A context in which parameters that ZeRO-3 has partitioned are whole; it may be entered again and again."""
+    import deepspeed  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    context: contextlib.AbstractContextManager[None] = deepspeed.zero.GatheredParameters(
+        parameters, modifier_rank=modifier_rank
+    )
+    return context
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -158,10 +197,17 @@ def vocabulary_size(model: Any) -> int:
 
 def whole(parameter: Tensor) -> Tensor:
     """A whole parameter, on the CPU; all processes call it."""
-    parameter = parameter.detach()
-    if isinstance(parameter, DTensor):
-        return parameter.full_tensor().cpu()
-    return parameter.to("cpu", copy=True)
+    detached = parameter.detach()
+    if isinstance(detached, DTensor):
+        return detached.full_tensor().cpu()
+    with _joined([cast(nn.Parameter, parameter)]) if is_apart(parameter) else contextlib.nullcontext():
+        return parameter.detach().to("cpu", copy=True)
+
+
+def is_apart(parameter: Tensor) -> bool:
+    """Whether a process now has only its own part of a parameter."""
+    status = getattr(parameter, "ds_status", None)  # of ZeRO-3's parameters
+    return isinstance(parameter, DTensor) or (status is not None and status.name == "NOT_AVAILABLE")
 
 
 def put(parameter: nn.Parameter, value: Tensor) -> None:

@@ -128,7 +128,7 @@ class RunRecord:
             replace_file(folder / DRAWS_FILE, map(_line, self.draws))
         replace_file(folder / RUNGS_FILE, map(_line, self.rungs))
         run = {name: value for name, value in vars(self).items() if name not in ("rungs", "draws")}
-        replace_file(folder / RUN_FILE, [json.dumps(_finite(run), indent=2)])
+        replace_file(folder / RUN_FILE, [json.dumps(finite(run), indent=2)])
 
     @classmethod
     def read(cls, folder: str | Path) -> RunRecord:
@@ -198,13 +198,13 @@ def replace_file(path: Path, lines: Iterable[str]) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return json.dumps(_finite(row))
+    return json.dumps(finite(row))
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """The same with `null` for NaN and infinity, which JSON has no numbers for."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [*map(_finite, value)]
+        return [*map(finite, value)]
     return None if isinstance(value, float) and not math.isfinite(value) else value

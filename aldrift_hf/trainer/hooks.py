@@ -244,9 +244,7 @@ class HookedTrainer(Trainer):
         """Where models may be run outside of training steps, under the autocast of those: see [`sharding.gathered`]."""
         if (self.is_fsdp_enabled or self.is_deepspeed_enabled) and not self._is_wrapped():
             self.model.to(self.args.device)  # the Trainer leaves that to the wrapping, when training begins
-        checkpointing = cast(dict[str, Any] | None, self.args.gradient_checkpointing_kwargs)
-        gathered = sharding.gathered(self.model_wrapped, self.accelerator, checkpointing, whole)
-        with gathered, self.accelerator.autocast():
+        with sharding.gathered(self.model_wrapped, self.accelerator, whole), self.accelerator.autocast():
             yield
 
     def _is_wrapped(self) -> bool:

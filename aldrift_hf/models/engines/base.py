@@ -40,7 +40,7 @@ class Engine(ABC):
 
     Attributes:
         draws_with_policy: whether it draws with the very module that is trained, which must then be whole on every
-            process. For others FSDP2 leaves it sharded.
+            process. For others it stays sharded.
         follows_model: whether the law is meant to be that of the model that is trained. Otherwise nothing is checked.
         remedy: what to do where it is not, for the error.
     """
