@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -50,11 +50,51 @@ class Draws(NamedTuple):
 
     Attributes:
         completions: the `n` token sequences, on the CPU.
-        log_probs: `[n]`, `log q` of the law that the tokens were drawn from, nats, fp64, on the CPU.
+        token_log_probs: `[n, max_completion_length]`, of each token `log q` of the law that it was drawn from,
+            nats, fp64, on the CPU; 0 after a completion's end.
     """
 
     completions: Completions
-    log_probs: Tensor
+    token_log_probs: Tensor
+
+    @property
+    def log_probs(self) -> Tensor:
+        """`[n]`, `log q` of the completions, nats."""
+        return self.token_log_probs.sum(-1)
+
+
+class Beginnings(NamedTuple):
+    """The first tokens of `n` completions, and the probabilities with which they were drawn.
+
+    Attributes:
+        tokens: of each completion, fewer than it has at most.
+        log_probs: of each token, nats.
+    """
+
+    tokens: list[list[int]]
+    log_probs: list[list[float]]
+
+    def select(self, rows: range) -> Beginnings:
+        """Those of consecutive completions."""
+        return Beginnings(self.tokens[rows.start : rows.stop], self.log_probs[rows.start : rows.stop])
+
+    def continued(self, draws: Draws, width: int, pad_token_id: int) -> Draws:
+        """Whole completions.
+
+        Args:
+            draws: `n`, what was drawn after these tokens.
+            width: most tokens of a whole completion.
+            pad_token_id: fills rows.
+        """
+        ids, log_probs = torch.full((len(self.tokens), width), pad_token_id), torch.zeros(len(self.tokens), width)
+        log_probs, length = log_probs.double(), draws.completions.length.clone()
+        for row, (tokens, before) in enumerate(zip(*self, strict=True)):
+            kept, end = len(tokens), len(tokens) + int(length[row])
+            ids[row, :kept], log_probs[row, :kept] = torch.tensor(tokens), torch.tensor(before, dtype=torch.float64)
+            ids[row, kept:end] = draws.completions.ids[row, : end - kept]
+            log_probs[row, kept:end] = draws.token_log_probs[row, : end - kept]
+            length[row] = end
+        return Draws(Completions(ids, length), log_probs)
 
 
 @dataclass(frozen=True)
@@ -98,6 +138,7 @@ class Proposals:
         texts: the decoded texts; `None` where draws of several rungs are put together.
         as_scored: whether `log_model` is also what the scorer gives for the model that drew them. Otherwise the two
             differ by the rounding of whatever drew them.
+        token_log_model: `[P·n, width]`, the part of each token in `log_model`; `None` where it is no longer needed.
     """
 
     rows: Tensor
@@ -107,6 +148,7 @@ class Proposals:
     log_model: Tensor
     texts: list[str] | None = None
     as_scored: bool = True
+    token_log_model: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -137,6 +179,14 @@ class Proposals:
         prompts, n = self.objective.shape
         return (index + n * torch.arange(prompts)[:, None]).flatten()
 
+    def beginnings(self, kept: Tensor) -> Beginnings:
+        """The first tokens of each completion; `[P·n]`, how many."""
+        ends, log_probs = kept.tolist(), cast(Tensor, self.token_log_model).tolist()
+        return Beginnings(
+            [tokens[:end] for tokens, end in zip(self.completions.tokens(), ends, strict=True)],
+            [parts[:end] for parts, end in zip(log_probs, ends, strict=True)],
+        )
+
     def select(self, index: Tensor) -> Proposals:
         """The draws `index` (`[P, m]`, into each prompt's `n`)."""
         flat = self.flat(index)
@@ -148,16 +198,19 @@ class Proposals:
             log_model=self.log_model.gather(1, index),
             texts=None if self.texts is None else [self.texts[row] for row in flat.tolist()],
             as_scored=self.as_scored,
+            token_log_model=None if self.token_log_model is None else self.token_log_model[flat],
         )
 
     def moved(self, mask: Tensor, other: Proposals) -> Proposals:
         """These draws, with those of `other` where `mask`, `[P, n]`, is true."""
         flat = mask.flatten()
-        texts = None
+        texts, token_log_model = None, None
         if self.texts is not None and other.texts is not None:
             texts = [
                 new if moves else old for moves, new, old in zip(flat.tolist(), other.texts, self.texts, strict=True)
             ]
+        if self.token_log_model is not None and other.token_log_model is not None:
+            token_log_model = torch.where(flat[:, None], other.token_log_model, self.token_log_model)
         return Proposals(
             rows=self.rows,
             completions=Completions(
@@ -169,6 +222,7 @@ class Proposals:
             log_model=torch.where(mask, other.log_model, self.log_model),
             texts=texts,
             as_scored=self.as_scored and other.as_scored,
+            token_log_model=token_log_model,
         )
 
     def distinct_share(self, flat: Tensor | None = None) -> float:

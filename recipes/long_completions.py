@@ -20,7 +20,6 @@ import math
 import re
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -40,7 +39,7 @@ from aldrift_hf.algorithm.samplers.chains import run_chains
 from aldrift_hf.algorithm.samplers.suffix import suffix_chains
 from aldrift_hf.models.loading import load_model, load_trained, tokenizer_of
 from aldrift_hf.reporting.record import replace_file
-from aldrift_hf.types import Completions, Proposals
+from aldrift_hf.types import Beginnings, Completions, Proposals
 
 PRIOR = "prior"
 PURPOSE = 7
@@ -177,7 +176,7 @@ class Bench:
         if cell.model != PRIOR:
             load_trained(self.trainer.model, Path(cell.model), None)
 
-    def propose(self, count: int, *stream: int, beginnings: Sequence[Sequence[int]] | None = None) -> Proposals:
+    def propose(self, count: int, *stream: int, beginnings: Beginnings | None = None) -> Proposals:
         """Draws of the model."""
         with self.trainer.objective.open():
             return self.trainer.rollout.propose(self.trainer.inputs.prompts, count, (PURPOSE, *stream), beginnings)
@@ -189,9 +188,8 @@ class Bench:
         while len(rows) < options.draws:
             began = time.process_time()
             new = self.propose(min(options.block, options.draws - len(rows)), DRAWS, len(rows))
-            columns = (new.objective, new.log_prior, new.log_model)
-            tokens = new.completions.tokens()
-            rows += [list(row) for row in zip(*(column[0].tolist() for column in columns), tokens, strict=True)]
+            costs, log_priors = (column[0].tolist() for column in (new.objective, new.log_prior))
+            rows += map(list, zip(costs, log_priors, *new.beginnings(new.completions.length), strict=True))
             known["seconds"] += time.process_time() - began
             self.cell.write("draws", {"draws": rows, "seconds": known["seconds"]})
         return proposals(rows[: options.draws], self.cell.length), known["seconds"]
@@ -205,10 +203,10 @@ class Bench:
         accepted: list[float] = []
         generator = streams.generator(self.cell.options.seed, PURPOSE, CHAINS)
 
-        def redraw(step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+        def redraw(step: int, beginnings: Beginnings) -> Proposals:
             nonlocal tokens
-            drawn = self.propose(len(beginnings), CHAINS, len(accepted), beginnings=beginnings)
-            tokens += int(drawn.completions.length.sum()) - sum(map(len, beginnings))
+            drawn = self.propose(len(beginnings.tokens), CHAINS, len(accepted), beginnings=beginnings)
+            tokens += int(drawn.completions.length.sum()) - sum(map(len, beginnings.tokens))
             return drawn
 
         began = time.process_time()
@@ -227,13 +225,15 @@ class Bench:
 
 
 def proposals(rows: list[list[Any]], length: int) -> Proposals:
-    """Stored draws of one prompt."""
-    cost, log_prior, log_model = (torch.tensor([[row[part] for row in rows]], dtype=torch.float64) for part in range(3))
-    completions = Completions.of([row[3] for row in rows], 0)
-    ids = torch.zeros((len(rows), length), dtype=torch.long)
-    ids[:, : completions.ids.shape[1]] = completions.ids
+    """Stored draws of one prompt: cost, log L, tokens, and log q of each token."""
+    cost, log_prior = (torch.tensor([[row[part] for row in rows]], dtype=torch.float64) for part in range(2))
+    ids, log_q = torch.zeros((len(rows), length), dtype=torch.long), torch.zeros((len(rows), length)).double()
+    for row, (_, _, tokens, parts) in enumerate(rows):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        log_q[row, : len(tokens)] = torch.tensor(parts, dtype=torch.float64)
+    completions = Completions(ids, torch.tensor([len(tokens) for _, _, tokens, _ in rows]))
     zeros = torch.zeros(len(rows), dtype=torch.long)
-    return Proposals(zeros, Completions(ids, completions.length), cost, log_prior, log_model)
+    return Proposals(zeros, completions, cost, log_prior, log_q.sum(-1)[None], token_log_model=log_q)
 
 
 def measure(cell: Cell, prior: Proposals | None) -> tuple[dict[str, float], Proposals]:

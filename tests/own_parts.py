@@ -67,6 +67,13 @@ class LogVariance(Loss):
         return (gap - gap.detach().mean()).square().sum() / num_tokens
 
 
+def draws_of(completions: Completions, log_q: torch.Tensor) -> Draws:
+    """Of an engine that knows the probabilities of whole completions alone, `[n]`: they are their first tokens'."""
+    parts = torch.zeros(completions.ids.shape, dtype=torch.float64)
+    parts[:, 0] = log_q
+    return Draws(completions, parts)
+
+
 class TableEngine(Engine):
     """Draws from a table of completions and their probabilities, without a model.
 
@@ -86,7 +93,7 @@ class TableEngine(Engine):
     def generate(self, prompts, address, rows):
         numbers = uniforms(address, rows, 1)[:, 0]
         events = torch.searchsorted(self.log_q.softmax(0).cumsum(0), numbers).clamp(max=len(self.log_q) - 1)
-        return Draws(self.completions.select(events), self.log_q.log_softmax(0)[events])
+        return draws_of(self.completions.select(events), self.log_q.log_softmax(0)[events])
 
 
 def uniform_table(completions: Completions) -> TableEngine:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from conftest import EOS, every_completion, log_probs, tiny_gpt2
+from own_parts import draws_of
 from test_exactness import STEPS, TAU, fixed_model
 
 from aldrift_hf.models import generation
@@ -65,7 +66,7 @@ def test_log_q_is_generations_own(config, tokenizer, monkeypatch, off_by, as_sco
 
     def off(*args):
         drawn = generation.generate(*args)
-        return drawn._replace(log_probs=drawn.log_probs + off_by)
+        return draws_of(drawn.completions, drawn.log_probs + off_by)
 
     def counted(model, prompts, *args, **kwargs):
         scored.append(len(prompts))
@@ -93,7 +94,7 @@ def test_generation_that_does_not_draw_what_is_scored_is_an_error(config, tokeni
 
     def wrong(*args):
         drawn = generation.generate(*args)
-        return drawn._replace(log_probs=drawn.log_probs - 0.5)
+        return draws_of(drawn.completions, drawn.log_probs - 0.5)
 
     monkeypatch.setattr(engine, "generate", wrong)
     with pytest.raises(RuntimeError, match=r"differs by 0\.5 nats .* ignores the attention mask"):

@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 from conftest import EOS, every_completion, log_probs, perturb, tiny_gpt2
+from own_parts import draws_of
 from test_exactness import TAU, fixed_model
 
-from aldrift_hf import Draws, Engine, TransformersEngine
+from aldrift_hf import Engine, TransformersEngine
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive, mixture
 from aldrift_hf.models import generation
@@ -128,7 +129,7 @@ class RoundedEngine(Engine):
     def generate(self, prompts, address, rows):
         numbers = uniforms(address, rows, 1)[:, 0].contiguous()
         events = torch.searchsorted(self.log_r.exp().cumsum(0), numbers).clamp(max=len(self.log_r) - 1)
-        return Draws(self.completions.select(events), self.log_r[events])
+        return draws_of(self.completions.select(events), self.log_r[events])
 
 
 def events_of(drawn):

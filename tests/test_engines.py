@@ -22,6 +22,7 @@ from conftest import (
     tiny_gpt2,
     tiny_llama,
 )
+from own_parts import draws_of
 from peft import IA3Config, LoraConfig, get_peft_model
 
 from aldrift_hf.models.engines import ENGINES, EngineGuard, EngineSettings
@@ -29,7 +30,7 @@ from aldrift_hf.models.engines.vllm import check_servable, weights
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.selftest.exact import chi_square_p, every_completion
-from aldrift_hf.types import Completions, Draws
+from aldrift_hf.types import Completions
 
 A = 3
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is in an environment of its own")
@@ -286,7 +287,7 @@ def test_what_a_gap_costs_and_what_bias_it_avoids(recipe_module):
     figures = recipe_module("engines").figures
     gap = 0.5 * torch.randn(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     lengths = torch.full((len(gap),), 10)
-    row = figures(Draws(Completions(lengths[:, None], lengths), gap), torch.zeros(len(gap)), 1e6)
+    row = figures(draws_of(Completions(lengths[:, None], lengths), gap), torch.zeros(len(gap)), 1e6)
     assert row["ess"] == pytest.approx(math.exp(-0.25), abs=0.01)
     assert row["bias"] == pytest.approx(math.erf(0.25 / math.sqrt(2)), abs=0.01)
     assert (row["tokens"], row["tokens_per_cpu_second"]) == (10, 2)

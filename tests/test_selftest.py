@@ -11,6 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 from conftest import WORDS, tiny_gpt2
+from own_parts import draws_of
 from transformers import AutoModelForCausalLM, BartConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config
 
 from aldrift_hf import MaximumLikelihood, MetropolisHastings, cli, selftest
@@ -134,7 +135,7 @@ def drawing_from(change):
         with changed(model, logits_changed):
             draws = generate(model, prompts, *args)
         scored = sequence_logprobs(model, prompts, draws.completions, pad_token_id=tiny.END, batch_size=4096)
-        return draws._replace(log_probs=scored)
+        return draws_of(draws.completions, scored)
 
     return draw
 

@@ -7,8 +7,11 @@ import pytest
 import torch
 from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
 
+from aldrift_hf.algorithm.samplers.suffix import suffix_chains
 from aldrift_hf.models.prior import base_model
+from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import generator
+from aldrift_hf.types import Beginnings, Completions, Draws, Proposals
 
 
 def trainer_of(settings, tokenizer, objective=count_a, **changes):
@@ -16,6 +19,82 @@ def trainer_of(settings, tokenizer, objective=count_a, **changes):
     return ALDRIFTTrainer(
         model, objective, settings, processing_class=tokenizer, peft_config=lora_config(model), **changes
     )
+
+
+class Rounded:
+    """A model of texts of up to three of three tokens, of which 0 ends one; each is drawn with a rounding of its own.
+
+    Its law is one of two tables, at random, and not that of `q`, which a scorer would have.
+
+    Args:
+        scored: whether tokens get their log-probability from the scorer.
+    """
+
+    def __init__(self, scored):
+        self.chance, self.scored = generator(2), scored
+        q = torch.randn((3, 3, 3, 3), generator=self.chance, dtype=torch.float64)  # by position and the tokens before
+        error = 0.7 * torch.randn(q.shape, generator=self.chance, dtype=torch.float64)
+        self.q, self.tables = q.log_softmax(-1), [(q + sign * error).log_softmax(-1) for sign in (1, -1)]
+        self.texts = [(0,), *((a, 0) for a in (1, 2)), *((a, b, c) for a in (1, 2) for b in (1, 2) for c in range(3))]
+        self.target = torch.rand(len(self.texts), generator=self.chance, dtype=torch.float64)
+
+    def at_target(self, count):
+        """Texts of the target, each token with a rounding of its own."""
+        drawn = torch.multinomial(self.target, count, replacement=True, generator=self.chance).tolist()
+        texts = [self.texts[row] for row in drawn]
+        return self.proposals(
+            [(text, [self.law(text[:n])[text[n]].item() for n in range(len(text))]) for text in texts]
+        )
+
+    def redraw(self, step, beginnings):
+        draws = []
+        for tokens, parts in zip(*beginnings):
+            while len(tokens) < 3 and tokens[-1:] != [0]:
+                law = self.law(tokens)
+                token = int(torch.multinomial(law.exp(), 1, generator=self.chance))
+                part = self.q[self.place(tokens)] if self.scored else law
+                tokens, parts = [*tokens, token], [*parts, part[token].item()]
+            draws.append((tokens, parts))
+        return self.proposals(draws)
+
+    def law(self, tokens):
+        return self.tables[int(torch.randint(2, (), generator=self.chance))][self.place(tokens)]
+
+    def place(self, tokens):
+        return (len(tokens), *[*tokens, 0, 0][:2])
+
+    def proposals(self, draws):
+        completions = Completions.of([tokens for tokens, _ in draws], 0)
+        log_q = torch.tensor([[*parts, 0.0, 0.0][:3] for _, parts in draws], dtype=torch.float64)
+        log_p = self.target.log()[torch.tensor(self.events(completions))][None]
+        zeros, rows = torch.zeros(log_p.shape, dtype=torch.float64), torch.zeros(len(draws)).long()
+        return Proposals(rows, completions, zeros, log_p, log_q.sum(-1)[None], token_log_model=log_q)
+
+    def events(self, completions):
+        return [self.texts.index(tuple(tokens)) for tokens in completions.tokens()]
+
+
+@pytest.mark.parametrize("scored", [False, True])
+def test_tokens_keep_the_probability_that_they_were_drawn_with(scored):
+    """Then chains stay at the target whatever rounds; with a scorer's `log q` in its place they leave it."""
+    model = Rounded(scored)
+    last = suffix_chains(model.at_target(4000), 9, 1.0, model.redraw, generator(1)).pool
+    counts = torch.tensor(model.events(last.completions)).bincount(minlength=len(model.texts))
+    p = chi_square_p(counts, model.target / model.target.sum())
+    assert p < 1e-6 if scored else p > 1e-2
+
+
+def test_what_follows_a_beginning_is_put_behind_it():
+    beginnings = Beginnings([[1, 2], []], [[-1.0, -2.0], []])
+    rest = Draws(
+        Completions(torch.tensor([[2, 9], [0, 9]]), torch.tensor([1, 1])), torch.tensor([[-3.0, 0], [-4.0, 0]])
+    )
+    whole = beginnings.continued(rest, 4, 7)
+    assert whole.completions.ids.tolist() == [[1, 2, 2, 7], [0, 7, 7, 7]]
+    assert whole.completions.length.tolist() == [3, 1]
+    assert whole.token_log_probs.tolist() == [[-1, -2, -3, 0], [-4, 0, 0, 0]]
+    assert rest.completions.length.tolist() == [1, 1], "untouched"
+    assert beginnings.select(range(1, 2)) == ([[]], [[]])
 
 
 @pytest.mark.parametrize("ladder", [{}, {"ladder": "adaptive", "tau_step": None}])

@@ -109,7 +109,7 @@ class Archive:
         else:
             own = score(None, proposals) if snapshot else proposals.log_prior
         log_q = torch.stack([*known, own])
-        self.entries.append(Entry(replace(proposals, texts=None), snapshot, log_q))
+        self.entries.append(Entry(replace(proposals, texts=None, token_log_model=None), snapshot, log_q))
         return [*earlier, self.entries[-1]]
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ Nothing here reads a file, holds a model or knows of a trainer. The model is beh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import streams
-from ..types import Proposals, Samples
+from ..types import Beginnings, Proposals, Samples
 from .errors import Influence
 from .goals import Goal
 from .ladders.base import Ladder, LadderState
@@ -33,7 +33,7 @@ class Rollout(Policy, Protocol):
         """A rung's proposals: draws `s ~ q` with `log q(s)`, `log L(s)` and the cost `d(s)`."""
         ...
 
-    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+    def redraw(self, rung: int, step: int, beginnings: Beginnings) -> Proposals:
         """Further draws of a rung, which begin with these tokens: see [`Redraw`]."""
         ...
 

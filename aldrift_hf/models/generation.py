@@ -119,7 +119,7 @@ def generate(
     # After a finished row `generate` pads; a row that is cut at the limit has no end-of-text token and counts in full.
     length = torch.minimum(completion_length(ids, cast(list[int], config.eos_token_id)), limit)
     ended = torch.arange(most) >= length[:, None]
-    return Draws(Completions(ids.masked_fill(ended, pad_token_id), length), log_probs.masked_fill(ended, 0.0).sum(-1))
+    return Draws(Completions(ids.masked_fill(ended, pad_token_id), length), log_probs.masked_fill(ended, 0.0))
 
 
 class _InverseTransform(LogitsProcessor):

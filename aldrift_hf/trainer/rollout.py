@@ -27,7 +27,7 @@ from ..models.sharding import in_step, whole
 from ..models.shared_prompts.cache import MIN_PROMPT
 from ..models.shared_prompts.support import can_share_prompts
 from ..objective.objective import Objective
-from ..types import Completions, Draws, Progress, Prompts, Proposals
+from ..types import Beginnings, Completions, Progress, Prompts, Proposals
 from .config import ALDRIFTConfig
 from .draw_journal import Columns, DrawJournal
 
@@ -35,11 +35,11 @@ Result = TypeVar("Result")
 
 
 class _Part(NamedTuple):
-    """Draws of consecutive rows, their texts, `log q` and `log L`, and what the engine's guard measured of them."""
+    """Draws of consecutive rows, their texts, `log q` by token, `log L`, and what the engine's guard measured."""
 
     completions: Completions
     texts: list[str]
-    log_model: Tensor
+    token_log_model: Tensor
     log_prior: Tensor
     measured: Tensor
 
@@ -49,7 +49,7 @@ class _Part(NamedTuple):
         return {**self.completions._asdict(), **{name: getattr(self, name) for name in _NUMBERS}}
 
 
-_NUMBERS = ("log_model", "log_prior", "measured")
+_NUMBERS = ("token_log_model", "log_prior", "measured")
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Rollout:
         prompts: Prompts,
         per_prompt: int,
         stream: Sequence[int],
-        beginnings: Sequence[Sequence[int]] | None = None,
+        beginnings: Beginnings | None = None,
         which: Tensor | None = None,
         keep: bool = False,
     ) -> Proposals:
@@ -126,8 +126,7 @@ class Rollout:
             prompts: what to draw for.
             per_prompt: draws per prompt.
             stream: the address of the random numbers.
-            beginnings: tokens with which each draw begins, fewer than a completion has at most; `None` for none. The
-                draws' `log q` is that of the whole completions all the same.
+            beginnings: of each draw, whose `log q` is that of the whole completion all the same; `None` for none.
             which: `[S]`, the prompts to draw for, as positions among `prompts`; `None` for all.
             keep: whether the journal keeps them, so that a run that is killed does not draw them again.
 
@@ -155,9 +154,11 @@ class Rollout:
             with self._timed("seconds_objective"):
                 objective = self.objective.finish(prompts, rows, texts)
         shape = (len(which), per_prompt)
-        ids, length, log_model, log_prior = (
+        ids, length, token_log_model, log_prior = (
             torch.cat(column)
-            for column in zip(*((*part.completions, part.log_model, part.log_prior) for part in parts), strict=True)
+            for column in zip(
+                *((*part.completions, part.token_log_model, part.log_prior) for part in parts), strict=True
+            )
         )
         check_support(log_prior.view(shape))
         return Proposals(
@@ -165,9 +166,10 @@ class Rollout:
             completions=Completions(ids, length),
             objective=objective.view(shape),
             log_prior=log_prior.view(shape),
-            log_model=log_model.view(shape),
+            log_model=token_log_model.sum(-1).view(shape),
             texts=texts,
-            as_scored=beginnings is not None or self.guard.as_scored,
+            as_scored=self.guard.as_scored,
+            token_log_model=token_log_model,
         )
 
     def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
@@ -193,7 +195,7 @@ class Rollout:
         prompts: Prompts,
         rows: Sequence[int],
         stream: Sequence[int],
-        beginnings: Sequence[Sequence[int]] | None,
+        beginnings: Beginnings | None,
         keep: bool,
     ) -> Iterator[list[_Part]]:
         """Draws in rounds, each as the engine's guard lets it pass: first what the journal has, all at once."""
@@ -201,8 +203,7 @@ class Rollout:
         work = functools.partial(self._draw, stream, beginnings)
         new = self._deal("proposals", prompts, rows, work, sum(len(part.texts) for part in kept))
         for drawn in itertools.chain([kept] if kept else [], new):
-            if beginnings is None:
-                self.guard.check(torch.cat([part.measured for part in drawn]))
+            self.guard.check(torch.cat([part.measured for part in drawn]))
             if keep and drawn is not kept:
                 self.journal.add([part.columns for part in drawn])
             yield drawn
@@ -212,7 +213,7 @@ class Rollout:
         prompts: Prompts,
         rows: Sequence[int],
         stream: Sequence[int],
-        beginnings: Sequence[Sequence[int]] | None,
+        beginnings: Beginnings | None,
     ) -> list[_Part]:
         """The first of these draws, where an earlier start of the run has made them, from the same law."""
         args, policy = self.args, self.policy()
@@ -221,7 +222,8 @@ class Rollout:
         asked = [prompts.token_ids[row] for row in dict.fromkeys(rows)]
         tokens = [torch.tensor(list(map(len, asked))), torch.tensor(list(itertools.chain.from_iterable(asked)))]
         law = [
-            [args.seed, torch.tensor(rows), tokens, beginnings, args.max_completion_length],
+            [args.seed, torch.tensor(rows), tokens, None if beginnings is None else [*beginnings]],
+            [args.max_completion_length],
             [type(self.engine).__name__, args.engine_kwargs, torch.is_autocast_enabled(model.device.type)],
             [model.config.to_json_string(), str(model.dtype), self.prior.row_scores],
             [Content().digest(whole(parameter)) for parameter in trained],
@@ -268,42 +270,23 @@ class Rollout:
                 yield together
 
     def _draw(
-        self,
-        stream: Sequence[int],
-        beginnings: Sequence[Sequence[int]] | None,
-        rows: range,
-        token_ids: list[list[int]],
+        self, stream: Sequence[int], beginnings: Beginnings | None, rows: range, token_ids: list[list[int]]
     ) -> _Part:
         address = (self.args.seed, *stream)
-        measured = torch.zeros(0)
         with self._timed("seconds_propose"):
             if beginnings is None:
-                completions, log_model = self.engine.generate(token_ids, address, rows)
-                measured = self.guard.measure(base_model(self.policy()), token_ids, Draws(completions, log_model))
+                asked, draws = token_ids, self.engine.generate(token_ids, address, rows)
             else:
-                completions = self._continued(address, beginnings[rows.start : rows.stop], rows, token_ids)
-                log_model = self._score(base_model(self.policy()), token_ids, completions)
+                most, mine = self.args.max_completion_length, beginnings.select(rows)
+                asked = [[*prompt, *tokens] for prompt, tokens in zip(token_ids, mine.tokens, strict=True)]
+                draws = self.engine.generate(asked, address, rows, [most - len(tokens) for tokens in mine.tokens])
+            measured = self.guard.measure(base_model(self.policy()), asked, draws)
+            if beginnings is not None:
+                draws = mine.continued(draws, most, self.pad_token_id)
         with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
-            log_prior = self._score(prior_model, token_ids, completions)
-        check_scores(log_model, log_prior)
-        return _Part(completions, self.decode(completions), log_model, log_prior, measured)
-
-    def _continued(
-        self, address: Sequence[int], beginnings: Sequence[Sequence[int]], rows: range, token_ids: list[list[int]]
-    ) -> Completions:
-        """Completions that begin with these tokens and go on as the policy does."""
-        most = self.args.max_completion_length
-        drawn, _ = self.engine.generate(
-            [[*prompt, *beginning] for prompt, beginning in zip(token_ids, beginnings, strict=True)],
-            address,
-            rows,
-            [most - len(beginning) for beginning in beginnings],
-        )
-        whole = [[*beginning, *rest] for beginning, rest in zip(beginnings, drawn.tokens(), strict=True)]
-        ids = torch.full((len(whole), most), self.pad_token_id)
-        joined = Completions.of(whole, self.pad_token_id)
-        ids[:, : joined.ids.shape[1]] = joined.ids
-        return Completions(ids, joined.length)
+            log_prior = self._score(prior_model, token_ids, draws.completions)
+        check_scores(draws.log_probs, log_prior)
+        return _Part(draws.completions, self.decode(draws.completions), draws.token_log_probs, log_prior, measured)
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
         return sequence_logprobs(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -11,7 +10,7 @@ from .. import streams
 from ..algorithm.archive import Snapshot
 from ..algorithm.prompt_groups import group_of
 from ..models import snapshots
-from ..types import Prompts, Proposals
+from ..types import Beginnings, Prompts, Proposals
 from .rollout import Rollout
 
 
@@ -47,10 +46,10 @@ class TrainingRollout:
         address, which = (streams.PROPOSE, rung), self.group(rung)
         return self.rollout.propose(self.prompts, self.per_prompt, address, which=which, keep=True)
 
-    def redraw(self, rung: int, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+    def redraw(self, rung: int, step: int, beginnings: Beginnings) -> Proposals:
         """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
         before, which = self.rollout.seconds, self.group(rung)
-        per_prompt = len(beginnings) // len(which)
+        per_prompt = len(beginnings.tokens) // len(which)
         address = (streams.PROPOSE, rung, step)
         drawn = self.rollout.propose(self.prompts, per_prompt, address, beginnings, which, keep=True)
         self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ...types import Proposals
+from ...types import Beginnings, Proposals
 from .. import diagnostics
 from ..archive import Snapshot
 from ..errors import Influence
@@ -33,12 +33,12 @@ class Policy(Protocol):
 class Redraw(Protocol):
     """Draws of the present model that begin with given tokens, scored and evaluated."""
 
-    def __call__(self, step: int, beginnings: Sequence[Sequence[int]]) -> Proposals:
+    def __call__(self, step: int, beginnings: Beginnings) -> Proposals:
         """`[P, k]` draws for `P·k` beginnings, ordered by prompt; their `log q` is that of the whole completions.
 
         Args:
             step: which draws of the rung these are, from 1: part of the address of their random numbers.
-            beginnings: tokens of each, fewer than a completion has at most.
+            beginnings: of each draw, with the `log q` that its tokens were drawn with.
         """
         ...
 

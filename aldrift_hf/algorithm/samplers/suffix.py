@@ -16,8 +16,11 @@ from .kernels import suffix_move
 def suffix_chains(start: Proposals, steps: int, tau: float, redraw: Redraw, generator: torch.Generator) -> Moved:
     """Chains of `M` states, of which each is one [`suffix_move`] away from the one before.
 
+    A token keeps the log-probability with which it was drawn. Where that has rounding of its own, the chain is on pairs
+    of a text and its rounding: the target is `p_τ` times the law of the rounding, and the ratio of a move is the same.
+
     Args:
-        start: the first state of each chain, `[P, m]`, with `log q` of the present model.
+        start: the first state of each chain, `[P, m]`, with `log q` of the present model, token by token.
         steps: M.
         tau: the inverse temperature of the target `p_τ`.
         redraw: draws from the model.
@@ -30,9 +33,8 @@ def suffix_chains(start: Proposals, steps: int, tau: float, redraw: Redraw, gene
     state, redrawn, accepted = start, [], []
     for step in range(1, steps):
         length = state.completions.length
-        kept = (torch.rand(len(length), generator=generator, dtype=torch.float64) * length).long().tolist()
-        beginnings = [tokens[:end] for tokens, end in zip(state.completions.tokens(), kept, strict=True)]
-        proposed = redraw(step, beginnings)
+        kept = (torch.rand(len(length), generator=generator, dtype=torch.float64) * length).long()
+        proposed = redraw(step, state.beginnings(kept))
         moves = suffix_move(
             state.log_weight(tau),
             proposed.log_weight(tau),

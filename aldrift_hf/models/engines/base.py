@@ -32,7 +32,7 @@ class EngineSettings:
 class Engine(ABC):
     """Draws completions by plain ancestral sampling (temperature 1, no truncation), with `log q` as drawn.
 
-    `q` is the law that the tokens really came from. An engine reports its own log-probability of what it drew, whatever
+    `q` is the law that the tokens really came from. An engine reports its own log-probability of each token, whatever
     its rounding: then the weights `L·exp(-τ·d)/q` are exact, of the archive too ([`aldrift_hf.algorithm.archive`]).
 
     Every round of draws is checked ([`aldrift_hf.models.engines.guard`]): the engine's law must be that of the model,

@@ -9,7 +9,6 @@ done before every round of draws. Nothing is ever merged.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -226,10 +225,11 @@ def draws_of(
     if unusual := sorted({reason for reason in reasons if reason not in ("stop", "length")}):
         raise RuntimeError(f"vLLM gave a completion up: its reason is {', '.join(map(repr, unusual))}.")
     ids = torch.full((len(tokens), settings.max_completion_length), settings.pad_token_id)
-    for row, drawn in enumerate(tokens):
+    parts = torch.zeros(ids.shape, dtype=torch.float64)
+    for row, (drawn, found) in enumerate(zip(tokens, log_probs, strict=True)):
         ids[row, : len(drawn)] = torch.tensor(drawn)
-    total = torch.tensor([math.fsum(row) for row in log_probs], dtype=torch.float64)
-    return Draws(Completions(ids, torch.tensor([len(drawn) for drawn in tokens])), total)
+        parts[row, : len(drawn)] = torch.tensor(found, dtype=torch.float64)
+    return Draws(Completions(ids, torch.tensor([len(drawn) for drawn in tokens])), parts)
 
 
 def whole_adapter(policy: PeftModel) -> dict[str, Tensor]:
