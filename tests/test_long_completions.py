@@ -107,10 +107,10 @@ def test_what_is_known_is_not_measured_again(recipe, tmp_path, monkeypatch):
 def test_ess_is_that_of_the_weights(recipe, tmp_path):
     files = recipe(draws=40, chains=4, block=8)
     rows = files["prior_3_draws.json"]["draws"]
-    log_weight = torch.tensor([[log_prior - T * cost - log_q for cost, log_prior, log_q, _ in rows]])
+    log_weight = torch.tensor([[log_prior - T * cost - sum(log_q) for cost, log_prior, _, log_q in rows]])
     found = files["prior_3_figures.json"]
     assert found["ess"] == pytest.approx(diagnostics.effective_sample_size(log_weight).item(), rel=1e-6)
-    assert found["tokens"] == sum(len(row[3]) for row in rows)
+    assert found["tokens"] == sum(len(row[2]) for row in rows)
 
 
 @pytest.mark.parametrize(
