@@ -86,15 +86,15 @@ class Beginnings(NamedTuple):
             width: most tokens of a whole completion.
             pad_token_id: fills rows.
         """
-        ids, log_probs = torch.full((len(self.tokens), width), pad_token_id), torch.zeros(len(self.tokens), width)
-        log_probs, length = log_probs.double(), draws.completions.length.clone()
-        for row, (tokens, before) in enumerate(zip(*self, strict=True)):
-            kept, end = len(tokens), len(tokens) + int(length[row])
-            ids[row, :kept], log_probs[row, :kept] = torch.tensor(tokens), torch.tensor(before, dtype=torch.float64)
-            ids[row, kept:end] = draws.completions.ids[row, : end - kept]
-            log_probs[row, kept:end] = draws.token_log_probs[row, : end - kept]
-            length[row] = end
-        return Draws(Completions(ids, length), log_probs)
+        tokens = [[*before, *rest] for before, rest in zip(self.tokens, draws.completions.tokens(), strict=True)]
+        rests = draws.token_log_probs.tolist()
+        log_probs = [
+            [*before, *rest[: len(row) - len(before)], *[0.0] * (width - len(row))]
+            for row, before, rest in zip(tokens, self.log_probs, rests, strict=True)
+        ]
+        ids = torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in tokens])
+        length = torch.tensor([len(row) for row in tokens])
+        return Draws(Completions(ids, length), torch.tensor(log_probs, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,7 @@ def test_what_sharding_needs_of_them():
         assert (zero["zero_stage"], zero["zero3_init_flag"]) == (stage, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "reports"),
     [

@@ -11,6 +11,8 @@ from peft import PeftModel, get_peft_model
 from aldrift_hf.models import adapters
 from aldrift_hf.models.prior import base_model
 
+pytestmark = [pytest.mark.slow, pytest.mark.versions]
+
 NAMES = ["mine", "prior", "lora_A"]
 EVERY_RUNG = {
     **{"save_strategy": "epoch", "eval_strategy": "epoch", "load_best_model_at_end": True, "save_total_limit": None},

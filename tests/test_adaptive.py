@@ -5,6 +5,8 @@ import itertools
 import pytest
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
+pytestmark = pytest.mark.slow
+
 ADAPTIVE = {"ladder": "adaptive", "tau_step": None, "num_generations": 256, "updates_per_rung": 8}
 
 

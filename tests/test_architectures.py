@@ -32,6 +32,8 @@ from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.streams import uniforms
 
+pytestmark = pytest.mark.versions
+
 LENGTH = 12  # longer than the sliding windows
 PROMPTS = [[EOS], [2, 3], [4, 4, 2, 3, 1]]
 TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": EOS, "eos_token_id": EOS, "pad_token_id": None}
@@ -123,6 +125,7 @@ def test_draws_meet_their_scores(model):
     assert torch.allclose(drawn.log_probs, scores, atol=5e-5)
 
 
+@pytest.mark.slow
 def test_a_run_fits_an_adapter_and_leaves_the_prior_alone(model, config, tokenizer):
     before = log_probs(model, [EOS], every_completion())
     targets = ["in_proj", "x_proj"] if model.config.model_type == "mamba" else "all-linear"  # PEFT takes no others

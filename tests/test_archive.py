@@ -202,6 +202,7 @@ def test_snapshots_are_of_the_trained_parameters_and_leave_no_trace():
         assert name in before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("peft", [True, False], ids=["lora", "full"])
 def test_a_run_with_the_archive(peft, config, tokenizer):
     """Every column is the log-probability under the model that drew that rung; log Z is that of the target."""
@@ -261,6 +262,7 @@ def test_an_adapter_that_does_not_begin_as_the_prior_is_not_taken_for_it(config,
     assert mixture(entries).log_model[0] == pytest.approx(first[drawn], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_models_that_are_too_large_for_memory_are_mapped_from_disk(config, tokenizer, monkeypatch, tmp_path):
     """The run is the same bit for bit; the files are unlinked, and their pages are in the operating system's hands."""
     runs = []
@@ -278,6 +280,7 @@ def test_models_that_are_too_large_for_memory_are_mapped_from_disk(config, token
     assert not os.listdir(tmp_path / "0.0" / "_snapshots")
 
 
+@pytest.mark.slow
 def test_samples_from_the_archive(config, tokenizer):
     """Resampled from the run's own proposals by their weights for T: no draw is made, no objective is called."""
     model = tiny_gpt2()
@@ -303,6 +306,7 @@ def test_samples_from_the_archive(config, tokenizer):
         assert got == pytest.approx(expected.item(), abs=0.005)
 
 
+@pytest.mark.slow
 def test_smoothed_weights_are_the_ones_drawn_by(config, tokenizer, monkeypatch):
     model = tiny_gpt2()
     settings = config(sampler="archive", num_generations=512, pareto_smoothing=True)
@@ -314,6 +318,7 @@ def test_smoothed_weights_are_the_ones_drawn_by(config, tokenizer, monkeypatch):
     assert len(set(trainer.sample(50, correction="archive")["completion"])) == 1
 
 
+@pytest.mark.slow
 def test_a_second_training_starts_a_new_archive(config, tokenizer):
     """Its first model is not the prior any more, and is not taken for it."""
     model = tiny_gpt2()

@@ -29,6 +29,7 @@ def out_of_memory_above(limit, done):
     return work
 
 
+@pytest.mark.slow
 def test_the_size_is_halved_for_good_and_nothing_is_done_twice(caplog):
     found, done = Batches(64, fixed=False), []
     results = found.over(range(10, 110), out_of_memory_above(20, done))
@@ -66,6 +67,7 @@ def refused_by_python(rows):
     bytearray(2**60)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("refused", [refused_by_the_host, refused_by_python])
 def test_memory_that_the_host_refuses(refused):
     """As under `ulimit -v`."""
@@ -136,6 +138,7 @@ def test_a_run_keeps_its_size_as_long_as_that_fits(monkeypatch):
     assert fitting(model, work, present=64) < 64
 
 
+@pytest.mark.slow
 def test_where_not_even_one_row_fits(monkeypatch, config, tokenizer):
     model = tiny_llama().requires_grad_(False)
     work = Work(40, 32, 2**14)
@@ -203,6 +206,7 @@ def odd(**values):
     return config
 
 
+@pytest.mark.slow
 @given(
     values=st.fixed_dictionaries({}, optional={name: SIZES | st.just("?") for name in NAMES}),
     tokens=st.integers(1, 2**17),
@@ -246,6 +250,7 @@ def test_the_context_is_known_or_not(length, known):
     assert context_length(odd(max_position_embeddings=length)) == known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["metropolis_hastings", "archive"])
 def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, tokenizer, tmp_path, monkeypatch, sampler):
     """Generation fails beyond 10 rows: the run has the draws, the samples and the model of one that had the memory."""

@@ -101,6 +101,7 @@ def test_costs_are_counted_once():
     assert len(counted.known) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rloo", "grpo", "expert_iteration"])
 def test_baselines_lower_the_cost_within_their_budget(method, tmp_path, monkeypatch):
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path))

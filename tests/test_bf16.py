@@ -31,6 +31,7 @@ def cached_log_probs(model, prompt, completions):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gpt2-adapter-off", "llama-adapter-off", "gpt2-peft-model", "gpt2-full"])
 def test_corrected_draws_are_from_the_target(kind, config, tokenizer):
     """Generation rounds otherwise than the scorer, by δ: chains that weighed by the scorer's log q would settle at

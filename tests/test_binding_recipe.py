@@ -90,6 +90,7 @@ def test_an_unknown_method_is_refused(run):
         run(methods="ppo")
 
 
+@pytest.mark.slow
 def test_an_unknown_factor_is_refused(run, monkeypatch):
     def nothing(wheel, wanted):
         raise OSError(f"{wheel} holds 0 files for {next(iter(wanted)).name} instead of one")

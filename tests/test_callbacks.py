@@ -126,6 +126,7 @@ class Listener(RunCallback):
         self.heard.append("end")
 
 
+@pytest.mark.slow
 def test_what_a_callback_hears(make):
     listener = Listener()
     trainer = make([listener])

@@ -258,6 +258,7 @@ def program(code):
     return subprocess.run([sys.executable, "-c", start + code], timeout=100, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_async_cost_that_hangs_does_not_keep_the_program_alive():
     done = program(
         "slow = Objective(lambda prompts, completions: asyncio.sleep(600), None, None)\n"
@@ -266,6 +267,7 @@ def test_an_async_cost_that_hangs_does_not_keep_the_program_alive():
     assert (done.returncode, done.stderr) == (3, "")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_forked_process_has_an_event_loop_of_its_own():
     done = program(

@@ -72,6 +72,7 @@ def base(tmp_path, monkeypatch, tokenizer):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tuning", "prompts"),
     [
@@ -112,6 +113,7 @@ def test_the_code_works_as_it_stands(base, config, tuning, prompts, tokenizer, t
     assert "not on the Hub" in card
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_card_wherever_it_saves(config, tokenizer, tmp_path):
     """In place of PEFT's, which has gaps to fill in and the model's path."""
     model = tiny_gpt2()

@@ -37,6 +37,8 @@ from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.toy import word_tokenizer
 
+pytestmark = pytest.mark.versions
+
 COSTS = """
 factor = 1.0
 
@@ -104,6 +106,7 @@ def refused(capsys, argv) -> str:
 # ---- Training -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_says_how_it_came_out(here, capsys):
     cli.main(line())
     out = capsys.readouterr().out
@@ -112,6 +115,7 @@ def test_train_says_how_it_came_out(here, capsys):
     AutoPeftModelForCausalLM.from_pretrained("out")
 
 
+@pytest.mark.slow
 def test_a_run_is_repeated_from_its_own_options(run, here):
     saved = yaml.safe_load((run / "run.yaml").read_text())
     assert saved.keys() == {"objective", "model_name_or_path", *RUN}
@@ -135,6 +139,7 @@ def test_a_file_hides_no_module_and_may_have_any_name(here, name):
     assert sys.modules["random"] is random
 
 
+@pytest.mark.slow
 def test_several_objectives_are_summed(here):
     cli.main(
         line(
@@ -144,6 +149,7 @@ def test_several_objectives_are_summed(here):
     assert RunRecord.read("out").settings["objective_weights"] == [0.5, 0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "prompt"])
 def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
     rows = {"prompt": ["a", "b c"], "weight": [1.0, 0.5]}
@@ -158,6 +164,7 @@ def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
     assert list(dict.fromkeys(prompts)) == (["a b"] if kind == "prompt" else rows["prompt"])
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
     cli.main(line(model_name_or_path="out", output_dir="second", num_rungs=1))
     assert (here / "second" / "prior" / "adapter_model.safetensors").is_file()
@@ -168,6 +175,7 @@ def test_an_adapter_is_trained_on_and_is_the_prior(run, here, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_run_from_python_with_an_adapter_of_another_name(here, capsys):
     """Its weights lie in a subfolder; the command loads the prior, and with it the adapter, as `default`."""
     model = AutoModelForCausalLM.from_pretrained("model")
@@ -188,6 +196,7 @@ def test_a_run_from_python_with_an_adapter_of_another_name(here, capsys):
     assert torch.equal(log_probs(base_model(loaded.model), [EOS], every_completion()), expected)
 
 
+@pytest.mark.slow
 def test_resumed_from_the_command_line(here):
     cli.main(line(num_rungs=2))
     cli.main(line("train", "--resume_from_checkpoint", "True"))
@@ -255,6 +264,7 @@ class OwnSampler(MetropolisHastings):
     """A sampler that no option names."""
 
 
+@pytest.mark.slow
 def test_a_run_from_python_needs_its_objective_alone(here, config, capsys):
     model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), word_tokenizer(WORDS, " ")
     args = config(output_dir="api")
@@ -271,6 +281,7 @@ def test_a_run_from_python_needs_its_objective_alone(here, config, capsys):
     assert metrics["eval_objective"] == pytest.approx(trainer.record.metrics["objective"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_is_sampled_from(here, capsys):
     cli.main(line("train", "--no_use_peft", learning_rate="1e-3", num_rungs=1))
     capsys.readouterr()
@@ -278,6 +289,7 @@ def test_full_fine_tuning_is_sampled_from(here, capsys):
     assert len(capsys.readouterr().out.splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_report_of_a_run(run, capsys):
     cli.main(["report", "out"])
     assert "After 3 rungs" in capsys.readouterr().out
@@ -411,6 +423,7 @@ def test_options_of_a_run_do_not_let_foreign_code_in(run, here, monkeypatch, cap
     assert "required: --objective" in message, "a downloaded file does not say which code is run"
 
 
+@pytest.mark.slow
 def test_a_token_is_not_written_down(here):
     cli.main(line(hub_token="hf_planted", num_rungs=1))
     for path in (here / "out").iterdir():

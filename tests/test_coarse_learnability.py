@@ -67,6 +67,7 @@ def test_equal_widths_need_a_region():
     assert theory.log_supremum(NORMAL, mixture([0.5]), region=(-2, 2)) == pytest.approx(1 + 0.125)
 
 
+@pytest.mark.slow
 @quick
 @given(few_centres, few_centres, st.floats(0.5, 2), st.floats(1.1, 5))
 def test_supremum_meets_a_blind_search(centres, model_centres, width, wider):
@@ -310,6 +311,7 @@ def recipe(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_recipe(recipe, capsys):
     folder = recipe()
     out = " ".join(capsys.readouterr().out.split())
@@ -326,6 +328,7 @@ def test_recipe_repeats_itself(recipe):
     assert fits(1) == fits(1) != fits(2)
 
 
+@pytest.mark.slow
 def test_recipe_survives_infinite_fits(recipe, capsys):
     """With two samples a fit is often narrower than a component."""
     folder = recipe("--sample_sizes", "2", "512", "--separations", "0.5", "1", "--components", "2")

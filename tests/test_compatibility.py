@@ -88,6 +88,7 @@ def is_there(module: str, name: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", ["transformers", "trl"])
 def test_imports_are_there(package):
     found = {pair for path in FILES for pair in imports(path.read_text(), package)}

@@ -18,6 +18,8 @@ from aldrift_hf.reporting.console import LadderLines
 from aldrift_hf.reporting.progress import ProgressBars
 from aldrift_hf.types import no_progress
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def make(config, tokenizer):

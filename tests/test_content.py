@@ -171,6 +171,7 @@ DATA = st.recursive(
 )
 
 
+@pytest.mark.slow
 @given(DATA, DATA)
 def test_data_is_told_apart_as_by_its_text(one, other):
     def text(value):
@@ -290,6 +291,7 @@ print(row_keys(data, list(data)), Content().digest([{"x", "y", ("z", frozenset("
 """
 
 
+@pytest.mark.slow
 def test_digests_and_keys_are_the_same_in_every_process():
     """Also of sets, whose order changes from one process to the next, and of what leads back to itself."""
     one, other = printed_by_two_processes(IN_ANOTHER_PROCESS)

@@ -64,6 +64,7 @@ def test_files_are_read_once(tmp_path):
     assert dict(store) == {}
 
 
+@pytest.mark.slow
 def test_files_of_more_processes_are_read_by_fewer(tmp_path):
     written(tmp_path, ITEMS[:1])
     gc.collect()  # closes it
@@ -197,6 +198,7 @@ def counted(prompts, completions):
     return count_a(prompts, completions)
 
 
+@pytest.mark.slow
 def test_a_run_started_again_evaluates_nothing_and_ends_alike(make, caplog):
     EVALUATED.clear()
     first = make(counted)
@@ -213,6 +215,7 @@ def test_a_run_started_again_evaluates_nothing_and_ends_alike(make, caplog):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_costs_evaluated_before_an_error_are_not_evaluated_again(make):
     EVALUATED.clear()
 
@@ -233,6 +236,7 @@ def test_costs_evaluated_before_an_error_are_not_evaluated_again(make):
     assert len(EVALUATED) == len(set(EVALUATED)) > before
 
 
+@pytest.mark.slow
 def test_costs_of_an_earlier_start_are_checked_against_a_smaller_range(make):
     make(count_a).train()
     with pytest.raises(ValueError, match=r"above objective_range=1\.0"):

@@ -67,6 +67,7 @@ def course(updates):
     return [RATE * (1 + math.cos(math.pi * update / updates)) / 2 for update in range(updates)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("ends", "ended_by"),
     [
@@ -93,6 +94,7 @@ def test_each_rung_is_a_cycle_and_the_last_a_longer_one(ends, ended_by, make):
         assert rung["loss"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("settings", "updates"),
     [
@@ -116,6 +118,7 @@ def test_warm_up_comes_before_the_first_cycle(make):
     assert second == pytest.approx(course(8))
 
 
+@pytest.mark.slow
 def test_other_schedules_are_those_of_transformers(make):
     _, constant = make(lr_scheduler_type="constant", updates_per_rung=3)
     constant.trainer.train()
@@ -125,6 +128,7 @@ def test_other_schedules_are_those_of_transformers(make):
     assert [*chain(*cosines.rates)] == pytest.approx(course(9))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4, 6, 8, 16, 18, 22])
 def test_it_is_resumed_bit_for_bit(step, make):
     """In a cycle, where one has ended, among updates that are skipped, and on the last rung."""
@@ -139,6 +143,7 @@ def test_it_is_resumed_bit_for_bit(step, make):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_a_longer_budget_goes_on_where_the_last_rung_ended(make):
     save = {"save_strategy": "epoch", "save_total_limit": None}
     short, _ = make(**save, num_rungs=2)
@@ -172,6 +177,7 @@ def test_texts_that_cannot_be_covered_are_learned_from_less_often(nats, draws, u
     assert updates_for(proposals_of(nats, draws), 40, 32) == updates
 
 
+@pytest.mark.slow
 def test_each_rung_has_the_updates_that_its_own_texts_are_worth(make, monkeypatch):
     monkeypatch.setattr(cycles, "SHORT_TEXT", 2.0)  # the tiny model's texts have more
     monkeypatch.setattr(cycles, "FEWER", 4.0)

@@ -42,6 +42,7 @@ def test_a_column_that_a_cost_could_not_tell_from_another_argument_is_refused(ma
         trainer.sample(1, rows)
 
 
+@pytest.mark.slow
 def test_every_other_column_reaches_the_cost(make):
     """Also under names that something here has an object for: `completion`, `objective`, `input_ids`, `tau`."""
     names = ["completion", "objective", "objectives", "input_ids", "labels", "prompt_ids", "tau", "rows", "a b"]

@@ -40,6 +40,7 @@ def check_finite(trainer, infinite=()):
 # ---- The objective tells nothing apart -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "ladder"),
     [
@@ -65,6 +66,7 @@ def test_nothing_is_better_than_the_worst(make, sampler, ladder, objective_range
     assert sum(words in warning for warning in health.run_warnings(RunRecord.read(trainer.args.output_dir))) == 1
 
 
+@pytest.mark.slow
 def test_all_costs_are_equal(make, caplog):
     trainer = make(constant(1.0))
     trainer.train()
@@ -82,6 +84,7 @@ def test_a_converged_model_is_not_blamed_for_equal_costs():
     assert [*health.health_warnings("The prior", record, metrics | {"rung": 0})] == ["constant_cost"]
 
 
+@pytest.mark.slow
 def test_a_cost_above_its_range(make):
     with pytest.raises(
         ValueError, match=r"returned 4\.0 for row \d+, above objective_range=3\.0.* Raise objective_range"
@@ -89,6 +92,7 @@ def test_a_cost_above_its_range(make):
         make(constant(4.0)).train()
 
 
+@pytest.mark.slow
 def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
     def flaky(prompts, completions):
         if any(text.startswith("c") for text in completions):
@@ -106,6 +110,7 @@ def test_a_cost_that_fails_on_some_texts_goes_into_the_record(make, caplog):
 # ---- Weights that leave nothing --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_draw_carries_all_weight_and_chains_accept_nothing(make, caplog):
     few = {"num_generations": 4, "chain_length": 4, "tau_max": 1.0, "tau_step": 1.0, "num_rungs": 1}
     for seed in range(100):  # until the first proposal is like no other
@@ -138,6 +143,7 @@ def mask(model, tokens):
     model.lm_head = head.requires_grad_(False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "loss_type"),
     [("metropolis_hastings", "nll"), ("archive", "nll"), ("archive", "generalized_kl")],
@@ -152,6 +158,7 @@ def test_a_token_of_probability_zero_under_model_and_prior(make, sampler, loss_t
     assert not any("b" in draw["completion"] for draw in trainer.record.draws)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["metropolis_hastings", "suffix", "archive", "reweight"])
 def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     trainer = make(adapter=False, sampler=sampler, chain_length=16, learning_rate=1e-3)
@@ -199,6 +206,7 @@ def test_half_precision_overflows(make, adapter):
     in_full.rollout.propose(in_full.inputs.prompts, 4, (0, 0))
 
 
+@pytest.mark.slow
 def test_impossible_log_probabilities_are_refused_before_the_draws_are_evaluated(make):
     """Where the first tokens are well and later ones are not."""
     for broken, who in (("policy", "the model"), ("prior", "the prior")):

@@ -301,7 +301,7 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
         assert extras in importlib.metadata.metadata("aldrift_hf").get_all("Provides-Extra")
 
     def pytest_(words: list[str]) -> None:
-        assert words in ([], ["-m", "not slow"]) or (
+        assert words in ([], ["-m", "not slow or versions"]) or (
             words[:2] == ["-k", "not transformers"] and all(Path(word).is_file() for word in words[2:])
         )
 
@@ -349,6 +349,7 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page) or blocks(page, "yaml")])
 def test_commands_parse(page, check, tmp_path, monkeypatch):
     """By the parser of the program that they start, with the page's YAML files, whose first lines name them."""
@@ -366,6 +367,7 @@ def test_commands_parse(page, check, tmp_path, monkeypatch):
 # ---- Links -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_links_have_a_target(page):
     """Relative links lead to a file, to one of its headings by GitHub's name for it, or to a name that it defines."""

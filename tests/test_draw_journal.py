@@ -11,6 +11,8 @@ from aldrift_hf.models.engines import EngineSettings
 from aldrift_hf.trainer.draw_journal import DrawJournal
 from aldrift_hf.types import Completions
 
+pytestmark = pytest.mark.slow
+
 DRAWS, BATCH = 48, 8
 
 

@@ -17,6 +17,8 @@ from aldrift_hf.models.engines import EngineSettings, guard
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.streams import uniforms
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = EngineSettings(3, (EOS,), EOS)
 DRAW = generation._draw
 

@@ -146,6 +146,7 @@ def test_what_vllm_has_no_adapters_for_is_an_error():
         drawn(sync(engine_of("vllm"), policy), policy, [[EOS]])
 
 
+@pytest.mark.slow
 @each_engine
 def test_a_run_learns_and_resumes(name, config, tokenizer):
     """With either engine the model comes closer to p_T, and a run goes on from its checkpoint as if never stopped."""

@@ -63,6 +63,7 @@ def assert_right(estimates, errors):
 RUNGS = [(LOG_L, 0.5, 150), (LOG_Q, 1.0, 250), ((LOG_L - COST).log_softmax(0), 1.0, 200)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rungs", [RUNGS[:1], RUNGS[:2], RUNGS], ids=["first", "second", "third"])
 @pytest.mark.parametrize("make", [ArchiveSampler, lambda: MetropolisHastings(10)], ids=["pooled", "step by step"])
 def test_errors_of_a_rung(make, rungs):

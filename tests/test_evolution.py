@@ -35,6 +35,7 @@ def test_the_best_is_found_within_the_budget(method):
     assert tuple(oracle.best(1)[0].tolist()) == WANTED
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_the_same_seed_evaluates_the_same(method):
     runs = [Oracle(matches, 70) for _ in range(3)]

@@ -24,6 +24,8 @@ from aldrift_hf.algorithm.samplers import Selection, SuffixChains
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["", "b", "a c b c"]
 TAU = 0.8
 STEPS = 24

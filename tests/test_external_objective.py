@@ -96,6 +96,7 @@ def test_the_pattern_in_the_readme(recipe):
     assert costs(names["cost"], *["print(42)"] * 30, "print(43)", "1/0") == [0.0] * 30 + [1.0, recipe.D]
 
 
+@pytest.mark.slow
 def test_it_keeps_the_laws_whatever_the_service_does(recipe):
     flaky = programs(recipe, processes=4, outages=0.1)
     check_objective(flaky, [EXAMPLE, EXAMPLE.replace("40", "41")], objective_range=recipe.D)
@@ -137,6 +138,7 @@ def test_what_hangs_is_killed_with_all_that_it_started(recipe, tmp_path):
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_what_hangs_ends_by_itself_where_nobody_is_left_to_kill_it(recipe):
     evaluator = [sys.executable, "-I", "-S", "-c", recipe.EVALUATOR, "0", "1"]
     done = subprocess.run(evaluator, input=b"while True: pass", timeout=60)
@@ -203,6 +205,7 @@ def test_settings_that_cannot_work_are_refused(recipe, settings):
         recipe.Programs(**settings)
 
 
+@pytest.mark.slow
 def test_the_recipe(recipe, tmp_path, monkeypatch, capsys):
     """The recipe at a small size."""
     monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path / "cache"))

@@ -105,6 +105,7 @@ def other_configs(draw, family: str):
     return lambda: getattr(peft, name)(**CAUSAL, **kinds[name])
 
 
+@pytest.mark.slow
 @fuzz(40)
 @given(st.data())
 def test_either_the_prior_stays_and_the_adapter_moves_or_it_is_refused(data):
@@ -134,6 +135,7 @@ def _configured(config):
     _config = config
 
 
+@pytest.mark.slow
 def test_ordinary_adapters_are_not_refused(config):
     """What the test above would accept is refused nowhere in the ordinary range."""
     for family, make in MAKERS.items():
@@ -155,6 +157,7 @@ def test_ordinary_adapters_are_not_refused(config):
 # ---- What a model has been through -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_that_has_been_through_a_trainer_is_refused(config):
     """A cell of a notebook that is run again: the layers of the first run are still in the model."""
     model = tiny_gpt2()
@@ -250,6 +253,7 @@ def test_a_frozen_model_is_refused(config):
         one_update(config, tiny_gpt2().requires_grad_(False))
 
 
+@pytest.mark.slow
 def test_a_saved_adapters_config_is_one_to_train(config):
     """PEFT writes inference_mode=True into every config that it saves; and the user's object is left alone."""
     saved = LoraConfig(**CAUSAL, target_modules="all-linear", fan_in_fan_out=True, inference_mode=True)
@@ -317,6 +321,7 @@ def test_a_context_of_two_tokens_is_enough(config):
 # ---- Gradients -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_gradient_of_zero_stops_the_first_update(config):
     options = LoraConfig(**CAUSAL, target_modules=["c_attn"], fan_in_fan_out=True, lora_alpha=0)
     trainer = one_update(config, tiny_gpt2(), options)
@@ -338,6 +343,7 @@ def test_a_gradient_that_checkpointing_loses_is_refused(config):
     fidelity.check_gradient(policy)
 
 
+@pytest.mark.slow
 def test_costs_that_are_all_the_same_have_a_gradient_of_zero_by_right(config, tokenizer):
     """Then all weights are equal, and with the archive's loss nothing pulls."""
     model = tiny_gpt2()

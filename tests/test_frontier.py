@@ -6,6 +6,7 @@ import pytest
 from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings"])
 def test_they_are_those_of_the_exact_target(config, tokenizer, sampler):
     model, completions = tiny_gpt2(), every_completion()

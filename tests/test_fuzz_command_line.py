@@ -118,6 +118,7 @@ def ends(run, argv):
         assert len(message.strip().splitlines()) == 1 or "usage" in out.getvalue(), message
 
 
+@pytest.mark.slow
 @fuzz(examples=120)
 @given(YAML)
 def test_any_file_of_options(run, content):
@@ -148,6 +149,7 @@ def test_any_options_of_a_run(run, command, content):
         (run / "run.yaml").write_bytes(kept)
 
 
+@pytest.mark.slow
 @fuzz(examples=200)
 @given(
     st.sampled_from(["run.json", "rungs.jsonl", "draws.jsonl"]),

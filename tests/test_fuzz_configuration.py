@@ -298,6 +298,7 @@ def once(settings, **arguments):
     return example(settings, {**PLAIN, **arguments})
 
 
+@pytest.mark.slow
 @once({"weight_decay": None})
 @once({"adam_beta1": 1.0})
 @once({"adam_epsilon": 0.0})

@@ -16,6 +16,8 @@ from problems.round_trips import RoundTripProblem
 from problems.spanning_tree import SpanningTreeProblem, load_problem
 from problems.tree_modes import largest_degree
 
+pytestmark = pytest.mark.slow
+
 TEXTS = 50
 """Texts per example of Hypothesis, which makes about a thousand examples per second."""
 

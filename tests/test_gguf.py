@@ -21,6 +21,8 @@ from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.card import PATH_TO_BASE_MODEL, model_card
 from aldrift_hf.selftest import Options, run
 
+pytestmark = pytest.mark.versions
+
 CHAT = [{"role": "user", "content": "a b"}]
 COMPLETIONS = every_completion()
 
@@ -64,6 +66,7 @@ def test_the_precision_is_that_of_a_folder(file):
     assert loading.load_model(file, {"dtype": "bfloat16"}, adapter=False).dtype == torch.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tuning", ["adapter", "in full"])
 def test_a_run_from_a_file_and_all_that_follows(file, config, tuning):
     def trainer(model=file, peft=tuning == "adapter", **changes):
@@ -102,6 +105,7 @@ def test_a_saved_adapter_names_the_file(file, config):
         ALDRIFTTrainer("out", count_a, config(), processing_class=trainer.processing_class)
 
 
+@pytest.mark.slow
 def test_the_commands(file, capsys, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     Path("costs_of_a.py").write_text("def cost(prompts, completions):\n    return [len(c) / 3 for c in completions]\n")
@@ -132,11 +136,13 @@ def test_a_recipe_takes_it(file, tmp_path, monkeypatch):
         assert same(model, as_transformers_reads(file))
 
 
+@pytest.mark.slow
 def test_the_self_test_takes_it(file, capsys):
     assert run(Options(model_name_or_path=file), checks=(), num_draws=10) == 0
     assert "models/tiny.gguf" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_cards_code_loads_it(tmp_path, monkeypatch, config):
     monkeypatch.chdir(tmp_path)
     file = Path(PATH_TO_BASE_MODEL, "tiny.gguf")

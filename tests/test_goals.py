@@ -64,6 +64,7 @@ def test_slopes_are_derivatives(name):
     assert slope == pytest.approx((value(0.7 + 1e-5) - value(0.7 - 1e-5)) / 2e-5, rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_error_is_the_spread_of_the_estimates(name):
     """Over 3,000 repetitions of 200 draws for each of two prompts, 5 %."""
@@ -148,6 +149,7 @@ def test_a_run_finds_t_and_ends_there(make, tokenizer, name, ladder):
     assert math.isfinite(record.metrics["missing_mass"])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_knows_its_t(make, tmp_path):
     save = {"save_strategy": "epoch", "save_total_limit": None, "num_rungs": 3, "target_cost": 0.5}
     whole = make(output_dir=str(tmp_path / "whole"), **save)
@@ -158,6 +160,7 @@ def test_a_resumed_run_knows_its_t(make, tmp_path):
     assert resumed.record.tau_max_error == whole.record.tau_max_error
 
 
+@pytest.mark.slow
 def test_a_run_that_is_loaded_has_its_t(make):
     trainer = make(target_cost=0.5, num_rungs=2)
     trainer.train()
@@ -168,6 +171,7 @@ def test_a_run_that_is_loaded_has_its_t(make):
     assert again.sample(4).num_rows == 4
 
 
+@pytest.mark.slow
 def test_without_a_t_nothing_is_measured_or_sampled(make):
     at_least_one = lambda prompts, completions: [1 + cost for cost in count_a(prompts, completions)]  # noqa: E731
     trainer = make(at_least_one, target_cost=0.5, max_rungs=1, objective_range=4.0)

@@ -37,6 +37,8 @@ from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.trainer.checkpoints import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE
 
+pytestmark = pytest.mark.versions
+
 RECIPE = Path(__file__).parents[1] / "recipes" / "spanning_tree.py"
 RECORD = {"run.json", "rungs.jsonl", "draws.jsonl", "README.md"}
 ADAPTER = {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "training_args.bin"}
@@ -97,6 +99,7 @@ def same_log_probs(model, trainer: ALDRIFTTrainer) -> bool:
     )
 
 
+@pytest.mark.slow
 def test_what_is_pushed_loads_as_the_model_that_was_trained(hub, config, tmp_path, monkeypatch, capsys):
     """Each kind of request is answered with 503 at first, and made again."""
     for kind in (("POST", "repos/create"), ("POST", "preupload"), ("POST", "objects/batch"), ("PUT", "/lfs/")):
@@ -130,6 +133,7 @@ def test_what_is_pushed_loads_as_the_model_that_was_trained(hub, config, tmp_pat
     assert [json.loads(line)["objective"] for line in capsys.readouterr().out.splitlines()] == [0.0] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["every_save", "checkpoint"])
 def test_checkpoints_are_pushed_by_strategy_and_no_token_with_them(hub, config, strategy, caplog, capfd):
     args = config(
@@ -182,6 +186,7 @@ def test_checkpoints_are_pushed_by_strategy_and_no_token_with_them(hub, config, 
         assert TOKEN.encode() not in data, name
 
 
+@pytest.mark.slow
 def test_nothing_is_deleted_once_a_push_has_begun(hub, config, tmp_path, monkeypatch):
     """The client lists output_dir in a thread, and a folder that goes meanwhile is an error there."""
     trainer = trainer_on(config(push_to_hub=True, hub_model_id="me/dice", save_strategy="epoch", save_total_limit=1))
@@ -221,6 +226,7 @@ def test_a_bad_token_is_found_before_anything_is_computed(hub, config):
         trainer_on(config(push_to_hub=True, hub_token="hf_wrong"), objective=cost)
 
 
+@pytest.mark.slow
 def test_a_token_that_expires_costs_nothing_but_the_push(hub, config, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("aldrift_hf"), "propagate", True)
     args = config(push_to_hub=True, save_strategy="epoch")
@@ -235,6 +241,7 @@ def test_a_token_that_expires_costs_nothing_but_the_push(hub, config, caplog, mo
     assert same_log_probs(PeftModel.from_pretrained(tiny_gpt2(), args.output_dir), trainer)
 
 
+@pytest.mark.slow
 def test_a_refused_repository_leaves_the_model_on_disk(hub, config):
     """Where push_to_hub was not set, the Hub is first asked when all is computed."""
     args = config()
@@ -251,6 +258,7 @@ def test_a_refused_repository_leaves_the_model_on_disk(hub, config):
     assert hub.faults["POST", "repos/create"] == 93  # asked once, and six times more with waits in between
 
 
+@pytest.mark.slow
 def test_a_fully_fine_tuned_model_through_the_pipelined_client(hub, config, monkeypatch):
     """The client's other way, with hf_xet: here the commit, too, is made again after a 503."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
@@ -265,6 +273,7 @@ def test_a_fully_fine_tuned_model_through_the_pipelined_client(hub, config, monk
     assert same_log_probs(AutoModelForCausalLM.from_pretrained("me/whole"), trainer)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["default", "mine"])
 def test_the_frozen_start_of_an_adapter_is_pushed_beside_it(hub, config, tokenizer, name):
     """The prior of a run that trains on from an adapter: without it nothing could be corrected."""

@@ -331,6 +331,7 @@ print(identity_of([Problem("a", "b", "c", "d")]))
 """
 
 
+@pytest.mark.slow
 def test_the_same_cost_in_another_process_is_the_same():
     """Also where it refers to a set, whose order changes from one process to the next."""
     one, other = printed_by_two_processes(IN_ANOTHER_PROCESS)

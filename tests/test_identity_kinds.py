@@ -43,6 +43,7 @@ def elsewhere():
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", cost_kinds.KINDS)
 def test_a_cost_of_this_kind_is_known_by_its_content(name, elsewhere):
     make = cost_kinds.KINDS[name]
@@ -79,6 +80,7 @@ def pairs_of_specs(draw):
     return one, one._replace(**{field: draw(fields[field]) for field in sorted(changed)})
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(pairs_of_specs())
 def test_two_costs_have_one_identity_exactly_if_they_are_made_alike(pair):

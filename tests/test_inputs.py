@@ -413,6 +413,7 @@ def test_a_start_beyond_the_vocabulary_is_a_prompt_beyond_it(make):
         make(tiny_gpt2(), processing_class=tokenizer)
 
 
+@pytest.mark.slow
 def test_the_padding_has_no_effect(make, model):
     """Whichever token it is, there or not: draws, scores and what is learned."""
     results = []

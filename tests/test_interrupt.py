@@ -12,6 +12,8 @@ from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
 
+pytestmark = pytest.mark.versions
+
 
 class PressAt(TrainerCallback):
     """Presses Ctrl-C before an update, once or several times."""
@@ -41,6 +43,7 @@ def same(one, other):
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.slow
 def test_the_first_stops_after_the_update_with_a_checkpoint(make, tmp_path, caplog):
     alone = make(output_dir=str(tmp_path / "alone"))
     alone.train()
@@ -53,6 +56,7 @@ def test_the_first_stops_after_the_update_with_a_checkpoint(make, tmp_path, capl
     assert same(resumed, alone)
 
 
+@pytest.mark.slow
 def test_between_rounds_of_proposals_too(make, tmp_path):
     """The checkpoint is that of the last update."""
     settings = {"save_strategy": "no", "per_device_generation_batch_size": 8, "num_generations": 256}
@@ -102,6 +106,7 @@ class TerminateAt(TrainerCallback):
             time.sleep(0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("step", "complete"), [(5, 1), (7, 2)], ids=["mid-rung", "last update of a rung"])
 def test_sigterm_is_the_trainers_and_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog, step, complete):
     init = CheckpointManager.__init__

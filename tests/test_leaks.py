@@ -22,6 +22,7 @@ def run(config, tokenizer, cost, what):
     return trainer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["train", "evaluate"])
 def test_threads_files_and_objects_end_with_the_trainer(what, config, tokenizer):
     run(config, tokenizer, count_b, what)  # what is made once per process, such as the event loop

@@ -116,6 +116,7 @@ def test_text_and_back(problem, data):
     assert problem.parse(text) == problem.parse(f"\n{text} ") == visits
 
 
+@pytest.mark.slow
 @given(
     st.text() | st.lists(st.sampled_from(["1", "6", "7", "0", "-1", "٣", "1.0", "", "x"]), max_size=5).map(", ".join)
 )

@@ -52,6 +52,7 @@ def exact(module, chat_model, model, tokenizer):
     return log_weight.logsumexp(0), mean, deviation, (log_p.exp() * (log_p - log_q)).sum(), ess
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_distributions(recipe, chat_model, tokenizer, tmp_path):
     """Of the prior and of an adapter: ESS, KL, log Z, mean cost, and where the chains have come."""
     adapter = lora(tiny_gpt2(n_positions=64), seed=3, scale=0.1)
@@ -81,6 +82,7 @@ def test_figures_are_those_of_the_distributions(recipe, chat_model, tokenizer, t
     assert "KL(p_T‖q), nats" in table
 
 
+@pytest.mark.slow
 def test_what_is_known_is_not_measured_again(recipe, tmp_path, monkeypatch):
     """Figures are read; draws of an interrupted command are gone on with, and are the same as in one go."""
     whole = recipe(draws=40, chains=4, block=8)

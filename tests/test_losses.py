@@ -189,6 +189,7 @@ def trainer_of(settings: ALDRIFTConfig, tokenizer, dataset=None):
     )
 
 
+@pytest.mark.slow
 def test_a_rungs_densities(config, tokenizer):
     """Every row of a rung carries `log p_τ` with the ladder's log Z, and the density of the draws it came from."""
     prompts = ["", "a b"]
@@ -213,6 +214,7 @@ def test_a_rungs_densities(config, tokenizer):
         assert float(item["log_reference"]) == pytest.approx(log_r, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns_the_target_where_maximum_likelihood_memorises(config, tokenizer):
     """Few draws, many updates: maximum likelihood fits the draws, the divergence fits p_T; exact KL tells."""
     distance = {}
@@ -229,6 +231,7 @@ def test_it_learns_the_target_where_maximum_likelihood_memorises(config, tokeniz
     assert distance["generalized_kl"] < 0.75 * distance["nll"]
 
 
+@pytest.mark.slow
 def test_accumulated_batches_learn_as_one(config, tokenizer):
     """The Trainer hands the loss the tokens of the whole accumulated batch, and each row its own densities."""
     same = {"sampler": "archive", "num_rungs": 1, "optim": "sgd"}

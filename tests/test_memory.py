@@ -115,6 +115,7 @@ def test_processes_share_what_they_have_together(machine, monkeypatch):
     assert free_host_memory(root) == 200 * MIB, "a limit of each process is not divided"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(psutil, "RLIMIT_AS"), reason="no such limits on this system")
 @pytest.mark.parametrize("flag", ["-v", "-d"])
 def test_limits_of_a_shell_are_known_and_hold(flag):

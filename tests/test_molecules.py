@@ -31,6 +31,7 @@ def test_the_scores_are_those_of_guacamol(name):
     assert len({*KNOWN[name]}) > 100
 
 
+@pytest.mark.slow
 def test_zinc_in_tokens():
     smiles, tokens = zinc()
     assert 249_000 < len(smiles) < 249_456
@@ -78,6 +79,7 @@ def test_draws_do_not_count_as_evaluations():
     assert problem.values == {"CCO": 0.3}
 
 
+@pytest.mark.slow
 def test_the_genetic_algorithm_keeps_its_budget_and_finds_more():
     problem = MoleculeProblem(SCORES["median1"])
     evolve(problem, 50, 10, 300, seed=0)

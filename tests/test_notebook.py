@@ -93,6 +93,7 @@ def test_which_callbacks_a_notebook_has(config, monkeypatch):
     assert NotebookProgress not in {type(each) for each in default_callbacks(config(disable_tqdm=True))}
 
 
+@pytest.mark.slow
 def test_a_run_has_one_output_and_what_follows_its_own(trainer, shown):
     trainer.train()
     (run,) = shown

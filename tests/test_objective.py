@@ -415,6 +415,7 @@ def test_a_function_that_exits_the_program_does_so_from_a_thread_too():
             batch(prompts("x"), [0], ["a"])
 
 
+@pytest.mark.slow
 def test_a_cost_that_hangs_does_not_keep_the_program_alive():
     code = (
         "import time\nfrom aldrift_hf.objective.objective import Objective\nfrom aldrift_hf.types import Prompts\n"
@@ -631,6 +632,7 @@ async def length_later(prompts, completions):
     return [float(len(text)) for text in completions]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cost", [length_later, failing([], "raise"), failing(["a"], "raise")])
 def test_objectives_that_nobody_uses_leave_nothing_behind(cost, tmp_path):
     """Neither a thread nor an object, although none was closed."""

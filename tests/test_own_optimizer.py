@@ -6,6 +6,8 @@ from conftest import ALDRIFTTrainer, count_a, lora, lora_config, tiny_gpt2
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+pytestmark = pytest.mark.versions
+
 
 def trained(model):
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -31,6 +33,7 @@ def test_an_optimizer_made_before_the_adapter_is_refused(config, tokenizer):
         trainer_of(config, tokenizer, tiny_gpt2(), (AdamW(tiny_gpt2().parameters(), lr=1e-2), None))
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_a_part_is_warned_of(config, tokenizer, caplog):
     model = lora(tiny_gpt2(), seed=3)
     optimizer = AdamW(trained(model)[:2], lr=1e-2)
@@ -42,6 +45,7 @@ def test_an_optimizer_of_a_part_is_warned_of(config, tokenizer, caplog):
     assert moved == [True, True, *[False] * 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["peft-model", "full"])
 def test_an_optimizer_of_what_is_trained_trains_it(kind, config, tokenizer, caplog):
     model = lora(tiny_gpt2(), seed=3) if kind == "peft-model" else tiny_gpt2()

@@ -22,6 +22,8 @@ from aldrift_hf.models import prior
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference
 
+pytestmark = pytest.mark.versions
+
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
 
@@ -30,6 +32,7 @@ def prior_scores(trainer):
         return log_probs(model, [EOS], every_completion())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MAKERS)
 @pytest.mark.parametrize("kind", ["adapter-off", "peft-model", "full"])
 def test_training_leaves_the_prior_alone(family, kind, config, tokenizer):
@@ -51,6 +54,7 @@ def test_training_leaves_the_prior_alone(family, kind, config, tokenizer):
     assert (after - before).abs().max() > 0.1, "nothing was learnt: the test shows nothing"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["adapter-off", "peft-model"])
 def test_only_the_policys_adapter_is_trained(kind, config, tokenizer):
     model = tiny_gpt2()
@@ -79,6 +83,7 @@ def test_switching_comes_back_after_an_exception():
     assert torch.equal(log_probs(base_model(model), [EOS], every_completion()), before)
 
 
+@pytest.mark.slow
 def test_an_adapter_loaded_for_inference_is_trained_on(config, tokenizer, tmp_path):
     """`PeftModel.from_pretrained` freezes what it loads; passed to the trainer, a copy is frozen and it is trained."""
     lora(tiny_gpt2(), seed=3).save_pretrained(tmp_path / "adapter")
@@ -90,6 +95,7 @@ def test_an_adapter_loaded_for_inference_is_trained_on(config, tokenizer, tmp_pa
     assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - before).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
     trainer = ALDRIFTTrainer(lora(tiny_gpt2(), seed=3), count_a, config(), processing_class=tokenizer)
     trainer.train()

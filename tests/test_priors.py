@@ -151,6 +151,7 @@ def test_small_prior_is_the_same_anywhere(tmp_path):
     assert same_weights(first, second)
 
 
+@pytest.mark.slow
 def test_a_change_makes_another_prior(tmp_path, monkeypatch):
     make(tmp_path)
     monkeypatch.setattr(toy, "fit", no_fit)
@@ -218,6 +219,7 @@ def test_room_for_the_longest_text(tmp_path):
     assert model.config.n_positions == 128
 
 
+@pytest.mark.slow
 def test_small_prior_learns_the_local_rule(tmp_path):
     """Nearly all mass on well-formed strings, spread evenly, so that trees are as frequent as in the enumeration."""
     model, tokenizer = make(tmp_path, width=32, steps=250, batch_size=64, learning_rate=1e-2)
@@ -280,6 +282,7 @@ def test_warm_up_fits_an_adapter(base_folder, tmp_path):
     assert all(torch.equal(base[name], before[name]) for name in before), "bit for bit"
 
 
+@pytest.mark.slow
 def test_warm_up_is_cached(base_folder, tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     _, first = warmed_up(base_folder, cache)

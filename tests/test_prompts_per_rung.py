@@ -122,6 +122,7 @@ def test_log_z_of_every_prompt_is_exact_at_its_last_rung(make, tokenizer, sample
     assert len(trainer.record.metrics) > 0
 
 
+@pytest.mark.slow
 def test_densities_of_each_group_in_a_run(make):
     trainer = make(num_generations=64)
     trainer.train()
@@ -145,6 +146,7 @@ def test_densities_of_each_group_in_a_run(make):
     assert learned.max() <= 2 * learned.min(), "from each prompt as much"
 
 
+@pytest.mark.slow
 def test_replayed_draws_have_the_rungs_target_and_their_own_density(make):
     """`log p_τ` with log Z of their own pool, and the mixture that drew them."""
     trainer = make(num_generations=64)
@@ -166,6 +168,7 @@ def test_replayed_draws_have_the_rungs_target_and_their_own_density(make):
     assert checked > 4
 
 
+@pytest.mark.slow
 def test_a_budget_counts_the_prompts_of_a_rung(make):
     """So many calls would not do for one draw for each of the prompts."""
     trainer = make(num_generations=1, updates_per_rung=1, max_objective_calls=4, num_rungs=2)
@@ -175,6 +178,7 @@ def test_a_budget_counts_the_prompts_of_a_rung(make):
         make(max_objective_calls=1, prompts_per_rung=3).train()
 
 
+@pytest.mark.slow
 def test_samples_from_the_archive_are_ordered_by_prompt(make):
     trainer = make(num_rungs=3)
     trainer.train()
@@ -187,6 +191,7 @@ def test_samples_from_the_archive_are_ordered_by_prompt(make):
             assert got == pytest.approx(expected.item(), abs=0.01)
 
 
+@pytest.mark.slow
 def test_prompts_without_draws_in_the_archive_are_an_error(make):
     trainer = make(num_rungs=2)
     trainer.train()
@@ -194,6 +199,7 @@ def test_prompts_without_draws_in_the_archive_are_an_error(make):
         trainer.sample(4, correction="archive")
 
 
+@pytest.mark.slow
 def test_resumed_in_the_middle_of_an_epoch(make, tmp_path):
     save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "archive_window": 3}
     save |= {"num_generations": 32}
@@ -206,6 +212,7 @@ def test_resumed_in_the_middle_of_an_epoch(make, tmp_path):
         assert resumed.record.prompt_tau == whole.record.prompt_tau
 
 
+@pytest.mark.slow
 def test_another_number_of_prompts_per_rung_is_another_run(make, tmp_path):
     make(save_strategy="epoch", num_rungs=1).train()
     with pytest.raises(ValueError, match=r"prompts_per_rung = 2, not 3"):

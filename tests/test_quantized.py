@@ -12,6 +12,8 @@ from aldrift_hf.models.prior import base_model, keep_four_bit_weights
 from aldrift_hf.models.scoring import inference
 from aldrift_hf.selftest.exact import chi_square_p
 
+pytestmark = pytest.mark.versions
+
 bitsandbytes = pytest.importorskip("bitsandbytes")
 
 TOKENS = {"vocab_size": 5, "initializer_range": 0.2, "bos_token_id": EOS, "eos_token_id": EOS}
@@ -63,6 +65,7 @@ def test_the_base_is_really_in_four_bits(folder):
     assert difference.abs().max() > 1e-3
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_dequantized_model(folder, config, tokenizer):
     """After generation in eval mode, as in a run: on some CPUs bitsandbytes then loses the gradients of its layers."""
     gradients = []
@@ -90,6 +93,7 @@ def test_a_model_that_bitsandbytes_has_repacked_is_refused(folder, config, token
         ALDRIFTTrainer(model, count_a, config(), processing_class=tokenizer, peft_config=adapter())
 
 
+@pytest.mark.slow
 def test_the_whole_life_of_a_run(folder, config, tokenizer, tmp_path):
     """By path with a quantisation config: train, evaluate, sample, save, load what was saved, resume."""
     arguments = {
@@ -137,6 +141,7 @@ def test_the_whole_life_of_a_run(folder, config, tokenizer, tmp_path):
             assert torch.equal(again.model.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_a_peft_model_on_it_has_a_second_frozen_adapter_as_its_prior(folder, config, tokenizer):
     policy = get_peft_model(quantized(folder), adapter())
     perturb(policy, seed=1, scale=0.1)
@@ -149,6 +154,7 @@ def test_a_peft_model_on_it_has_a_second_frozen_adapter_as_its_prior(folder, con
     assert (log_probs(base_model(trainer.model), [EOS], every_completion()) - passed_in).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["metropolis_hastings", "archive"])
 def test_gradient_checkpointing_changes_nothing(folder, config, tokenizer, tmp_path, sampler):
     """Nor does it stay on where it would be in the way: cached generation between the updates."""

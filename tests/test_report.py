@@ -124,6 +124,7 @@ def names(record: RunRecord) -> list[str]:
 # ---- What it says ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_report_and_touches_no_setting_of_matplotlib(config, tokenizer, tmp_path):
     before = dict(matplotlib.rcParams)
     model = tiny_gpt2()
@@ -390,6 +391,7 @@ def test_a_plot_is_an_image_that_needs_nothing_from_the_page_and_no_network(reco
         assert colours & {BLUE, ORANGE, GREEN}
 
 
+@pytest.mark.slow
 def test_a_plot_is_told_in_words_too(record):
     (cost,) = (image["alt"] for image in Images(render(record)).images if image["alt"].startswith("Cost."))
     assert cost == (
@@ -472,6 +474,7 @@ def test_the_table_sorts_and_filters(look, record, no_figures):
     assert page.locator("#shown").inner_text() == "11 of 30"
 
 
+@pytest.mark.slow
 def test_it_fits_a_phone_and_a_desk(look, record):
     record.draws[0]["completion"] = "a" * 300 + " b" * 300
     record.settings["base_model"] = "/a/very/long/path" * 10
@@ -491,6 +494,7 @@ def test_it_fits_a_phone_and_a_desk(look, record):
     assert {"#{:02X}{:02X}{:02X}".format(*colour) for colour in series} == {BLUE, ORANGE, GREEN}
 
 
+@pytest.mark.slow
 def test_dark_mode(look):
     """The page and its plots change their colours, and stay readable: WCAG asks for a contrast of 7 for text (AAA), and
     of 3 for curves."""

@@ -11,6 +11,8 @@ from conftest import ALDRIFTTrainer, count_a, lora, lora_config, tiny_gpt2
 from aldrift_hf import streams
 from aldrift_hf.trainer import checkpoints
 
+pytestmark = [pytest.mark.slow, pytest.mark.versions]
+
 # Dropout, so that the Trainer's random state matters; 4 updates a rung and 3 rungs make 12 updates.
 KINDS = {
     "adapter-off": lambda: (tiny_gpt2(dropout=0.1), lora_config(tiny_gpt2(), dropout=0.1)),

@@ -34,6 +34,7 @@ def said(trainer):
     return reason
 
 
+@pytest.mark.slow
 def test_it_stays_at_the_target_until_the_model_is_close(make):
     trainer = make(**LEARNS)
     trainer.train()
@@ -48,6 +49,7 @@ def test_it_stays_at_the_target_until_the_model_is_close(make):
     assert trainer.record.metrics["ess"] > 0.5
 
 
+@pytest.mark.slow
 def test_it_ends_where_it_no_longer_comes_closer(make):
     """A model that hardly learns stays where it is."""
     trainer = make(**LEARNS | {"learning_rate": 1e-8, "updates_per_rung": 1, "num_generations": 64, "target_ess": 0.9})
@@ -57,6 +59,7 @@ def test_it_ends_where_it_no_longer_comes_closer(make):
     assert said(trainer).startswith("The model no longer comes closer to p_T")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix"])
 def test_the_budget_of_calls_is_never_exceeded(sampler, make, tokenizer):
     """The last rung draws what is left: more than half a rung, in whole chains."""
@@ -96,6 +99,7 @@ def test_a_budget_below_one_chain_is_refused(make):
     assert trainer.record.rungs[0]["draws"] == 4
 
 
+@pytest.mark.slow
 def test_max_rungs_is_a_budget(make):
     trainer = make(**LEARNS | {"target_ess": 0.999, "max_rungs": 5})
     trainer.train()
@@ -110,6 +114,7 @@ def test_a_sampler_without_a_correction_ends_with_the_ladder(make):
     assert "sampler='top' does not aim at p_T" in said(trainer)
 
 
+@pytest.mark.slow
 def test_a_set_number_of_rungs_is_what_is_climbed(make):
     trainer = make(num_rungs=4)
     trainer.train()
@@ -126,6 +131,7 @@ def test_it_is_the_last_line_and_in_the_card(make, capsys):
     assert reason in Path(trainer.args.output_dir, "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_that_stays_at_the_target_is_resumed_as_if_never_interrupted(make):
     settings = LEARNS | {"save_strategy": "epoch", "save_total_limit": None, "max_rungs": 6, "target_ess": 0.999}
     whole = make(**settings)

@@ -58,6 +58,7 @@ def test_a_run_is_read_as_it_was_written(make):
     assert draw["log_weight"] == draw["log_prior"] - 1.5 * draw["objective"] - draw["log_model"]
 
 
+@pytest.mark.slow
 def test_weights_of_draws_are_multiples_of_their_prompts_mean(make):
     """Of all draws of the prompt, also of those that are not kept."""
     trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "b"}], num_rungs=1, num_generations=1024)
@@ -70,6 +71,7 @@ def test_weights_of_draws_are_multiples_of_their_prompts_mean(make):
         assert offsets == pytest.approx([offsets[0]] * len(draws))
 
 
+@pytest.mark.slow
 def test_costs_of_the_prior_are_kept_when_a_run_is_resumed(make):
     first = make(save_strategy="epoch", num_rungs=2)
     first.train()
@@ -81,6 +83,7 @@ def test_costs_of_the_prior_are_kept_when_a_run_is_resumed(make):
     assert resumed.record.prior_costs == costs == RunRecord.read(resumed.args.output_dir).prior_costs
 
 
+@pytest.mark.slow
 def test_the_worst_prompts_are_kept(make, monkeypatch):
     """Of a rung's proposals, and then of the final model's draws."""
     for module in ("run", "trainer"):
@@ -159,6 +162,7 @@ def test_a_run_under_way_can_be_read(make):
     assert outcome.outcome(under_way).startswith("So far, after 2 rungs")
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
     first = make(save_strategy="epoch", num_rungs=2)
     first.train()
@@ -169,6 +173,7 @@ def test_a_resumed_run_keeps_the_draws_until_it_has_new_ones(make):
     assert not RunRecord.read(first.args.output_dir).finished
 
 
+@pytest.mark.slow
 def test_many_draws_are_thinned_evenly(make):
     trainer = make(num_generations=2000, num_rungs=1)
     trainer.train()

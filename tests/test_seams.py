@@ -57,6 +57,7 @@ def kl(log_p, model):
     return (log_p.exp() * (log_p - log_probs(base_model(model), [EOS], every_completion()))).sum().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", PARTS)
 def test_a_part_of_ones_own_learns_the_target(seam, config, tokenizer):
     """The exact KL(p_T‖q) falls, and the ladder's log Z is that of the target."""
@@ -70,6 +71,7 @@ def test_a_part_of_ones_own_learns_the_target(seam, config, tokenizer):
     assert trainer.record.settings[seam] == type(PARTS[seam]()).__name__
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seam", PARTS)
 def test_it_is_resumed_in_mid_rung(seam, config, tokenizer, tmp_path):
     """Bit for bit as a run left alone, the part's own state included."""
@@ -88,6 +90,7 @@ def test_it_is_resumed_in_mid_rung(seam, config, tokenizer, tmp_path):
         assert torch.equal(resumed.sampler.state_dict()[name], tensor), name
 
 
+@pytest.mark.slow
 def test_the_samplers_state_is_a_runs_own(config, tokenizer):
     """A second training begins with a fresh state; a resumed one goes on with the checkpoint's."""
     sampler = SmoothedResampling()
@@ -98,6 +101,7 @@ def test_the_samplers_state_is_a_runs_own(config, tokenizer):
     assert sampler.rungs == 2
 
 
+@pytest.mark.slow
 def test_the_geometric_ladder_is_climbed(config, tokenizer):
     trainer = trainer_of(config(**SETTINGS, num_rungs=4), tokenizer, ladder=PARTS["ladder"]())
     trainer.train()
@@ -120,7 +124,7 @@ def test_the_tables_draws_are_weighted_by_the_table(config, tokenizer):
     log_p, log_z = exact_target(tokenizer)
     assert drawn.log_weight(T).logsumexp(-1).item() - torch.tensor(4000.0).log().item() == pytest.approx(log_z, abs=0.1)
     # The target's largest weight is 15 times the mean: so long until a chain has forgotten where it began.
-    corrected = trainer.sample(1000, chain_length=150)
+    corrected = trainer.sample(400, chain_length=100)
     names = sorted(set(trainer.rollout.decode(completions)))
     target = torch.zeros(len(names)).double()
     for text, p in zip(trainer.rollout.decode(completions), log_p.exp()):
@@ -190,6 +194,7 @@ def test_each_is_under_forty_lines():
         assert len(part.splitlines()) < 40
 
 
+@pytest.mark.slow
 def test_the_record_of_a_run_with_parts_of_ones_own_can_be_read(config, tokenizer):
     trainer = trainer_of(config(**SETTINGS, num_rungs=1), tokenizer, sampler=SmoothedResampling(), loss=LogVariance())
     trainer.train()

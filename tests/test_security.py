@@ -21,6 +21,8 @@ from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.toy import word_tokenizer
 from aldrift_hf.trainer import checkpoints
 
+pytestmark = pytest.mark.slow
+
 
 class Planted:
     """Creates a folder when it is unpickled."""

@@ -42,6 +42,7 @@ def verdicts(printed):
 # ---- Passing --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_model_passes_as_it_is_and_as_a_tiny_one(tmp_path, capsys, monkeypatch):
     """All checks, including whole runs; and no temporary file is left behind."""
     tiny_gpt2(n_positions=64, vocab_size=40).save_pretrained(tmp_path / "model")
@@ -59,11 +60,13 @@ def test_a_model_passes_as_it_is_and_as_a_tiny_one(tmp_path, capsys, monkeypatch
     assert not list((tmp_path / "temporary").iterdir())
 
 
+@pytest.mark.slow
 def test_llamas_family_passes(capsys):
     assert selftest.run(Options(), families=[LLAMA], num_draws=FEWER_DRAWS) == 0
     assert verdicts(capsys.readouterr().out) == ["pass"] * len(checks.CHECKS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"mixed_precision": "bf16"}, {"load_in_4bit": True}])
 def test_other_precisions_pass(options, capsys):
     if "load_in_4bit" in options:
@@ -197,6 +200,7 @@ def subject(tmp_path):
     return subjects.tiny_subject(GPT2, options, FEWER_DRAWS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", BREAKS)
 def test_what_is_broken_fails(broken, subject):
     defect, failing = BREAKS[broken]
@@ -228,6 +232,7 @@ def own_model_alone(group):
     return join_rungs([entry.proposals for entry in group])
 
 
+@pytest.mark.slow
 def test_runs_that_are_broken_fail(subject, monkeypatch):
     """Runs that learn nothing and add log Z up the wrong way; then an archive's weights."""
     parts = {"metropolis_hastings": {"sampler": WrongWay(256), "loss": Nothing()}, "archive": {}}
@@ -244,6 +249,7 @@ def test_runs_that_are_broken_fail(subject, monkeypatch):
     assert not checks.archive(subject).passed
 
 
+@pytest.mark.slow
 def test_a_failure_names_the_remedy(capsys):
     """Of a check that fails and of one that raises; the others are still made."""
 
@@ -325,6 +331,7 @@ def test_the_commands_status_is_that_of_the_checks(monkeypatch):
 # ---- Tiny models and exact laws -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_family_is_shrunk_to_one_layer_of_each_kind():
     assert tiny.tiny_model(Gemma3TextConfig(), 6, 0).config.layer_types == ["sliding_attention", "full_attention"]
     layers = tiny.tiny_model(DeepseekV3Config(), 6, 0).config.num_hidden_layers

@@ -143,6 +143,7 @@ def test_generation_draws_from_the_scored_distribution(model, seed):
         assert chi_square_p(counts, log_probs(model, prompt, completions).exp()) > 1e-3
 
 
+@pytest.mark.slow
 def test_a_checkpoints_generation_config_does_not_leak():
     """Every knob that a `generation_config.json` can carry, turned; the draws are the model's own all the same."""
     model = tiny_gpt2()

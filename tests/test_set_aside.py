@@ -7,6 +7,8 @@ from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
 from aldrift_hf.trainer.set_aside import FOLDER, set_aside
 
+pytestmark = pytest.mark.slow
+
 
 def trainer_of(config, tokenizer, **settings):
     model = tiny_gpt2()

@@ -137,6 +137,7 @@ def test_a_packed_pass_outside_of_sharing_fails(model):
         model(**forward.inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half_of_the_rows", [False, True])
 def test_draws_are_those_of_separate_prompts(model, half_of_the_rows, monkeypatch):
     """The same tokens and log-probabilities, also after finished rows have left, and with prompts of unequal length."""
@@ -196,6 +197,7 @@ def test_the_models_own_attention_is_back_afterwards(model):
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.slow
 def test_a_run_learns_the_same_with_and_without_sharing(config, tokenizer, monkeypatch):
     """Draws, weights and updates of a whole run, to rounding."""
 

@@ -55,6 +55,7 @@ def components(nodes, edges):
     return sum(parent[node] == node for node in range(nodes))
 
 
+@pytest.mark.slow
 def test_florentine_families():
     problem, texts, cost = florentine()
     assert (len(problem.nodes), len(problem.edges), problem.size) == (15, 20, 14)

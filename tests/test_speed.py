@@ -30,6 +30,7 @@ def test_bad_options_are_one_clear_line(run_recipe):
         run_recipe("speed", length=8, mean_length=9)
 
 
+@pytest.mark.slow
 def test_a_completion_ends_where_it_is_meant_to():
     """Lengths are geometric, with a mean of --mean_length tokens."""
     model, tokenizer = make_model(SIZES["tiny"], 8, torch.device("cpu"))

@@ -24,6 +24,7 @@ TEXTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_tasks(name):
     """Chat messages, columns for the cost, and a cost that batches and caches may rely on."""

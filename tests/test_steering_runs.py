@@ -124,6 +124,7 @@ def measured(run):
     return {name: value for name, value in run.items() if name not in left_out}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "aldrift", "saves"), [("aldrift", {"num_rungs": 3}, 3), ("rloo", {}, 4)])
 def test_a_killed_run_goes_on_from_its_checkpoint(place, tmp_path, monkeypatch, no_report, method, aldrift, saves):
     monkeypatch.setattr(trainers, "SAVE_STEPS", 1)
@@ -150,6 +151,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(place, tmp_path, monkeypatch, 
     assert (path.with_suffix("") / "adapter" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_what_was_learned_is_not_learned_again(place, tmp_path, monkeypatch):
     setting, gold = setting_of(place, "dpg"), place / "gold"
     alone = steering_run.run(setting, tmp_path / "alone", gold)

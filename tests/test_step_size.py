@@ -8,6 +8,8 @@ from aldrift_hf import RunCallback
 from aldrift_hf.trainer import setup
 from aldrift_hf.trainer.step_size import UPDATE_NATS, scale_learning_rate
 
+pytestmark = pytest.mark.slow
+
 SEEKS = {"learning_rate": None, "num_generations": 256, "updates_per_rung": 8, "per_device_train_batch_size": 16}
 
 

@@ -97,6 +97,7 @@ def test_what_follows_a_beginning_is_put_behind_it():
     assert beginnings.select(range(1, 2)) == ([[]], [[]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ladder", [{}, {"ladder": "adaptive", "tau_step": None}])
 def test_a_run_learns_the_target(ladder, config, tokenizer):
     """The exact KL(p_T‖q) falls, and log Z is that of the target."""

@@ -15,6 +15,8 @@ from aldrift_hf.models.engines import transformers as engine
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.trainer import rollout
 
+pytestmark = pytest.mark.versions
+
 RECORD = {
     "rung", "tau", "objective_mean", "objective_best", "success", "acceptance_rate", "ess", "khat", "log_z_increment",
     "log_z", "missing_mass", "distinct_proposals", "distinct_samples", "loss", "proposals", "objective_calls",
@@ -43,6 +45,7 @@ def rungs(trainer):
 # ---- Learning -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [tiny_gpt2, tiny_llama])
 def test_training_brings_the_model_closer_to_the_target(make, family):
     model = family()
@@ -59,6 +62,7 @@ def test_training_brings_the_model_closer_to_the_target(make, family):
     assert kl() < 0.35 * before
 
 
+@pytest.mark.slow
 def test_the_ladder_and_its_records(make):
     trainer = make(settings={"tau_step": 0.4})
     result = trainer.train()
@@ -80,6 +84,7 @@ def test_the_ladder_and_its_records(make):
     assert {"final_objective", "final_success", "final_ess", "final_missing_mass"} <= set(result.metrics)
 
 
+@pytest.mark.slow
 def test_a_success_is_a_draw_that_costs_at_most_the_threshold(make):
     """Whatever the lowest cost seen: a cost of 1 does not count as success because none is lower."""
     dear = {"objective_range": 4.0, "num_rungs": 1}
@@ -95,6 +100,7 @@ def test_a_success_is_a_draw_that_costs_at_most_the_threshold(make):
     assert shares[0] == 0 < shares[1] < shares[2] < shares[3] == 1
 
 
+@pytest.mark.slow
 def test_the_papers_settings_are_the_ladder_of_one_over_d_and_m_squared_steps(make):
     trainer = make(settings={"tau_step": None, "objective_range": 3.0, "num_generations": 64, "chain_length": None})
     trainer.train()
@@ -102,6 +108,7 @@ def test_the_papers_settings_are_the_ladder_of_one_over_d_and_m_squared_steps(ma
     assert rungs(trainer)[0]["proposals"] == 4 * 16
 
 
+@pytest.mark.slow
 def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
     trainer = make(settings={"objective_range": None, "tau_step": None, "num_rungs": 5})
     trainer.train()
@@ -113,6 +120,7 @@ def test_without_a_range_it_is_the_worst_cost_of_the_priors_draws(make):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_training_leaves_the_settings_as_they_are(make, config):
     """One `args` for two trainers: the second climbs its own ladder, with its own schedule."""
     settings = {"num_generations": 16, "tau_step": None, "lr_scheduler_type": "warmup_stable_decay"}
@@ -146,6 +154,7 @@ def test_a_rungs_phase_is_told_outright(make):
     assert seen == [("drawn", 0, False), ("learned", 1, True), ("drawn", 1, False), ("learned", 2, True)]
 
 
+@pytest.mark.slow
 def test_what_users_of_trl_plot_is_logged(make, tokenizer):
     """Under TRL's names, over the rung's draws: tokens, lengths, the share that was cut, entropy and KL."""
     trainer = make(train_dataset=["", "a b"], settings={"num_rungs": 2})
@@ -174,6 +183,7 @@ def test_what_users_of_trl_plot_is_logged(make, tokenizer):
         assert log["loss"] > 0
 
 
+@pytest.mark.slow
 def test_more_rungs_than_the_ladder_stay_at_t(make):
     trainer = make(settings={"num_rungs": 5})
     trainer.train()
@@ -186,6 +196,7 @@ def test_fewer_rungs_stop_before_t(make):
     assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["top", "reweight"])
 def test_the_neighbours_run_through_the_same_loop(make, sampler):
     trainer = make(settings={"sampler": sampler})
@@ -297,6 +308,7 @@ def test_a_budget_of_objective_calls_ends_training_after_its_rung(make, caplog):
     assert "final_objective" not in result.metrics
 
 
+@pytest.mark.slow
 def test_evaluation_leaves_training_as_it_is(make):
     plain = make(settings={"num_rungs": 2})
     plain.train()
@@ -307,6 +319,7 @@ def test_evaluation_leaves_training_as_it_is(make):
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_evaluation_on_other_prompts(make):
     trainer = make(train_dataset=["a"], eval_dataset=["b", "c"])
     trainer.train()
@@ -314,6 +327,7 @@ def test_evaluation_on_other_prompts(make):
     assert "eval_missing_mass" in trainer.evaluate(["a"])
 
 
+@pytest.mark.slow
 def test_evaluation_tells_which_prompts_are_worst(make):
     trainer = make(train_dataset=["a", "b"], eval_dataset=["c", "", "a b"])
     trainer.train()
@@ -344,6 +358,7 @@ def test_progress_lines_are_readable(make, capsys):
     assert sum(line.strip().startswith(("0 ", "1 ")) for line in lines) == 2
 
 
+@pytest.mark.slow
 def test_callbacks_see_rungs_as_epochs(make):
     class Watch(TrainerCallback):
         seen: list = []
@@ -355,6 +370,7 @@ def test_callbacks_see_rungs_as_epochs(make):
     assert Watch.seen == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_what_is_saved_can_be_loaded_and_trained_on(make, config, tokenizer, tmp_path):
     tiny_gpt2().save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -372,6 +388,7 @@ def test_what_is_saved_can_be_loaded_and_trained_on(make, config, tokenizer, tmp
     assert "prior" in again.model.peft_config
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_saves_a_whole_model(make):
     trainer = make(peft_config=None)
     trainer.train()
@@ -385,6 +402,7 @@ def test_full_fine_tuning_saves_a_whole_model(make):
 # ---- The loss -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_accumulated_batches_learn_as_one(make):
     """The Trainer hands the loss the tokens of the whole accumulated batch."""
     one = make(settings={"per_device_train_batch_size": 8, "num_rungs": 1, "optim": "sgd"})
@@ -431,6 +449,7 @@ def test_dropout_does_not_reach_scores_or_draws(make):
     assert torch.allclose(first.log_prior, first.log_model, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_exception_leaves_the_model_as_it_was(make, monkeypatch):
     """Train mode, gradient checkpointing, the generation config and the adapter: also if scoring the prior fails."""
     trainer = make(settings={"gradient_checkpointing": True}, peft_config=lora_config(tiny_gpt2()))

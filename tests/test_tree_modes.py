@@ -9,6 +9,7 @@ from problems.spanning_tree import SpanningTreeProblem, load_problem
 from problems.tree_modes import largest_degree, two_modes
 
 
+@pytest.mark.slow
 def test_two_modes_of_the_florentine_families():
     problem = load_problem("florentine")
     texts, p, star = two_modes(problem)
