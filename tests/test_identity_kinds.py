@@ -52,6 +52,7 @@ def test_a_cost_of_this_kind_is_known_by_its_content(name, elsewhere):
     assert identity(make(2)) != first
 
 
+@pytest.mark.slow
 def test_a_cost_of_the_grammar_is_the_same_in_another_process(elsewhere):
     specs = cost_grammar.random_specs(NUM_SPECS)
     found = [identity(spec.build()) for spec in specs]

@@ -74,6 +74,7 @@ class Rounded:
         return [self.texts.index(tuple(tokens)) for tokens in completions.tokens()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scored", [False, True])
 def test_tokens_keep_the_probability_that_they_were_drawn_with(scored):
     """Then chains stay at the target whatever rounds; with a scorer's `log q` in its place they leave it."""
