@@ -124,7 +124,7 @@ def test_the_tables_draws_are_weighted_by_the_table(config, tokenizer):
     log_p, log_z = exact_target(tokenizer)
     assert drawn.log_weight(T).logsumexp(-1).item() - torch.tensor(4000.0).log().item() == pytest.approx(log_z, abs=0.1)
     # The target's largest weight is 15 times the mean: so long until a chain has forgotten where it began.
-    corrected = trainer.sample(400, chain_length=100)
+    corrected = trainer.sample(1000, chain_length=150)
     names = sorted(set(trainer.rollout.decode(completions)))
     target = torch.zeros(len(names)).double()
     for text, p in zip(trainer.rollout.decode(completions), log_p.exp()):

@@ -36,7 +36,6 @@ from aldrift_hf.models.engines import EngineSettings
 from aldrift_hf.models.engines.vllm import save_adapter, whole_adapter
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models import sharding
-from aldrift_hf.models.sharding import whole
 from aldrift_hf.toy import word_tokenizer
 from peft import PeftModel
 
@@ -54,7 +53,7 @@ class Elsewhere(TransformersEngine):
 
     def sync(self, policy):
         names = [name for name, _ in tiny_llama().named_parameters()]
-        weights = {{n.replace(".base_layer", ""): whole(p) for n, p in base_model(policy).named_parameters()}}
+        weights = {{n.replace(".base_layer", ""): sharding.whole(p) for n, p in base_model(policy).named_parameters()}}
         copy = tiny_llama()
         copy.load_state_dict({{name: weights[name] for name in names}})
         folder = save_adapter(policy, whole_adapter(policy), Path(output) / f"adapter-{{config.process_index}}")
@@ -169,10 +168,10 @@ def test_the_run_is_that_of_ddp_and_resumes(config, kind, tmp_path, monkeypatch)
     assert one["after"]["completion"] == two["after"]["completion"]
     assert one["after"]["log_model"] == pytest.approx(two["after"]["log_model"], abs=1e-4)
     one, saved = weights(ddp / "final"), weights(sharded / "final")
-    # Of a tied output embedding, FSDP writes the frozen weight twice, and DeepSpeed once.
-    trained = {name for name in one if "base_layer" not in name}
-    assert trained <= saved.keys()
-    for name in trained:
+    # Of an output embedding that is tied and frozen, FSDP writes the weight twice, and DeepSpeed once.
+    left_out = {"base_model.model.lm_head.base_layer.weight"} if config == "zero3_cpu" else set()
+    assert one.keys() - saved.keys() <= left_out
+    for name in one.keys() & saved.keys():
         if not name.endswith("c_attn.bias"):  # a key's bias has no gradient but rounding, which Adam blows up
             assert torch.allclose(one[name], saved[name], rtol=0, atol=1e-5), name
 

@@ -52,11 +52,7 @@ def check(accelerator: Accelerator, model: Any) -> None:
 
 
 @contextlib.contextmanager
-def gathered(
-    wrapped: nn.Module,
-    accelerator: Accelerator,
-    whole: bool = True,
-) -> Iterator[None]:
+def gathered(wrapped: nn.Module, accelerator: Accelerator, whole: bool = True) -> Iterator[None]:
     """Within a `with` block every process has whole parameters; all processes enter and leave it together.
 
     Args:
