@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import shutil
 import signal
@@ -38,6 +39,7 @@ from aldrift_hf.types import Completions
 transformers_logging.set_verbosity_error()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
 transformers_logging.disable_progress_bar()
+gc.freeze()  # what the packages made stays: each collection would look through half a million objects in vain
 
 WORDS = ["a", "b", "c"]
 VOCABULARY = 5  # end of text, unknown, and the three words
@@ -216,7 +218,6 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
             "num_generations": 64,
             "chain_length": 4,
             "max_completion_length": MAX_LENGTH,
-            "per_device_generation_batch_size": 32,
             "per_device_train_batch_size": 4,
             "gradient_accumulation_steps": 1,
             "updates_per_rung": 4,
@@ -226,7 +227,8 @@ def config(tmp_path) -> Callable[..., ALDRIFTConfig]:
             "use_cpu": True,
             "save_strategy": "no",
         }
-        settings |= changes
+        batch = max(32, changes.get("num_generations", 64) // 8)
+        settings |= {"per_device_generation_batch_size": batch, **changes}
         if "num_rungs" not in changes and settings.get("ladder", "linear") == "linear":
             with contextlib.suppress(ValueError, TypeError, ZeroDivisionError):  # settings that are to be refused
                 step = settings["tau_step"] or 1 / settings["objective_range"]

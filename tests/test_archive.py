@@ -244,6 +244,7 @@ def test_a_run_with_the_archive(peft, config, tokenizer):
     assert record["log_z"] == pytest.approx(sum(trainer.record.log_z) / 2)
 
 
+@pytest.mark.slow
 def test_an_adapter_that_does_not_begin_as_the_prior_is_not_taken_for_it(config, tokenizer):
     """`init_lora_weights=False`: the first rung's model is known, so that its draws get the right weights."""
     model = tiny_gpt2()

@@ -67,6 +67,7 @@ def installed(trainer: ALDRIFTTrainer) -> set[type]:
     return {type(callback) for callback in trainer.callback_handler.callbacks}
 
 
+@pytest.mark.slow
 def test_all_can_be_removed(make, capsys):
     trainer = make()
     assert set(ALL) <= installed(trainer)

@@ -80,6 +80,7 @@ def test_the_names_of_clusters_do_not_matter(labels, names):
     assert 0 <= SMALL.cost_of(SMALL.to_text(labels)) <= SMALL.worst_cost + 1e-9
 
 
+@pytest.mark.slow
 @given(st.text() | st.lists(st.sampled_from(["a", "b", "c", "d", "A", "", "aa"]), max_size=8).map(" ".join))
 @settings(max_examples=200)
 def test_arbitrary_text(text):

@@ -105,6 +105,7 @@ def test_imports_are_found():
     assert not is_there("trl.no_such_module", "")
 
 
+@pytest.mark.slow
 def test_one_file_goes_beyond_trls_top_level():
     beyond = [path for path in FILES if any(module != "trl" for module, _ in imports(path.read_text(), "trl"))]
     assert [str(path.relative_to(ROOT)) for path in beyond] == ["aldrift_hf/models/_trl.py"]

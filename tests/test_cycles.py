@@ -110,6 +110,7 @@ def test_numbers_that_are_set_and_single_passes_are_the_same_on_all_rungs(settin
     assert watch.rates == [pytest.approx(course(updates))] * 3
 
 
+@pytest.mark.slow
 def test_warm_up_comes_before_the_first_cycle(make):
     _, watch = make(warmup_steps=2, num_rungs=2)
     watch.trainer.train()

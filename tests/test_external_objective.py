@@ -118,6 +118,7 @@ def test_what_fails_costs_the_worst(recipe, text, monkeypatch):
     assert objective.counts == {"processes": 1}, "a failure of the text was taken for one of the service"
 
 
+@pytest.mark.slow
 def test_what_hangs_is_killed_with_all_that_it_started(recipe, tmp_path):
     """In the trainer's thread; the other programs of the batch are evaluated."""
     pids = tmp_path / "pids"

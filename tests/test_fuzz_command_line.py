@@ -138,6 +138,7 @@ def test_any_command_line(run, command, argv):
     ends(run, [command, *argv])
 
 
+@pytest.mark.slow
 @fuzz(examples=60)
 @given(st.sampled_from(["sample", "evaluate"]), YAML)
 def test_any_options_of_a_run(run, command, content):

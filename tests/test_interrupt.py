@@ -88,6 +88,7 @@ def test_the_second_stops_at_once(make, tmp_path):
     assert not (tmp_path / "out" / "checkpoint-6").exists()
 
 
+@pytest.mark.slow
 def test_outside_of_training_ctrl_c_is_as_ever(make):
     trainer, before = make(), signal.getsignal(signal.SIGINT)
     trainer.train()

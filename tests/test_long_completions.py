@@ -106,6 +106,7 @@ def test_what_is_known_is_not_measured_again(recipe, tmp_path, monkeypatch):
     assert more[figures.name]["draws"] == 80
 
 
+@pytest.mark.slow
 def test_ess_is_that_of_the_weights(recipe, tmp_path):
     files = recipe(draws=40, chains=4, block=8)
     rows = files["prior_3_draws.json"]["draws"]

@@ -99,6 +99,7 @@ def pair():
     return model, log_probs(model, PROMPT, every_completion()), log_probs(tiny_gpt2(1), PROMPT, every_completion())
 
 
+@pytest.mark.slow
 def test_its_mean_is_the_kl_divergence_and_its_gradient_that_of_maximum_likelihood(pair):
     """Under draws of `(p + q)/2`, where nothing is bounded: `Σ_s p log(p/q)`, and the gradient of `-Σ_s p log q`."""
     model, log_q, log_p = pair
@@ -251,6 +252,7 @@ def test_it_needs_the_archive(config):
         config(loss_type="kl")
 
 
+@pytest.mark.slow
 def test_the_learning_rate_decays_at_the_end(config, tokenizer):
     """`warmup_stable_decay` without further settings: over the last 30 % of the updates, to 0."""
     settings = config(lr_scheduler_type="warmup_stable_decay", logging_steps=1, updates_per_rung=10)

@@ -88,6 +88,7 @@ def test_the_genetic_algorithm_keeps_its_budget_and_finds_more():
     assert max(scores) > 1.2 * max(scores[:50])
 
 
+@pytest.mark.slow
 def test_an_own_score(tmp_path):
     (tmp_path / "mine.py").write_text(
         "def length(smiles):\n    return len(smiles) / 1000\n\ndef loss(smiles):\n    return -1\n"

@@ -175,6 +175,7 @@ def test_a_run_under_way(record, no_figures, count):
     assert len(plots_along_ladder(record)) == 13 * count
 
 
+@pytest.mark.slow
 def test_what_a_run_does_not_have_is_left_out(record):
     for each in record.rungs:
         each["khat"] = each["acceptance_rate"] = math.nan
@@ -214,6 +215,7 @@ def test_long_numbers_fit_the_fixed_margins(record):
             assert 0 <= around.y0 < around.y1 <= height, plot.name
 
 
+@pytest.mark.slow
 def test_several_objectives_and_chat_prompts(record):
     record.settings["objective"] = ["length", "<lambda>"]
     for each in record.rungs:
@@ -371,6 +373,7 @@ def images(page: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 def test_a_plot_is_an_image_that_needs_nothing_from_the_page_and_no_network(record):
     page = render(record)
     ids, drawn = Images(page).ids, images(page)

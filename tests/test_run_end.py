@@ -107,6 +107,7 @@ def test_max_rungs_is_a_budget(make):
     assert said(trainer) == "The budget is spent, with rung 4 at tau = 1.5: 5 rungs, as many as max_rungs allows."
 
 
+@pytest.mark.slow
 def test_a_sampler_without_a_correction_ends_with_the_ladder(make):
     trainer = make(sampler="top", num_rungs=None)
     trainer.train()

@@ -40,6 +40,7 @@ def record(finished=True, metrics=None, **last):
     return RunRecord(SETTINGS, tau_max=2.0, finished=finished, metrics=metrics or {}, rungs=[RUNG, RUNG | last])
 
 
+@pytest.mark.slow
 def test_a_run_is_read_as_it_was_written(make):
     trainer = make(train_dataset=[{"prompt": "a"}, {"prompt": "b"}])
     trainer.train()

@@ -40,6 +40,7 @@ def passes_counted(model, counts):
     return layers[0].register_forward_hook(lambda module, args, output: counts.append(args[0].shape[:2].numel()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_tokens", [2**14, 40])
 def test_scores_are_those_of_each_row_alone(model, batch_tokens):
     rows = rows_of_all(every_completion().tokens())

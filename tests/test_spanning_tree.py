@@ -68,6 +68,7 @@ def test_florentine_families():
     assert cost.max() <= problem.worst_cost
 
 
+@pytest.mark.slow
 def test_marginals_of_trees_are_effective_resistances():
     problem, texts, cost = florentine()
     counted = problem.marginals([text for text, value in zip(texts, cost) if value == 0])

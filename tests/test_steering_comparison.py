@@ -76,6 +76,7 @@ def test_measures_are_those_of_an_enumeration():
     assert found["corrected_cost_error"] > 0
 
 
+@pytest.mark.slow
 def test_errors_of_corrected_draws_cover_the_truth():
     rng, hits, repetitions = np.random.default_rng(0), 0, 500
     for _ in range(repetitions):

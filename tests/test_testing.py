@@ -244,6 +244,7 @@ def test_the_problems_costs(name):
     check_objective(problem.cost, rows, objective_range=problem.worst_cost)
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(st.text())
 def test_the_problems_costs_on_any_text(text):

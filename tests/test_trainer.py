@@ -190,6 +190,7 @@ def test_more_rungs_than_the_ladder_stay_at_t(make):
     assert [record["tau"] for record in rungs(trainer)] == [0.5, 1.0, 1.5, 1.5, 1.5]
 
 
+@pytest.mark.slow
 def test_fewer_rungs_stop_before_t(make):
     trainer = make(settings={"num_rungs": 2})
     trainer.train()
@@ -208,6 +209,7 @@ def test_the_neighbours_run_through_the_same_loop(make, sampler):
         assert records[0]["sample_objective_mean"] < records[0]["objective_mean"]
 
 
+@pytest.mark.slow
 def test_the_default_is_one_pass_over_the_samples(make):
     trainer = make(settings={"updates_per_rung": None, "num_generations": 40})
     assert trainer.run.updates_per_rung == 3
@@ -233,6 +235,7 @@ def test_prompts_have_their_own_chains_and_columns(make):
         trainer.sample(2, ["no column"])
 
 
+@pytest.mark.slow
 def test_chat_prompts_go_through_the_template(make, tokenizer):
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }} {% endfor %}{% if add_generation_prompt %}b{% endif %}"
@@ -286,6 +289,7 @@ def test_samples_report_their_own_diagnostics(make):
     )
 
 
+@pytest.mark.slow
 def test_several_objectives_are_weighted_and_logged_apart(make):
     async def words(prompts, completions):
         return [len(text.split()) for text in completions]
@@ -351,6 +355,7 @@ def test_log_completions_prints_a_table(make, capsys):
     assert "weight" in out
 
 
+@pytest.mark.slow
 def test_progress_lines_are_readable(make, capsys):
     make(settings={"disable_tqdm": False, "num_rungs": 2}).train()
     lines = capsys.readouterr().out.splitlines()
@@ -475,6 +480,7 @@ def test_an_exception_leaves_the_model_as_it_was(make, monkeypatch):
     assert len(trainer.sample(5)) == 5
 
 
+@pytest.mark.slow
 def test_a_cost_in_its_thread_may_run_the_model(make):
     """A judge that is the trained model itself meets none of the scorer's hooks."""
     model = tiny_gpt2()
