@@ -20,7 +20,8 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from transformers import logging
+from problems.real_model import real_model
+from transformers import TrainerCallback, logging
 from trl import TrlParser
 
 from aldrift_hf import check_objective, cli, selftest
@@ -123,6 +124,41 @@ def readme(names):
     assert last["objective_mean"] < first["objective_mean"]
     assert names["trainer"].record.ended_by
     assert Path("out/short").is_dir()
+
+
+class AfterAnUpdate(TrainerCallback):
+    """Ends a run."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
+@pytest.mark.slow
+@pytest.mark.real_model
+@pytest.mark.usefixtures("verbose")
+def test_the_readmes_example_with_the_real_model(tmp_path, monkeypatch, capsys):
+    """From the folder that has the model's name, up to the first update, and with half of its tokens."""
+    try:
+        model = real_model()
+    except OSError as error:
+        pytest.skip(f"the real model cannot be made here: {error}")
+    monkeypatch.chdir(tmp_path)
+    Path("HuggingFaceTB").mkdir()
+    Path("HuggingFaceTB/SmolLM2-135M-Instruct").symlink_to(model)
+    (block,) = blocks("README.md", "python")
+    shorter = block.content.replace("max_objective_calls=512", "max_objective_calls=128")
+    shorter = shorter.replace("max_completion_length=32", "max_completion_length=16")
+    build, train, after = shorter.partition("trainer.train()\n")
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(build, names)
+    trainer = names["trainer"]
+    trainer.add_callback(AfterAnUpdate())
+    exec(train + after, names)
+    assert trainer.state.global_step == 1
+    assert trainer.record.rungs[0]["objective_calls"] == 12
+    assert trainer.record.metrics["missing_mass"] < 3
+    texts = capsys.readouterr().out.strip().splitlines()[-3:]
+    assert all(any(letter.isalpha() for letter in text) for text in texts), "three reviews, not their container"
 
 
 def getting_started(names):

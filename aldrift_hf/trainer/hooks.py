@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerControl
+from transformers import PreTrainedModel, Trainer, TrainerControl
 
 from ..algorithm.losses import Loss
 from ..models import adapters, numerics, quiet, sharding
@@ -237,7 +237,9 @@ class HookedTrainer(Trainer):
     # ---- Models ------------------------------------------------------------------------------------------------------
 
     def _unwrapped(self) -> nn.Module:
-        return cast(nn.Module, self.accelerator.unwrap_model(self.model))
+        # Whether there is a wrapper is asked on every micro-batch; Accelerate looks at every module for that.
+        wrapped = not isinstance(self.model, (PreTrainedModel, PeftModel))
+        return cast(nn.Module, self.accelerator.unwrap_model(self.model) if wrapped else self.model)
 
     @contextlib.contextmanager
     def _running(self, whole: bool) -> Iterator[None]:
