@@ -109,23 +109,31 @@ def _cell(group: Group, name: str, spec: str) -> str:
     return mean if error is None or name not in WITH_ERRORS else f"{mean} ± {format(error, spec)}"
 
 
+def _means(groups: Sequence[Group], name: str) -> list[float]:
+    return [statistics.mean(run[name] for run in group) for group in groups]
+
+
 def draw(
     path: Path, results: Mapping[str, Sequence[Result]], golds: Mapping[str, Gold], tau: Mapping[str, float]
 ) -> None:
     """The figure: mean cost against KL from the prior, of all methods with a model, and of p_τ.
 
+    The legend says how far each method's last model is from p_T.
+
     Args:
         path: the PNG file.
         results, golds, tau: results, gold and T of each task.
     """
-    with figure(path, [[*results]], (5 * len(results), 4.5)) as axes:
+    with figure(path, [[task] for task in results], (8, 4 * len(results))) as axes:
         for task, found in results.items():
-            lines: dict[str, tuple[list[float], list[float]]] = {}
+            points: dict[str, list[Group]] = {}
             for (_, label), group in best(found).items():
                 if "kl_prior" in group[0] and group[0]["setting"]["method"] != "rejection":
-                    x, y = lines.setdefault(label, ([], []))
-                    x.append(statistics.mean(run["kl_prior"] for run in group))
-                    y.append(statistics.mean(run["cost"] for run in group))
+                    points.setdefault(label, []).append(group)
+            lines = {
+                f"{label}: {_cell(groups[-1], 'kl', '.2f')}": (_means(groups, "kl_prior"), _means(groups, "cost"))
+                for label, groups in points.items()
+            }
             cost, end = golds[task].by_prompt(golds[task].cost), tau[task]
             frontier = [
                 (golden.kl_from_prior(cost, float(value)).value, golden.mean_cost(cost, float(value)).value)
@@ -135,4 +143,4 @@ def draw(
             axes[task].plot(*frontier[-1], color=GREY, marker="*", markersize=12, linestyle="none", label="p_T")
             plot_lines(axes[task], lines, "KL(q || prior) (nats)", "mean cost")
             axes[task].set_title(task)
-            axes[task].legend()
+            axes[task].legend(title="KL(p_T‖q), nats", loc="upper left", bbox_to_anchor=(1.0, 1.0))
