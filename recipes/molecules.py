@@ -230,6 +230,8 @@ def main() -> None:
     for name, given, known in (("methods", options.methods, METHODS), ("objectives", options.objectives, SCORES)):
         if unknown := sorted({*given} - {*known}):
             sys.exit(f"--{name} {', '.join(unknown)}: choose from {', '.join(known)}.")
+    if options.sampling_tau not in options.tau_maxes:
+        sys.exit(f"--sampling_tau {options.sampling_tau:g}: add it to --tau_maxes, or no run aims at that p_T.")
     try:
         scores = {name: SCORES[name] for name in options.objectives}
         if options.objective is not None:

@@ -74,6 +74,7 @@ def test_an_own_objective(run_recipe, small_molecules, tmp_path):
     [
         (["--methods", "reinforce"], "choose from defaults, archive, top"),
         (["--objectives", "celecoxib"], "choose from celecoxib_rediscovery, osimertinib_mpo"),
+        (["--sampling_tau", "30"], "--sampling_tau 30: add it to --tau_maxes"),
         (["--objective", "mine.py:score"], "there is no such file"),
     ],
 )
