@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import EOS, lora_config, tiny_gpt2
+from conftest import EOS, ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 from peft import get_peft_model
 from transformers import TrainingArguments
 from trl import TrlParser
@@ -20,7 +20,13 @@ from aldrift_hf.algorithm.losses import LOSSES, GeneralizedKL, MaximumLikelihood
 from aldrift_hf.algorithm.samplers import SAMPLERS, ArchiveSampler, MetropolisHastings, Sampler, Top
 from aldrift_hf.models.engines import EngineSettings, TransformersEngine
 from aldrift_hf.models.prior import FrozenAdapter, FrozenCopy
-from aldrift_hf.trainer.open_settings import ladder_name, loss_name, proposals_per_prompt, rows_to_accumulate
+from aldrift_hf.trainer.open_settings import (
+    fill_batches,
+    ladder_name,
+    loss_name,
+    proposals_per_prompt,
+    rows_to_accumulate,
+)
 from aldrift_hf.trainer.optimizer import check_optimizer, schedule_kwargs
 from aldrift_hf.trainer.settings import settings_of
 from aldrift_hf.trainer.validation import check_parts, name_of
@@ -245,6 +251,37 @@ def test_an_update_has_enough_rows(config, monkeypatch, sampler, rows, processes
     settings = config(sampler=sampler, per_device_train_batch_size=rows)
     assert settings.gradient_accumulation_steps == expected * processes
     assert config(sampler=sampler, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "expected"),
+    [
+        (8, (8, 16), (128, 1)),
+        (16, (8, 16), (64, 2)),
+        (17, (8, 16), (32, 4)),
+        (65, (8, 16), (8, 16)),
+        (8, (8, 3), (8, 3)),
+    ],
+)
+def test_batches_of_short_texts_are_larger(config, width, batch, expected):
+    """And an update has as many rows, of at most 1,024 tokens."""
+    settings = config(per_device_train_batch_size=batch[0], gradient_accumulation_steps=batch[1])
+    fill_batches(settings, width)
+    assert (settings.per_device_train_batch_size, settings.gradient_accumulation_steps) == expected
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [({}, (128, 1)), ({"per_device_train_batch_size": 8}, (8, 16)), ({"gradient_accumulation_steps": 2}, (8, 2))],
+)
+def test_only_what_is_left_open_is_filled(config, tokenizer, asked, expected):
+    given = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None, **asked}
+    model, settings = tiny_gpt2(), config(sampler="archive", max_completion_length=7, **given)
+    trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
+    found = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
+    assert found == expected
+    assert trainer.run.rows_per_update == 128 if asked != {"gradient_accumulation_steps": 2} else 16
+    assert settings.per_device_train_batch_size == 8, "the user's own settings stay"
 
 
 # ---- Parts of the user's own -----------------------------------------------------------------------------------------

@@ -11,10 +11,9 @@ from ..algorithm.ladders import LADDERS
 from ..algorithm.losses import LOSSES
 from ..algorithm.samplers import SAMPLERS
 from .generation_settings import GenerationSettings
-from .open_settings import ladder_name, loss_name, proposals_per_prompt, rows_to_accumulate
+from .open_settings import ladder_name, loss_name, proposals_per_prompt, settle_batches
 from .secret import Secret
 from .validation import (
-    COUNT,
     MORE_IS_BETTER,
     Count,
     Kwargs,
@@ -41,7 +40,8 @@ class ALDRIFTConfig(GenerationSettings):
     `num_train_epochs`. Some defaults differ from `TrainingArguments`: `learning_rate` is found by the first
     updates, such that one changes the samples' log-probabilities by 0.3 nats (standard deviation), and it falls to 0
     over the updates of each rung (`lr_scheduler_type="cosine_with_restarts"`); `gradient_accumulation_steps` makes 128
-    rows per update; a checkpoint is saved after every rung, and the last two are kept.
+    rows per update, and short texts come in larger batches than of 8 rows (`per_device_train_batch_size`); a checkpoint
+    is saved after every rung, and the last two are kept.
 
     Parameters:
         **Parameters that control the target and the ladder**
@@ -350,9 +350,8 @@ class ALDRIFTConfig(GenerationSettings):
             self.greater_is_better: bool | None = self.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
         # On a machine with nothing but a CPU, Accelerate connects the processes only if it is told to use the CPU.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        sampler, rows = SAMPLERS[self.sampler], self.per_device_train_batch_size
-        if self.gradient_accumulation_steps is None and COUNT.holds(rows):
-            self.gradient_accumulation_steps = rows_to_accumulate(sampler, rows)
+        sampler = SAMPLERS[self.sampler]
+        self.fills_batches = settle_batches(self, sampler)
         super().__post_init__()
         if isinstance(self.model_init_kwargs, dict) and isinstance(token := self.model_init_kwargs.get("token"), str):
             self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}

@@ -21,6 +21,13 @@ class TrainerDefaults(TrainingArguments):
             "changes the samples' log-probabilities by 0.3 nats (standard deviation)."
         },
     )
+    per_device_train_batch_size: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Rows per batch and process. None: 8; with sampler=archive, and if gradient_accumulation_steps is "
+            "left open as well, more of short texts, up to 1,024 tokens with their prompts."
+        },
+    )
     gradient_accumulation_steps: Optional[int] = field(
         default=None,
         metadata={

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from ..algorithm.samplers import Sampler
+from .validation import COUNT
 
 RUNGS_PER_BUDGET = 10
 """Rungs that the budget of objective calls is laid out for, if no draw repeats."""
@@ -12,6 +14,11 @@ DRAWS_PER_RUNG = 1024
 """Proposals per rung over all prompts, without a budget; with one, per prompt, at most."""
 ROWS_PER_UPDATE = 128
 """Training rows per optimizer update for draws by weight, most of which count for little: few are a noisy gradient."""
+ROWS_PER_BATCH = 8
+"""Rows per batch and process, as in `TrainingArguments`."""
+TOKENS_PER_BATCH = 1024
+"""Most tokens of a batch, padding included, that has more rows than that. Batches of short texts take their time for
+the calls of each layer and not for its arithmetic; this many need some tens of MiB per layer of width 1,000."""
 
 
 def proposals_per_prompt(budget: int | None, prompts: int, chain_length: int | None) -> int:
@@ -28,6 +35,37 @@ def proposals_per_prompt(budget: int | None, prompts: int, chain_length: int | N
     if chain_length is None:
         return int((n + 0.5) ** (1 / 3)) ** 3
     return max(chain_length, n // chain_length * chain_length)
+
+
+def settle_batches(settings: Any, sampler: type[Sampler]) -> bool:
+    """Give `None` in `per_device_train_batch_size` and `gradient_accumulation_steps` a value.
+
+    Args:
+        settings: have both, and are changed.
+        sampler: theirs.
+
+    Returns:
+        Whether an update may also be made of fewer and larger batches ([`fill_batches`]): where nothing was asked for.
+    """
+    asked = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    if asked[0] is None:
+        settings.per_device_train_batch_size = ROWS_PER_BATCH
+    if asked[1] is None and COUNT.holds(rows := settings.per_device_train_batch_size):
+        settings.gradient_accumulation_steps = rows_to_accumulate(sampler, rows)
+    return asked == (None, None) and sampler.draws_by_weight
+
+
+def fill_batches(settings: Any, width: int) -> None:
+    """Make an update's rows up of fewer and larger batches, if its texts are short.
+
+    Args:
+        settings: are changed.
+        width: tokens of the longest prompt and completion together.
+    """
+    rows, batches = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    while batches % 2 == 0 and 2 * rows * width <= TOKENS_PER_BATCH:
+        rows, batches = 2 * rows, batches // 2
+    settings.per_device_train_batch_size, settings.gradient_accumulation_steps = rows, batches
 
 
 def rows_to_accumulate(sampler: type[Sampler], rows: int) -> int:

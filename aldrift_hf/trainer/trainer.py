@@ -52,6 +52,7 @@ from .hooks import HookedTrainer, rung_loss
 from .inputs import check_inputs, check_writable
 from .interrupt import Interrupt
 from .loop import RungLoop
+from .open_settings import fill_batches
 from .optimizer import check_given_optimizer, check_optimizer, initial_rate, seeks_rate
 from .parts import Parts, parts_of
 from .rollout import Rollout, Runtime
@@ -146,6 +147,8 @@ class ALDRIFTTrainer(HookedTrainer):
         if optimizers[0] is None and not args.deepspeed:
             check_optimizer(args)
         self.inputs = check_inputs(args, model, peft_config, processing_class, train, evaluation)
+        if args.fills_batches and args.deepspeed_plugin is None:  # DeepSpeed has read them
+            fill_batches(args, max(map(len, self.inputs.prompts.token_ids)) + args.max_completion_length)
         if isinstance(model, str):
             model = loading.load_model(model, args.model_init_kwargs, self.inputs.adapter)
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
