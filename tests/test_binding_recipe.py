@@ -96,7 +96,7 @@ def test_an_unknown_factor_is_refused(run, monkeypatch):
         raise OSError(f"{wheel} holds 0 files for {next(iter(wanted)).name} instead of one")
 
     monkeypatch.setattr(binding_sites, "files_of_wheel", nothing)
-    with pytest.raises(SystemExit, match=r"holds 0 files for OTHER_8mers\.txt"):
+    with pytest.raises(SystemExit, match=r"holds 0 files for OTHER_8mers\.txt .* names, such as SIX6_REF_R1"):
         run(factors="OTHER")
 
 
