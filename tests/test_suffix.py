@@ -121,6 +121,21 @@ def test_a_run_learns_the_target(ladder, config, tokenizer):
     assert trainer.record.settings["sampler"] == "suffix"
 
 
+def test_the_targets_figures_are_those_of_the_proposals(config, tokenizer):
+    """Of draws that were moved no weights are made: mean cost and KL(p_τ‖L) are within 5 % of the enumeration."""
+    completions = every_completion()
+    log_prior = log_probs(tiny_gpt2(), [EOS], completions)
+    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True))).double()
+    trainer = trainer_of(config(sampler="suffix", num_generations=16_384, tau_step=1.5), tokenizer)
+    trainer.run.start()
+    with trainer.objective.open():
+        trainer.run.begin_rung()
+    (rung,) = trainer.run.state.rungs
+    log_p = (log_prior - 1.5 * cost).log_softmax(0)
+    assert rung["target_objective_mean"] == pytest.approx((log_p.exp() @ cost).item(), rel=0.05)
+    assert rung["target_kl_to_prior"] == pytest.approx((log_p.exp() @ (log_p - log_prior)).item(), rel=0.05)
+
+
 def test_every_draw_and_every_call_is_counted(config, tokenizer):
     """The chains' further proposals too: of 2 prompts, 16 chains and 3 moves beside 64 proposals."""
     asked, tokens = [], []

@@ -84,7 +84,8 @@ def completion_metrics(proposals: Proposals, eos_token_ids: Sequence[int]) -> di
 def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     """A rung's figures; means over prompts.
 
-    The target's distance from the prior is `KL(p_τ‖L) = -τ·E[d] - log Z_τ`, where `E[d]` is the pool's weighted mean.
+    The target's distance from the prior is `KL(p_τ‖L) = -τ·E[d] - log Z_τ`, where `E[d]` is the weighted mean of the
+    pool, or of the proposals if the sampler has moved the pool's draws: then they no longer have a known density.
 
     Args:
         rung: the rung.
@@ -94,7 +95,8 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     error = rung.state.tau_max_error
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
-    target_objective = (pool.log_weight(tau).softmax(-1) * pool.objective).sum(-1).mean().item()
+    weighted = proposals if rung.redrawn else pool
+    target_objective = (weighted.log_weight(tau).softmax(-1) * weighted.objective).sum(-1).mean().item()
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
     return {
         **proposal_metrics(proposals, tau, threshold),
