@@ -280,7 +280,7 @@ def test_only_what_is_left_open_is_filled(config, tokenizer, asked, expected):
     trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
     found = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     assert found == expected
-    assert trainer.run.rows_per_update == 128 if asked != {"gradient_accumulation_steps": 2} else 16
+    assert trainer.run.rows_per_update == expected[0] * expected[1]
     assert settings.per_device_train_batch_size == 8, "the user's own settings stay"
 
 

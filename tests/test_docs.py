@@ -146,8 +146,8 @@ def test_the_readmes_example_with_the_real_model(tmp_path, monkeypatch, capsys):
     Path("HuggingFaceTB").mkdir()
     Path("HuggingFaceTB/SmolLM2-135M-Instruct").symlink_to(model)
     (block,) = blocks("README.md", "python")
-    shorter = block.content.replace("max_objective_calls=512", "max_objective_calls=128")
-    shorter = shorter.replace("max_completion_length=32", "max_completion_length=16")
+    assert "max_completion_length=32" in block.content
+    shorter = block.content.replace(*SHORTER).replace("max_completion_length=32", "max_completion_length=16")
     build, train, after = shorter.partition("trainer.train()\n")
     names: dict[str, Any] = {"__name__": "page"}
     exec(build, names)

@@ -121,6 +121,7 @@ def test_a_run_learns_the_target(ladder, config, tokenizer):
     assert trainer.record.settings["sampler"] == "suffix"
 
 
+@pytest.mark.slow
 def test_the_targets_figures_are_those_of_the_proposals(config, tokenizer):
     """Of draws that were moved no weights are made: mean cost and KL(p_τ‖L) are within 5 % of the enumeration."""
     completions = every_completion()
