@@ -97,6 +97,42 @@ class Beginnings(NamedTuple):
         return Draws(Completions(ids, length), torch.tensor(log_probs, dtype=torch.float64))
 
 
+class Spans(NamedTuple):
+    """Spans of `n` completions that are to be drawn anew, between what is before and what is after them.
+
+    Attributes:
+        tokens: of each completion, those before the span.
+        old: those of the span; none of them ends a text.
+        after: those after it, with the end-of-text token where there is one.
+        widths: how many tokens are to be drawn in the span's place.
+    """
+
+    tokens: list[list[int]]
+    old: list[list[int]]
+    after: list[list[int]]
+    widths: list[int]
+
+    def select(self, rows: range) -> Spans:
+        """Those of consecutive completions."""
+        part = slice(rows.start, rows.stop)
+        return Spans(self.tokens[part], self.old[part], self.after[part], self.widths[part])
+
+    def filled(self, draws: Completions, width: int, pad_token_id: int, eos_token_ids: Sequence[int]) -> Completions:
+        """Whole completions; as before, where the model ended the text within the span.
+
+        Args:
+            draws: `n`, what was drawn after `tokens`: at least `widths`, or up to an end-of-text token.
+            width: most tokens of a whole completion.
+            pad_token_id: fills rows.
+            eos_token_ids: tokens that end a text.
+        """
+        new = [drawn[:size] for drawn, size in zip(draws.tokens(), self.widths, strict=True)]
+        kept = [old if {*eos_token_ids} & {*drawn} else drawn for drawn, old in zip(new, self.old, strict=True)]
+        tokens = [[*row[0], *row[1], *row[2]] for row in zip(self.tokens, kept, self.after, strict=True)]
+        ids = torch.tensor([[*row, *[pad_token_id] * (width - len(row))] for row in tokens])
+        return Completions(ids, torch.tensor([len(row) for row in tokens]))
+
+
 @dataclass(frozen=True)
 class Prompts:
     """The prompts of a run, one per row of the data set.
@@ -132,7 +168,7 @@ class Proposals:
     Attributes:
         rows: `[P·n]`, the prompt of each draw.
         completions: the `P·n` token sequences.
-        objective: `[P, n]`, costs `d(s)`.
+        objective: `[P, n]`, costs `d(s)`; NaN for a draw that was not evaluated, which [`Screen`] alone leaves out.
         log_prior: `[P, n]`, `log L(s)` under the prior, nats.
         log_model: `[P, n]`, `log q(s)` of the law that they were drawn from, nats.
         texts: the decoded texts; `None` where draws of several rungs are put together.
@@ -244,6 +280,10 @@ class Proposals:
     def constant_cost_share(self) -> float:
         """Share of prompts for which all draws have the same cost."""
         return (self.objective.amin(-1) == self.objective.amax(-1)).double().mean().item()
+
+
+Screen = Callable[[Proposals], Tensor]
+"""Which of some draws, `[P, n]`, are to be evaluated at all; their costs, not known yet, are NaN."""
 
 
 def join_rungs(parts: Sequence[Proposals]) -> Proposals:

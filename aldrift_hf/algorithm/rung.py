@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import streams
-from ..types import Beginnings, Proposals, Samples
+from ..types import Beginnings, Proposals, Samples, Screen, Spans
 from .errors import Influence
 from .goals import Goal
 from .ladders.base import Ladder, LadderState
@@ -33,7 +33,7 @@ class Rollout(Policy, Protocol):
         """A rung's proposals: draws `s ~ q` with `log q(s)`, `log L(s)` and the cost `d(s)`."""
         ...
 
-    def redraw(self, rung: int, step: int, beginnings: Beginnings) -> Proposals:
+    def redraw(self, rung: int, step: int, beginnings: Beginnings | Spans, screen: Screen | None = None) -> Proposals:
         """Further draws of a rung, which begin with these tokens: see [`Redraw`]."""
         ...
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,44 @@ def sequence_sums(
     Returns:
         `[n, …]`, as many values per row as `statistic` has per token, fp64, on the CPU.
     """
+    return _scored(
+        model, prompts, completions, statistic, pad_token_id, batch_size, batch_tokens, lambda table: table.sum(1)
+    )
+
+
+def token_table(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    batch_tokens: int,
+) -> Tensor:
+    """What [`sequence_logprobs`] sums up: the log-probability of every token, nats.
+
+    Returns:
+        `[n, width]`, as wide as the completions' ids; 0 after a completion's end; fp64, on the CPU.
+    """
+    width = completions.ids.shape[1]
+
+    def padded(table: Tensor) -> Tensor:
+        return nn.functional.pad(table, (0, width - table.shape[1]))
+
+    return _scored(model, prompts, completions, token_logprobs, pad_token_id, batch_size, batch_tokens, padded)
+
+
+def _scored(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    completions: Completions,
+    statistic: Statistic,
+    pad_token_id: int,
+    batch_size: int,
+    batch_tokens: int,
+    reduced: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`[n, …]`: `reduced`, of each forward pass's table of tokens, `[rows, width, …]`; see [`sequence_sums`]."""
     keys: dict[Row, int] = {}
     where = [
         keys.setdefault((tuple(prompt), tuple(completion)), len(keys))
@@ -103,19 +141,19 @@ def sequence_sums(
     # The longest rows first: there is little padding, and if rows do not fit into memory, it shows at once.
     rows = sorted(keys, key=lambda row: -_width(row))
     order: list[int] = []
-    sums: list[Tensor] = []
+    found: list[Tensor] = []
     if packing.pays(*_columns(rows)) and can_share_prompts(model, _width(rows[0])):
         with sharing(model):
             for batch in _batches(_by_prompt(rows), batch_size, batch_tokens, shared=True):
                 order += [keys[row] for row in batch]
-                sums.append(_sums(model, packing.pack(*_columns(batch)), statistic))
+                found.append(reduced(_table(model, packing.pack(*_columns(batch)), statistic)).cpu())
     else:
         for batch in _batches(rows, batch_size, batch_tokens, shared=False):
             order += [keys[row] for row in batch]
             padded = join(*_columns(batch), pad_token_id)
-            sums.append(_sums(model, apart(padded, _keeps_logits(model)), statistic))
+            found.append(reduced(_table(model, apart(padded, _keeps_logits(model)), statistic)).cpu())
     place = torch.tensor(order).argsort()
-    return torch.cat(sums)[place[where]]
+    return torch.cat(found)[place[where]]
 
 
 def _batches(rows: list[Row], batch_size: int, batch_tokens: int, shared: bool) -> Iterator[list[Row]]:
@@ -145,11 +183,11 @@ def _columns(rows: Sequence[Row]) -> tuple[list[tuple[int, ...]], list[tuple[int
     return [prompt for prompt, _ in rows], [completion for _, completion in rows]
 
 
-def _sums(model: PreTrainedModel, forward: Pass, statistic: Statistic) -> Tensor:
-    """`[n, …]`, from one forward pass."""
+def _table(model: PreTrainedModel, forward: Pass, statistic: Statistic) -> Tensor:
+    """`[n, width, …]`, from one forward pass."""
     forward = forward.to(model.device)
     found = projected_logprobs(model, forward.select, forward.targets, statistic, **forward.inputs)
-    return forward.table(found.double()).sum(1).cpu()
+    return forward.table(found.double())
 
 
 def learning_pass(model: PreTrainedModel, padded: Padded) -> Pass:

@@ -19,7 +19,7 @@ from ..algorithm.samplers.chains import run_chains
 from ..algorithm.samplers.kernels import isir, metropolis_hastings
 from ..algorithm.samplers.suffix import suffix_chains
 from ..reporting.record import prompt_rows
-from ..types import Beginnings, Prompts, Proposals, join_prompts
+from ..types import Beginnings, Prompts, Proposals, Screen, Spans, join_prompts
 from .parts import check_continues
 from .run import Run
 
@@ -198,8 +198,8 @@ def _suffix_chains(
     check_continues(run.rollout.engine, "correction")
     fresh = run.rollout.propose(prompts, num_samples, address)
 
-    def redraw(step: int, beginnings: Beginnings) -> Proposals:
-        return run.rollout.propose(prompts, num_samples, (*address, step), beginnings)
+    def redraw(step: int, beginnings: Beginnings | Spans, screen: Screen | None = None) -> Proposals:
+        return run.rollout.propose(prompts, num_samples, (*address, step), beginnings, screen=screen)
 
     moved = suffix_chains(fresh, steps, run.tau_max, redraw, generator)
     return CorrectedDraws(moved.pool, moved.selection, prompts, [fresh])

@@ -6,10 +6,11 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -22,12 +23,12 @@ from ..models.engines import Engine, EngineGuard
 from ..models.footprint import Work
 from ..models.numerics import check_scores, check_support
 from ..models.prior import Prior, base_model
-from ..models.scoring import inference, sequence_logprobs
+from ..models.scoring import inference, sequence_logprobs, token_table
 from ..models.sharding import in_step, whole
 from ..models.shared_prompts.cache import MIN_PROMPT
 from ..models.shared_prompts.support import can_share_prompts
 from ..objective.objective import Objective
-from ..types import Beginnings, Completions, Progress, Prompts, Proposals
+from ..types import Beginnings, Completions, Draws, Progress, Prompts, Proposals, Screen, Spans
 from .config import ALDRIFTConfig
 from .draw_journal import Columns, DrawJournal
 
@@ -81,6 +82,7 @@ class Rollout:
         objective: the cost.
         tokenizer: decodes completions.
         pad_token_id: fills rows.
+        eos_token_ids: tokens that end a completion.
 
     Attributes:
         guard: sees whether the engine draws from the policy.
@@ -98,10 +100,11 @@ class Rollout:
         objective: Objective,
         tokenizer: PreTrainedTokenizerBase,
         pad_token_id: int,
+        eos_token_ids: tuple[int, ...],
     ) -> None:
         self.args, self.runtime, self.policy = args, runtime, runtime.policy
         self.prior, self.engine, self.objective = prior, engine, objective
-        self.tokenizer, self.pad_token_id = tokenizer, pad_token_id
+        self.tokenizer, self.pad_token_id, self.eos_token_ids = tokenizer, pad_token_id, eos_token_ids
         self.guard = EngineGuard(engine, pad_token_id, args.scoring_batch_tokens)
         self.journal = DrawJournal(str(args.output_dir))
         size = args.per_device_generation_batch_size
@@ -113,9 +116,10 @@ class Rollout:
         prompts: Prompts,
         per_prompt: int,
         stream: Sequence[int],
-        beginnings: Beginnings | None = None,
+        beginnings: Beginnings | Spans | None = None,
         which: Tensor | None = None,
         keep: bool = False,
+        screen: Screen | None = None,
     ) -> Proposals:
         """`per_prompt` draws for every prompt, or for some, scored and evaluated.
 
@@ -126,9 +130,11 @@ class Rollout:
             prompts: what to draw for.
             per_prompt: draws per prompt.
             stream: the address of the random numbers.
-            beginnings: of each draw, whose `log q` is that of the whole completion all the same; `None` for none.
+            beginnings: of each draw, or what is around its span; `log q` is that of the whole completion all the same.
+                `None` for none.
             which: `[S]`, the prompts to draw for, as positions among `prompts`; `None` for all.
             keep: whether the journal keeps them, so that a run that is killed does not draw them again.
+            screen: which draws are evaluated, after all are drawn; `None` for all. The others' cost is NaN.
 
         Raises:
             FloatingPointError: for log-probabilities that are NaN or infinite, before the objective sees the draws.
@@ -138,7 +144,7 @@ class Rollout:
         rows = which.repeat_interleave(per_prompt).tolist()
         self.seconds = dict.fromkeys(("seconds_propose", "seconds_score", "seconds_objective"), 0.0)
         parts: list[_Part] = []
-        texts: list[str] = []
+        done = 0
         with self._objective_abandoned_on_error():
             with self._inference():
                 self.engine.sync(self.policy())
@@ -146,42 +152,55 @@ class Rollout:
                     self.guard.begin()
                 for drawn in self._rounds(prompts, rows, stream, beginnings, keep):
                     new = [text for part in drawn for text in part.texts]
-                    self.objective.begin(prompts, rows[len(texts) : len(texts) + len(new)], new)
+                    if screen is None:
+                        self.objective.begin(prompts, rows[done : done + len(new)], new)
                     parts += drawn
-                    texts += new
+                    done += len(new)
                     self.runtime.stop_if_asked()
                 self.engine.rest()
+            proposals = self._proposals(parts, torch.tensor(rows), (len(which), per_prompt))
+            asked = torch.ones_like(proposals.objective, dtype=torch.bool) if screen is None else screen(proposals)
+            chosen = asked.flatten().nonzero()[:, 0].tolist()
             with self._timed("seconds_objective"):
-                objective = self.objective.finish(prompts, rows, texts)
-        shape = (len(which), per_prompt)
-        ids, length, token_log_model, log_prior = (
-            torch.cat(column)
-            for column in zip(
-                *((*part.completions, part.token_log_model, part.log_prior) for part in parts), strict=True
-            )
-        )
-        check_support(log_prior.view(shape))
+                judged = [rows[row] for row in chosen], [cast(list[str], proposals.texts)[row] for row in chosen]
+                if screen is not None:
+                    self.objective.begin(prompts, *judged)
+                proposals.objective[asked] = self.objective.finish(prompts, *judged)
+        if beginnings is None:
+            check_support(proposals.log_prior)
+        return proposals
+
+    def _proposals(self, parts: Sequence[_Part], rows: Tensor, shape: tuple[int, int]) -> Proposals:
+        """All draws together, not evaluated yet."""
+        columns = ((*part.completions, part.token_log_model, part.log_prior) for part in parts)
+        ids, length, token_log_model, log_prior = (torch.cat(column) for column in zip(*columns, strict=True))
         return Proposals(
-            rows=torch.tensor(rows),
+            rows=rows,
             completions=Completions(ids, length),
-            objective=objective.view(shape),
+            objective=torch.full(shape, math.nan, dtype=torch.float64),
             log_prior=log_prior.view(shape),
             log_model=token_log_model.sum(-1).view(shape),
-            texts=texts,
+            texts=[text for part in parts for text in part.texts],
             as_scored=self.guard.as_scored,
             token_log_model=token_log_model,
         )
 
     def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
         """`[P, n]` log-probabilities of draws under the policy as it is now; the processes share the work."""
+        return self._scores(prompts, drawn, self._score).view_as(drawn.objective)
 
+    def score_tokens(self, prompts: Prompts, drawn: Proposals) -> Tensor:
+        """`[P·n, width]`, those of each token."""
+        return self._scores(prompts, drawn, self._score_tokens)
+
+    def _scores(self, prompts: Prompts, drawn: Proposals, score: Callable[..., Tensor]) -> Tensor:
         def scores(rows: range, token_ids: list[list[int]]) -> Tensor:
             completions = drawn.completions.select(torch.arange(rows.start, rows.stop))
-            return self._score(base_model(self.policy()), token_ids, completions)
+            return score(base_model(self.policy()), token_ids, completions)
 
         with self._inference():
             rounds = list(self._deal("proposals scored", prompts, drawn.rows.tolist(), scores))
-        return torch.cat([part for parts in rounds for part in parts]).view_as(drawn.objective)
+        return torch.cat([part for parts in rounds for part in parts])
 
     def decode(self, completions: Completions) -> list[str]:
         """Texts, without special tokens; equal completions are decoded once."""
@@ -195,7 +214,7 @@ class Rollout:
         prompts: Prompts,
         rows: Sequence[int],
         stream: Sequence[int],
-        beginnings: Beginnings | None,
+        beginnings: Beginnings | Spans | None,
         keep: bool,
     ) -> Iterator[list[_Part]]:
         """Draws in rounds, each as the engine's guard lets it pass: first what the journal has, all at once."""
@@ -213,7 +232,7 @@ class Rollout:
         prompts: Prompts,
         rows: Sequence[int],
         stream: Sequence[int],
-        beginnings: Beginnings | None,
+        beginnings: Beginnings | Spans | None,
     ) -> list[_Part]:
         """The first of these draws, where an earlier start of the run has made them, from the same law."""
         args, policy = self.args, self.policy()
@@ -270,18 +289,24 @@ class Rollout:
                 yield together
 
     def _draw(
-        self, stream: Sequence[int], beginnings: Beginnings | None, rows: range, token_ids: list[list[int]]
+        self, stream: Sequence[int], beginnings: Beginnings | Spans | None, rows: range, token_ids: list[list[int]]
     ) -> _Part:
-        address = (self.args.seed, *stream)
+        address, most = (self.args.seed, *stream), self.args.max_completion_length
+        mine = None if beginnings is None else beginnings.select(rows)
         with self._timed("seconds_propose"):
-            if beginnings is None:
+            if mine is None:
                 asked, draws = token_ids, self.engine.generate(token_ids, address, rows)
             else:
-                most, mine = self.args.max_completion_length, beginnings.select(rows)
                 asked = [[*prompt, *tokens] for prompt, tokens in zip(token_ids, mine.tokens, strict=True)]
-                draws = self.engine.generate(asked, address, rows, [most - len(tokens) for tokens in mine.tokens])
+                # A span of no tokens draws one, too, which is left out.
+                limits = [max(width, 1) for width in mine.widths] if isinstance(mine, Spans) else None
+                limits = limits or [most - len(tokens) for tokens in mine.tokens]
+                draws = self.engine.generate(asked, address, rows, limits)
             measured = self.guard.measure(base_model(self.policy()), asked, draws)
-            if beginnings is not None:
+            if isinstance(mine, Spans):  # what follows a span has a new context: all is scored again
+                completions = mine.filled(draws.completions, most, self.pad_token_id, self.eos_token_ids)
+                draws = Draws(completions, self._score_tokens(base_model(self.policy()), token_ids, completions))
+            elif mine is not None:
                 draws = mine.continued(draws, most, self.pad_token_id)
         with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
             log_prior = self._score(prior_model, token_ids, draws.completions)
@@ -289,14 +314,14 @@ class Rollout:
         return _Part(draws.completions, self.decode(draws.completions), draws.token_log_probs, log_prior, measured)
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
-        return sequence_logprobs(
-            model,
-            prompts,
-            completions,
-            pad_token_id=self.pad_token_id,
-            batch_size=len(prompts),
-            batch_tokens=self.args.scoring_batch_tokens,
-        )
+        return sequence_logprobs(model, prompts, completions, **self._in_batches(prompts))
+
+    def _score_tokens(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
+        return token_table(model, prompts, completions, **self._in_batches(prompts))
+
+    def _in_batches(self, prompts: list[list[int]]) -> dict[str, int]:
+        batch_tokens = self.args.scoring_batch_tokens
+        return {"pad_token_id": self.pad_token_id, "batch_size": len(prompts), "batch_tokens": batch_tokens}
 
     def _fitting(self, prompts: Prompts, per_prompt: int) -> Batches:
         if self.batches is None or not self.batches.fixed:

@@ -79,7 +79,7 @@ def make_run(
     options = loading.mapping_of(args.engine_kwargs)
     for_engine = EngineSettings(args.max_completion_length, eos_token_ids, inputs.pad_token_id, options)
     engine = engine_of(args, for_engine, engine, policy)
-    rollout = Rollout(args, runtime, prior, engine, objective, inputs.tokenizer, inputs.pad_token_id)
+    rollout = Rollout(args, runtime, prior, engine, objective, inputs.tokenizer, inputs.pad_token_id, eos_token_ids)
     snapshots = os.path.join(output_dir, SNAPSHOT_FOLDER)
     at_once = min(len(prompts), args.prompts_per_rung or len(prompts))
     one_pass = math.ceil(at_once * args.num_chains / rows_per_update)

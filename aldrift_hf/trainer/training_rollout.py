@@ -10,7 +10,7 @@ from .. import streams
 from ..algorithm.archive import Snapshot
 from ..algorithm.prompt_groups import group_of
 from ..models import snapshots
-from ..types import Beginnings, Prompts, Proposals
+from ..types import Beginnings, Prompts, Proposals, Screen, Spans
 from .rollout import Rollout
 
 
@@ -46,14 +46,19 @@ class TrainingRollout:
         address, which = (streams.PROPOSE, rung), self.group(rung)
         return self.rollout.propose(self.prompts, self.per_prompt, address, which=which, keep=True)
 
-    def redraw(self, rung: int, step: int, beginnings: Beginnings) -> Proposals:
+    def redraw(self, rung: int, step: int, beginnings: Beginnings | Spans, screen: Screen | None = None) -> Proposals:
         """Further draws of a rung, which begin with these tokens; their seconds are added to the rung's."""
         before, which = self.rollout.seconds, self.group(rung)
         per_prompt = len(beginnings.tokens) // len(which)
         address = (streams.PROPOSE, rung, step)
-        drawn = self.rollout.propose(self.prompts, per_prompt, address, beginnings, which, keep=True)
+        drawn = self.rollout.propose(self.prompts, per_prompt, address, beginnings, which, keep=True, screen=screen)
         self.rollout.seconds = {name: before[name] + more for name, more in self.rollout.seconds.items()}
         return drawn
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return self.rollout.eos_token_ids
 
     def draw_ahead(self) -> Proposals:
         """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""
@@ -69,3 +74,7 @@ class TrainingRollout:
         policy = self.rollout.policy()
         with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
             return self.rollout.score(self.prompts, proposals)
+
+    def token_log_prob(self, proposals: Proposals) -> Tensor:
+        """`[P·n, width]` log-probabilities of each token under the present model, nats."""
+        return self.rollout.score_tokens(self.prompts, proposals)

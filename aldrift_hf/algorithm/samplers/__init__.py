@@ -3,6 +3,7 @@
 from .archive import ArchiveSampler
 from .base import Moved, Policy, Redraw, Sampler, Selection
 from .chains import MetropolisHastings
+from .span import SpanChains
 from .suffix import SuffixChains
 from .uncorrected import Reweight, Top
 
@@ -10,6 +11,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
     "archive": ArchiveSampler,
     "metropolis_hastings": MetropolisHastings,
     "suffix": SuffixChains,
+    "span": SpanChains,
     "top": Top,
     "reweight": Reweight,
 }
@@ -24,6 +26,7 @@ __all__ = [
     "Reweight",
     "Sampler",
     "Selection",
+    "SpanChains",
     "SuffixChains",
     "Top",
 ]

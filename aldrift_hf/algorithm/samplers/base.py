@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from ...types import Beginnings, Proposals
+from ...types import Beginnings, Proposals, Screen, Spans
 from .. import diagnostics
 from ..archive import Snapshot
 from ..errors import Influence
@@ -21,6 +21,11 @@ from ..ladders.base import LadderState
 class Policy(Protocol):
     """What a sampler may ask of the model that is trained."""
 
+    @property
+    def eos_token_ids(self) -> Sequence[int]:
+        """Tokens that end a text."""
+        ...
+
     def snapshot(self) -> Snapshot:
         """The model as it is now, to be kept."""
         ...
@@ -29,16 +34,22 @@ class Policy(Protocol):
         """`[P, n]` log-probabilities of draws under a snapshot's model, or the present one (`None`), nats."""
         ...
 
+    def token_log_prob(self, proposals: Proposals) -> Tensor:
+        """`[P·n, width]` log-probabilities of each token of draws under the present model, nats."""
+        ...
+
 
 class Redraw(Protocol):
     """Draws of the present model that begin with given tokens, scored and evaluated."""
 
-    def __call__(self, step: int, beginnings: Beginnings) -> Proposals:
+    def __call__(self, step: int, beginnings: Beginnings | Spans, screen: Screen | None = None) -> Proposals:
         """`[P, k]` draws for `P·k` beginnings, ordered by prompt; their `log q` is that of the whole completions.
 
         Args:
             step: which draws of the rung these are, from 1: part of the address of their random numbers.
-            beginnings: of each draw, with the `log q` that its tokens were drawn with.
+            beginnings: of each draw, with the `log q` that its tokens were drawn with. Or the spans that are drawn,
+                with what is before and after them: then `log q` is the scorer's, token by token.
+            screen: which draws are evaluated, the same on all processes; `None` for all. Others have the cost NaN.
         """
         ...
 

@@ -1,0 +1,257 @@
+"""Metropolis-Hastings within texts: chains that redraw a span in the middle and go on from rung to rung."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ...types import Completions, Proposals, Spans, join_prompts, join_rungs
+from .base import Moved, Policy, Redraw, Selection
+from .chains import MetropolisHastings
+from .kernels import metropolis_hastings
+
+MAX_WIDTH = 8
+"""W, most tokens that a move removes or inserts. Few, so that a move keeps most of what has made a text good and is
+accepted often; more than one, because some texts are joined by no path of single tokens that the prior allows."""
+
+
+class Cuts(NamedTuple):
+    """Where texts are cut for a move, each `[n]`.
+
+    Attributes:
+        place: tokens before the span.
+        old: tokens of the span.
+        new: tokens to be drawn in its place.
+    """
+
+    place: Tensor
+    old: Tensor
+    new: Tensor
+
+    @classmethod
+    def drawn(cls, texts: Completions, eos_token_ids: Sequence[int], generator: torch.Generator) -> Cuts:
+        """Widths that are uniform on 0, …, W and a position that is uniform on those that are left.
+
+        A move that would leave the support, or removes and inserts nothing, is an empty span at the beginning. The support: texts that end, of at
+        most the maximum length, and texts that were cut, of exactly that length.
+        """
+        n, most = texts.ids.shape
+        last = texts.ids.gather(1, texts.length[:, None] - 1)[:, 0]
+        ended = torch.isin(last, torch.tensor([*eos_token_ids]))
+        body = texts.length - ended.long()
+        old, new = torch.randint(MAX_WIDTH + 1, (2, n), generator=generator)
+        share = torch.rand(n, generator=generator, dtype=torch.float64)
+        possible = (old <= body) & (old + new > 0) & torch.where(ended, texts.length - old + new <= most, old == new)
+        place = (share * (body - old + 1)).long()
+        return cls(*(torch.where(possible, column, 0) for column in (place, old, new)))
+
+    def spans(self, texts: Completions) -> Spans:
+        """The texts' parts."""
+        rows = list(zip(texts.tokens(), self.place.tolist(), (self.place + self.old).tolist(), strict=True))
+        return Spans(
+            [tokens[:start] for tokens, start, _ in rows],
+            [tokens[start:end] for tokens, start, end in rows],
+            [tokens[end:] for tokens, _, end in rows],
+            self.new.tolist(),
+        )
+
+
+@dataclass(frozen=True)
+class Moves:
+    """A move of each chain before its proposal is known.
+
+    Attributes:
+        state: the chains' states, `[P, m]`.
+        cuts: where they are cut.
+        log_u: logarithm of the acceptance variates, `[P, m]`.
+        tau: the inverse temperature of the target.
+    """
+
+    state: Proposals
+    cuts: Cuts
+    log_u: Tensor
+    tau: float
+
+    def allow(self, proposed: Proposals) -> Tensor:
+        """`[P, m]`, whether proposals would be accepted if they had no cost; costs are at least 0."""
+        return (self.log_u < self._log_ratio(proposed)) & _differ(self.state, proposed)
+
+    def accept(self, proposed: Proposals) -> Tensor:
+        """`[P, m]`, whether proposals are accepted; those without a cost (NaN) are not."""
+        ratio = self._log_ratio(proposed) - self.tau * proposed.objective
+        return (self.log_u < ratio) & _differ(self.state, proposed)
+
+    def _log_ratio(self, proposed: Proposals) -> Tensor:
+        """The logarithm of the acceptance ratio of [`span_chains`] if the proposals had no cost, nats."""
+        old = _span_sum(self.state, self.cuts.place, self.cuts.old)
+        new = _span_sum(proposed, self.cuts.place, self.cuts.new)
+        return proposed.log_prior - self.state.log_target(self.tau) + old - new
+
+
+def span_chains(
+    start: Proposals, steps: int, tau: float, eos_token_ids: Sequence[int], redraw: Redraw, generator: torch.Generator
+) -> tuple[list[Proposals], list[Proposals], float]:
+    """Chains of `M` states, each one move away from the one before.
+
+    A move at a text `s` with `b` tokens before its end draws widths `w, w'` uniformly from 0, …, W and a position `i`
+    uniformly from 0, …, b - w; it removes the `w` tokens `o` after the first `i`, draws `w'` tokens `v` from
+    `q(·|s_<i)` in their place, and keeps what was after. It stays where it is if the model ends the text within the
+    span, if the new text `ŝ` is not in the support, or if `w > b`.
+
+    Detailed balance: the flow from `s` to `ŝ` by `(w, w', i, v)` is `p_τ(s) · q(v|s_<i) · a / ((W+1)²(b - w + 1))`. The
+    only way back that this one is paired with is `(w', w, i, o)`, with the flow
+    `p_τ(ŝ) · q(o|s_<i) · â / ((W+1)²(b̂ - w' + 1))`. Here `b̂ - w' = b - w`, for what is kept is the same, so that both
+    are equal with `a = min(1, r)`, `â = min(1, 1/r)` and `r = p_τ(ŝ) q(o|s_<i) / (p_τ(s) q(v|s_<i))`. Neither `o` nor
+    `v` ends a text, and the tokens before them are the same, so both ways exist or none does.
+
+    The acceptance variate is drawn first: a proposal that it would reject even without a cost is not evaluated.
+
+    Args:
+        start: the first state of each chain, `[P, m]`, with `log q` of the present model, token by token.
+        steps: M.
+        tau: the inverse temperature of the target `p_τ`.
+        eos_token_ids: tokens that end a text.
+        redraw: draws from the model.
+        generator: the source of widths, positions and acceptance variates.
+
+    Returns:
+        The `M` states of the chains, the `M - 1` proposals of each, and the acceptance rate (NaN if M = 1).
+    """
+    states, redrawn, accepted = [start], [], []
+    for step in range(1, steps):
+        state = states[-1]
+        cuts = Cuts.drawn(state.completions, eos_token_ids, generator)
+        log_u = torch.rand(state.objective.shape, generator=generator, dtype=torch.float64).log()
+        moves = Moves(state, cuts, log_u, tau)
+        proposed = redraw(step, cuts.spans(state.completions), moves.allow)
+        moved = moves.accept(proposed)
+        states.append(state.moved(moved, proposed))
+        redrawn.append(proposed)
+        accepted.append(moved.double().mean().item())
+    return states, redrawn, sum(accepted) / len(accepted) if accepted else math.nan
+
+
+class SpanChains(MetropolisHastings):
+    """Chains that go on from rung to rung: over each rung's own proposals, and then by moves that redraw a span.
+
+    For local search with an exact target: few chains, each of which changes a part of its text and keeps what is before
+    and after it. On the first rung they begin as the paper's chains over its proposals; on a later one they go on from
+    their states, first over its proposals, and then by M - 1 moves. Every state after a move is a sample.
+
+    Args:
+        chain_length: M, proposals per chain of either kind.
+    """
+
+    redraws: ClassVar[bool] = True
+
+    def __init__(self, chain_length: int) -> None:
+        super().__init__(chain_length)
+        self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
+        self._eos_token_ids: Sequence[int] = ()
+        self._start: Proposals | None = None
+        self._figures: dict[str, float] = {}
+
+    def draws_for(self, proposals: int) -> int:
+        return 2 * proposals - proposals // self.chain_length
+
+    def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
+        if not proposals.as_scored:
+            raise ValueError(
+                "sampler='span' compares the model's log-probability of old and new spans, and those of the engine are "
+                "not the scorer's: it rounds differently. Use engine='transformers' in fp32 (bf16=False, "
+                "dtype='float32'), or another sampler."
+            )
+        self._eos_token_ids, self._start = policy.eos_token_ids, self._stored(proposals)
+        if self._start is not None:  # the model has learned since
+            token_log_model = policy.token_log_prob(self._start)
+            log_model = token_log_model.sum(-1).view_as(self._start.objective)
+            self._start = replace(self._start, token_log_model=token_log_model, log_model=log_model)
+        return proposals
+
+    def select(
+        self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
+    ) -> Selection:
+        if self._start is None:
+            chosen = super().select(pool, tau_before, tau, size, generator)
+            self._start = pool.select(chosen.index)
+            return chosen
+        prompts, n = pool.objective.shape
+        weights = [self._start.log_weight(tau)[..., None], pool.log_weight(tau).view(prompts, -1, self.chain_length)]
+        chains = metropolis_hastings(torch.cat(weights, dim=-1), generator)
+        index = (chains.last - 1).clamp(min=0) + self.chain_length * torch.arange(n // self.chain_length)
+        self._start = self._start.moved(chains.last > 0, pool.select(index))
+        return Selection(index, chains.acceptance_rate.mean().item())
+
+    def move(
+        self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
+    ) -> Moved:
+        start = cast(Proposals, self._start)
+        states, redrawn, rate = span_chains(start, self.chain_length, tau, self._eos_token_ids, redraw, generator)
+        prompts, chains = start.objective.shape
+        for place, prompt in enumerate(start.prompts.tolist()):
+            self._states[prompt] = _of_prompt(states[-1], place)
+        evaluated = [proposed.objective.isfinite().double().mean().item() for proposed in redrawn]
+        self._figures = {
+            "acceptance_rate_of_whole_texts": selection.acceptance_rate,
+            "evaluated_moves": sum(evaluated) / len(evaluated),
+        }
+        everything = torch.arange(chains * len(states)).expand(prompts, -1)
+        return Moved(join_rungs(states), Selection(everything, rate), tuple(redrawn))
+
+    def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
+        return self._figures
+
+    def state_dict(self) -> dict[str, Tensor]:
+        named: dict[str, Tensor] = {}
+        for prompt, state in self._states.items():
+            columns = (*state.completions, state.objective, state.log_prior)
+            named |= {f"{prompt}.{name}": column for name, column in zip(_KEPT, columns, strict=True)}
+        return named
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._states = {}
+        for prompt in sorted({int(key.split(".")[0]) for key in state}):
+            ids, length, objective, log_prior = (state[f"{prompt}.{name}"] for name in _KEPT)
+            rows, unknown = torch.full_like(length, prompt), torch.full_like(objective, math.nan)
+            self._states[prompt] = Proposals(rows, Completions(ids, length), objective, log_prior, unknown)
+
+    def _stored(self, proposals: Proposals) -> Proposals | None:
+        """The chains' states for these prompts, as many as the rung has chains; `None` where there are not so many."""
+        prompts, n = proposals.objective.shape
+        chains = n // self.chain_length
+        kept = [self._states.get(prompt) for prompt in proposals.prompts.tolist()]
+        known = [state for state in kept if state is not None and state.objective.shape[1] >= chains]
+        if len(known) < prompts:
+            return None
+        return join_prompts([state.select(torch.arange(chains)[None]) for state in known])
+
+
+_KEPT = ("ids", "length", "objective", "log_prior")
+
+
+def _of_prompt(state: Proposals, place: int) -> Proposals:
+    """What is kept of the chains of the prompt at a place among a rung's, `[1, m]`; `log q` will be another one."""
+    chains = state.objective.shape[1]
+    rows = torch.arange(chains * place, chains * (place + 1))
+    objective, log_prior = state.objective[place : place + 1], state.log_prior[place : place + 1]
+    unknown = torch.full_like(objective, math.nan)
+    return Proposals(state.rows[rows], state.completions.select(rows), objective, log_prior, unknown)
+
+
+def _span_sum(texts: Proposals, place: Tensor, width: Tensor) -> Tensor:
+    """`log q` of the tokens of a span of each text, `[P, n]`, nats."""
+    table = cast(Tensor, texts.token_log_model)
+    at = torch.arange(table.shape[1])
+    inside = (at >= place[:, None]) & (at < (place + width)[:, None])
+    return torch.where(inside, table, 0).sum(-1).view_as(texts.objective)
+
+
+def _differ(state: Proposals, proposed: Proposals) -> Tensor:
+    """`[P, n]`, whether texts differ."""
+    pairs = zip(state.completions.tokens(), proposed.completions.tokens(), strict=True)
+    return torch.tensor([old != new for old, new in pairs]).view_as(state.objective)

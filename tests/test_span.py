@@ -1,0 +1,127 @@
+"""`sampler="span"`: chains that redraw a span in the middle of their texts and go on from rung to rung."""
+
+import math
+
+import pytest
+import torch
+
+from aldrift_hf.algorithm.samplers import span
+from aldrift_hf.algorithm.samplers.span import SpanChains, span_chains
+from aldrift_hf.selftest.exact import chi_square_p
+from aldrift_hf.streams import generator
+from aldrift_hf.types import Completions, Proposals
+
+LONGEST = 4
+"""Most tokens of the table's texts."""
+TAU = 1.5
+
+
+class Table:
+    """A model of texts of up to four of three tokens, of which 0 ends one, with a prior and costs at random.
+
+    `q` of a token depends on all tokens before it, so that what follows a span has another `log q` behind another one.
+    """
+
+    eos_token_ids = (0,)
+
+    def __init__(self, tau=TAU):
+        self.chance = generator(2)
+        self.q = torch.randn((LONGEST, *(3,) * LONGEST), generator=self.chance, dtype=torch.float64).log_softmax(-1)
+        self.texts = [*self.every(())]
+        self.cost = torch.rand(len(self.texts), generator=self.chance, dtype=torch.float64)
+        self.log_prior = torch.randn(len(self.texts), generator=self.chance, dtype=torch.float64).log_softmax(-1)
+        self.target = (self.log_prior - tau * self.cost).softmax(-1)
+        self.asked, self.drawn = 0, 0
+
+    def every(self, text):
+        for token in range(3):
+            new = (*text, token)
+            yield from [new] if token == 0 or len(new) == LONGEST else self.every(new)
+
+    def law(self, before):
+        return self.q[(len(before), *[*before, 0, 0, 0][: LONGEST - 1])]
+
+    def draw(self, before, most):
+        new = []
+        while len(new) < most and new[-1:] != [0]:
+            new.append(int(torch.multinomial(self.law([*before, *new]).exp(), 1, generator=self.chance)))
+        return new
+
+    def proposals(self, tokens):
+        completions = Completions(
+            torch.tensor([[*row, *[0] * (LONGEST - len(row))] for row in tokens]), torch.tensor([*map(len, tokens)])
+        )
+        events = self.events(completions)
+        empty = torch.zeros(1, len(tokens), dtype=torch.float64)
+        drawn = Proposals(torch.zeros(len(tokens)).long(), completions, self.cost[events][None],
+                          self.log_prior[events][None], empty)  # fmt: skip
+        drawn.token_log_model = self.token_log_prob(drawn)
+        drawn.log_model = drawn.token_log_model.sum(-1)[None]
+        return drawn
+
+    def token_log_prob(self, proposals):
+        parts = [
+            [*(self.law(row[:at])[row[at]].item() for at in range(len(row))), *[0.0] * (LONGEST - len(row))]
+            for row in proposals.completions.tokens()
+        ]
+        return torch.tensor(parts, dtype=torch.float64)
+
+    def fresh(self, count):
+        return self.proposals([self.draw([], LONGEST) for _ in range(count)])
+
+    def at_target(self, count):
+        drawn = torch.multinomial(self.target, count, replacement=True, generator=self.chance).tolist()
+        return self.proposals([self.texts[row] for row in drawn])
+
+    def redraw(self, step, spans, screen):
+        most = [max(width, 1) for width in spans.widths]
+        draws = [self.draw(before, size) for before, size in zip(spans.tokens, most, strict=True)]
+        filled = spans.filled(Completions.of(draws, 0), LONGEST, 0, self.eos_token_ids)
+        proposed = self.proposals(filled.tokens())
+        hidden, proposed.objective = proposed.objective, torch.full_like(proposed.objective, math.nan)
+        asked = screen(proposed)
+        proposed.objective[asked] = hidden[asked]
+        self.asked, self.drawn = self.asked + int(asked.sum()), self.drawn + asked.numel()
+        return proposed
+
+    def events(self, completions):
+        return torch.tensor([self.texts.index(tuple(tokens)) for tokens in completions.tokens()])
+
+    def p(self, proposals, target=None):
+        counts = self.events(proposals.completions).bincount(minlength=len(self.texts))
+        return chi_square_p(counts, self.target if target is None else target)
+
+
+@pytest.fixture(autouse=True)
+def short_spans(monkeypatch):
+    """Texts are short: wider spans would rarely fit."""
+    monkeypatch.setattr(span, "MAX_WIDTH", 3)
+
+
+def test_chains_that_start_at_the_target_stay_there():
+    """At every step, for texts that end and for texts that are cut at the maximum; most moves are not evaluated."""
+    table = Table()
+    start = table.at_target(4000)
+    states, redrawn, rate = span_chains(start, 9, TAU, (0,), table.redraw, generator(1))
+    assert table.p(states[0]) > 1e-2
+    assert table.p(states[-1]) > 1e-2
+    assert 0.02 < rate < 0.9
+    moved = (table.events(start.completions) != table.events(states[-1].completions)).double().mean()
+    assert moved > 0.3, "chains that stay show nothing"
+    assert 0 < table.asked < 0.6 * table.drawn
+    assert sum(int(each.objective.isfinite().sum()) for each in redrawn) == table.asked
+    assert all(bool(state.objective.isfinite().all()) for state in states)
+
+
+def test_chains_that_start_elsewhere_reach_the_target():
+    """From draws of the model, among the texts that end and among those that are cut, which no move joins."""
+    table = Table()
+    start = table.fresh(4000)
+    cut = torch.tensor([text[-1] != 0 for text in table.texts])
+    last = span_chains(start, 60, TAU, (0,), table.redraw, generator(1))[0][-1]
+    share = table.events(start.completions)
+    share = cut[share].double().mean()
+    mass = (table.target * cut).sum()
+    target = table.target * torch.where(cut, share / mass, (1 - share) / (1 - mass))
+    assert table.p(start, target) < 1e-6
+    assert table.p(last, target) > 1e-2
