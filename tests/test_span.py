@@ -26,25 +26,36 @@ class Table:
 
     def __init__(self, tau=TAU):
         self.chance = generator(2)
-        self.q = torch.randn((LONGEST, *(3,) * LONGEST), generator=self.chance, dtype=torch.float64).log_softmax(-1)
         self.texts = [*self.every(())]
-        self.cost = torch.rand(len(self.texts), generator=self.chance, dtype=torch.float64)
-        self.log_prior = torch.randn(len(self.texts), generator=self.chance, dtype=torch.float64).log_softmax(-1)
+        self.cost, noise = torch.rand((2, len(self.texts)), generator=self.chance, dtype=torch.float64)
+        self.log_prior = noise.log_softmax(-1)
         self.target = (self.log_prior - tau * self.cost).softmax(-1)
         self.asked, self.drawn = 0, 0
+        self.learn(1)
+
+    def learn(self, seed):
+        """Another model `q`."""
+        logits = torch.randn((LONGEST, *(3,) * LONGEST), generator=generator(seed), dtype=torch.float64)
+        self.q = (0.6 * logits).log_softmax(-1)
+        self.laws = self.q.exp().cumsum(-1)
+        self.log_q = torch.zeros(len(self.texts), LONGEST, dtype=torch.float64)
+        for row, text in enumerate(self.texts):
+            for at, token in enumerate(text):
+                self.log_q[row, at] = self.q[self.place(text[:at])][token]
 
     def every(self, text):
         for token in range(3):
             new = (*text, token)
             yield from [new] if token == 0 or len(new) == LONGEST else self.every(new)
 
-    def law(self, before):
-        return self.q[(len(before), *[*before, 0, 0, 0][: LONGEST - 1])]
+    def place(self, before):
+        return (len(before), *[*before, 0, 0, 0][: LONGEST - 1])
 
     def draw(self, before, most):
         new = []
         while len(new) < most and new[-1:] != [0]:
-            new.append(int(torch.multinomial(self.law([*before, *new]).exp(), 1, generator=self.chance)))
+            share = torch.rand(1, generator=self.chance, dtype=torch.float64)
+            new.append(min(2, int(torch.searchsorted(self.laws[self.place([*before, *new])], share))))
         return new
 
     def proposals(self, tokens):
@@ -60,11 +71,7 @@ class Table:
         return drawn
 
     def token_log_prob(self, proposals):
-        parts = [
-            [*(self.law(row[:at])[row[at]].item() for at in range(len(row))), *[0.0] * (LONGEST - len(row))]
-            for row in proposals.completions.tokens()
-        ]
-        return torch.tensor(parts, dtype=torch.float64)
+        return self.log_q[self.events(proposals.completions)]
 
     def fresh(self, count):
         return self.proposals([self.draw([], LONGEST) for _ in range(count)])
@@ -95,7 +102,7 @@ class Table:
 @pytest.fixture(autouse=True)
 def short_spans(monkeypatch):
     """Texts are short: wider spans would rarely fit."""
-    monkeypatch.setattr(span, "MAX_WIDTH", 3)
+    monkeypatch.setattr(span, "MAX_WIDTH", 2)
 
 
 def test_chains_that_start_at_the_target_stay_there():
@@ -113,15 +120,58 @@ def test_chains_that_start_at_the_target_stay_there():
     assert all(bool(state.objective.isfinite().all()) for state in states)
 
 
+@pytest.mark.slow
 def test_chains_that_start_elsewhere_reach_the_target():
     """From draws of the model, among the texts that end and among those that are cut, which no move joins."""
     table = Table()
-    start = table.fresh(4000)
+    start = table.fresh(1500)
     cut = torch.tensor([text[-1] != 0 for text in table.texts])
-    last = span_chains(start, 60, TAU, (0,), table.redraw, generator(1))[0][-1]
-    share = table.events(start.completions)
-    share = cut[share].double().mean()
-    mass = (table.target * cut).sum()
+    last = span_chains(start, 160, TAU, (0,), table.redraw, generator(1))[0][-1]
+    share, mass = cut[table.events(start.completions)].double().mean(), (table.target * cut).sum()
     target = table.target * torch.where(cut, share / mass, (1 - share) / (1 - mass))
     assert table.p(start, target) < 1e-6
     assert table.p(last, target) > 1e-2
+
+
+def one_rung(sampler, table, chains, chance):
+    pool = sampler.pool(table.fresh(chains * sampler.chain_length), table)
+    return sampler.move(pool, sampler.select(pool, 0.0, TAU, 1, chance), TAU, table.redraw, chance)
+
+
+@pytest.mark.slow
+def test_chains_go_on_from_rung_to_rung():
+    """Their states stay at the target while the model changes, each state is a sample, and a checkpoint has them."""
+    table, sampler = Table(), SpanChains(4)
+    chance = generator(3)
+    one_rung(sampler, table, 1500, chance)
+    (stored,) = sampler._states.values()
+    at_target = table.at_target(1500)
+    stored.completions, stored.objective, stored.log_prior = (
+        at_target.completions,
+        at_target.objective,
+        at_target.log_prior,
+    )
+    for seed in (4, 5):
+        table.learn(seed)
+        again = SpanChains(4)
+        again.load_state_dict(sampler.state_dict())
+        sampler = again
+        moved = one_rung(sampler, table, 1500, chance)
+        assert moved.selection.index.tolist() == [[*range(6000)]]
+        for step in range(4):
+            assert table.p(moved.pool.select(torch.arange(1500 * step, 1500 * (step + 1))[None])) > 1e-3
+    assert (
+        table.events(next(iter(sampler._states.values())).completions).tolist()
+        == table.events(moved.pool.select(torch.arange(4500, 6000)[None]).completions).tolist()
+    )
+    assert 0 < sampler.metrics(moved.pool, TAU)["evaluated_moves"] < 0.7
+    sampler.load_state_dict({})
+    assert not sampler.state_dict()
+
+
+def test_engines_that_round_are_refused():
+    table = Table()
+    drawn = table.fresh(8)
+    drawn.as_scored = False
+    with pytest.raises(ValueError, match="sampler='span' compares .* in fp32"):
+        SpanChains(4).pool(drawn, table)

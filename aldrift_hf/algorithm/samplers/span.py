@@ -37,8 +37,8 @@ class Cuts(NamedTuple):
     def drawn(cls, texts: Completions, eos_token_ids: Sequence[int], generator: torch.Generator) -> Cuts:
         """Widths that are uniform on 0, …, W and a position that is uniform on those that are left.
 
-        A move that would leave the support, or removes and inserts nothing, is an empty span at the beginning. The support: texts that end, of at
-        most the maximum length, and texts that were cut, of exactly that length.
+        A move that would leave the support, or removes and inserts nothing, is an empty span at the beginning. The
+        support: texts that end, of at most the maximum length, and texts that were cut, of exactly that length.
         """
         n, most = texts.ids.shape
         last = texts.ids.gather(1, texts.length[:, None] - 1)[:, 0]
