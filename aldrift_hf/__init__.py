@@ -13,7 +13,7 @@ from .models.quiet import leave_out_kernel_advice
 if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
-    from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SuffixChains, Top
+    from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SpanChains, SuffixChains, Top
     from .models.engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
     from .objective.calling import ObjectiveError
     from .objective.rewards import from_reward
@@ -44,6 +44,7 @@ __all__ = [
     "RunCallback",
     "RunRecord",
     "Sampler",
+    "SpanChains",
     "SuffixChains",
     "Top",
     "TransformersEngine",
@@ -56,7 +57,15 @@ __all__ = [
 _EXPORTS = {
     "algorithm.ladders": ("AdaptiveLadder", "Ladder", "LinearLadder"),
     "algorithm.losses": ("GeneralizedKL", "Loss", "MaximumLikelihood"),
-    "algorithm.samplers": ("ArchiveSampler", "MetropolisHastings", "Reweight", "Sampler", "SuffixChains", "Top"),
+    "algorithm.samplers": (
+        "ArchiveSampler",
+        "MetropolisHastings",
+        "Reweight",
+        "Sampler",
+        "SpanChains",
+        "SuffixChains",
+        "Top",
+    ),
     "models.engines": ("Engine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"),
     "objective.calling": ("ObjectiveError",),
     "objective.rewards": ("from_reward",),

@@ -82,7 +82,7 @@ def config(tmp_path):
         ({"model_init_kwargs": []}, r"model_init_kwargs must be of type Union\[dict\[str, Any\], str\], got \[\]"),
         (
             {"sampler": "gibbs"},
-            "sampler must be one of archive, metropolis_hastings, suffix, top, reweight, got 'gibbs'",
+            "sampler must be one of archive, metropolis_hastings, suffix, span, top, reweight, got 'gibbs'",
         ),
         ({"sampler": 3}, "sampler must be of type str, got 3"),
         ({"ladder": "snake"}, "ladder must be one of linear, adaptive, got 'snake'"),
@@ -368,7 +368,7 @@ def test_help_explains_every_setting(capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert "T, the inverse temperature of the target" in text
     assert "M, proposals per Metropolis-Hastings chain" in text
-    assert "--sampler {archive,metropolis_hastings,suffix,top,reweight}" in text
+    assert "--sampler {archive,metropolis_hastings,suffix,span,top,reweight}" in text
     assert "--loss_type {nll,generalized_kl}" in text
 
 

@@ -47,6 +47,7 @@ def check_finite(trainer, infinite=()):
         ("metropolis_hastings", "linear"),
         ("metropolis_hastings", "adaptive"),
         ("suffix", "linear"),
+        ("span", "linear"),
         ("archive", "adaptive"),
         ("reweight", "linear"),
         ("top", "linear"),
@@ -159,7 +160,7 @@ def test_a_token_of_probability_zero_under_model_and_prior(make, sampler, loss_t
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["metropolis_hastings", "suffix", "archive", "reweight"])
+@pytest.mark.parametrize("sampler", ["metropolis_hastings", "suffix", "span", "archive", "reweight"])
 def test_draws_that_the_prior_excludes_have_no_weight(make, sampler, caplog):
     trainer = make(adapter=False, sampler=sampler, chain_length=16, learning_rate=1e-3)
     mask(trainer.rollout.prior.model, [3])

@@ -51,7 +51,7 @@ WORDS_OR_NOT = ["", "no", "none", "all", "nope", "\0", "é", 0, 1.5, None, True,
 MAPS = [None, "{}", "{", "[]", "nope.json", {}, {"nope": 1}, {"lr_end": 1.0}, {"num_cycles": 2}, [], 3, {1: 2}]
 
 CHOICES = {
-    "sampler": ["metropolis_hastings", "suffix", "archive", "top", "reweight"],
+    "sampler": ["metropolis_hastings", "suffix", "span", "archive", "top", "reweight"],
     "ladder": ["linear", "adaptive"],
     "loss_type": ["nll", "generalized_kl"],
     "objective_on_error": ["raise", "worst"],

@@ -104,7 +104,7 @@ def make(config, tokenizer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix"])
+@pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix", "span"])
 def test_log_z_of_every_prompt_is_exact_at_its_last_rung(make, tokenizer, sampler):
     """Prompts were last drawn for at different inverse temperatures. Chains add up from the last one of the prompt."""
     trainer = make(sampler=sampler, num_generations=2048, chain_length=4, updates_per_rung=2)

@@ -86,9 +86,10 @@ def test_resumed_with_the_archive(kind, config, tokenizer, tmp_path):
         assert_same(outcome(resumed), outcome(whole))
 
 
-def test_resumed_with_suffix_chains(config, tokenizer, tmp_path):
+@pytest.mark.parametrize("sampler", ["suffix", "span"])
+def test_resumed_with_chains_within_texts(sampler, config, tokenizer, tmp_path):
     """In mid-rung, and from a rung's last update, after which further proposals are drawn."""
-    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "sampler": "suffix"}
+    save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None, "sampler": sampler}
     whole = trainer_of("adapter-off", config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
     whole.train()
     for step in (3, 4, 6, 8, 11):

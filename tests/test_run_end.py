@@ -60,7 +60,7 @@ def test_it_ends_where_it_no_longer_comes_closer(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix"])
+@pytest.mark.parametrize("sampler", ["archive", "metropolis_hastings", "suffix", "span"])
 def test_the_budget_of_calls_is_never_exceeded(sampler, make, tokenizer):
     """The last rung draws what is left: more than half a rung, in whole chains."""
     asked = set()

@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
 
 from aldrift_hf.algorithm.samplers import span
 from aldrift_hf.algorithm.samplers.span import SpanChains, span_chains
+from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import generator
 from aldrift_hf.types import Completions, Proposals
@@ -24,19 +26,19 @@ class Table:
 
     eos_token_ids = (0,)
 
-    def __init__(self, tau=TAU):
-        self.chance = generator(2)
+    def __init__(self, scale=0.6):
+        self.scale, self.chance = scale, generator(2)
         self.texts = [*self.every(())]
         self.cost, noise = torch.rand((2, len(self.texts)), generator=self.chance, dtype=torch.float64)
         self.log_prior = noise.log_softmax(-1)
-        self.target = (self.log_prior - tau * self.cost).softmax(-1)
+        self.target = (self.log_prior - TAU * self.cost).softmax(-1)
         self.asked, self.drawn = 0, 0
         self.learn(1)
 
     def learn(self, seed):
         """Another model `q`."""
         logits = torch.randn((LONGEST, *(3,) * LONGEST), generator=generator(seed), dtype=torch.float64)
-        self.q = (0.6 * logits).log_softmax(-1)
+        self.q = (self.scale * logits).log_softmax(-1)
         self.laws = self.q.exp().cumsum(-1)
         self.log_q = torch.zeros(len(self.texts), LONGEST, dtype=torch.float64)
         for row, text in enumerate(self.texts):
@@ -107,9 +109,9 @@ def short_spans(monkeypatch):
 
 def test_chains_that_start_at_the_target_stay_there():
     """At every step, for texts that end and for texts that are cut at the maximum; most moves are not evaluated."""
-    table = Table()
+    table = Table(scale=1.2)
     start = table.at_target(4000)
-    states, redrawn, rate = span_chains(start, 9, TAU, (0,), table.redraw, generator(1))
+    states, redrawn, rate = span_chains(start, 17, TAU, (0,), table.redraw, generator(1))
     assert table.p(states[0]) > 1e-2
     assert table.p(states[-1]) > 1e-2
     assert 0.02 < rate < 0.9
@@ -173,5 +175,82 @@ def test_engines_that_round_are_refused():
     table = Table()
     drawn = table.fresh(8)
     drawn.as_scored = False
-    with pytest.raises(ValueError, match="sampler='span' compares .* in fp32"):
+    with pytest.raises(ValueError, match=r"sampler='span' compares .* in fp32"):
         SpanChains(4).pool(drawn, table)
+
+
+# ---- In a run of the trainer -----------------------------------------------------------------------------------------
+
+
+def trainer_of(settings, tokenizer, objective=count_a, **changes):
+    model = tiny_gpt2()
+    return ALDRIFTTrainer(
+        model, objective, settings, processing_class=tokenizer, peft_config=lora_config(model), **changes
+    )
+
+
+@pytest.mark.slow
+def test_a_run_learns_the_target(config, tokenizer):
+    """The exact KL(p_T‖q) falls, and log Z is that of the target."""
+    completions = every_completion()
+    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
+    log_weight = log_probs(tiny_gpt2(), [EOS], completions) - 1.5 * cost
+    log_p = log_weight.log_softmax(0)
+    settings = config(sampler="span", num_generations=512, updates_per_rung=20, per_device_train_batch_size=32)
+    trainer = trainer_of(settings, tokenizer)
+
+    def distance():
+        return (log_p.exp() * (log_p - log_probs(base_model(trainer.model), [EOS], completions))).sum().item()
+
+    before = distance()
+    trainer.train()
+    assert distance() < 0.35 * before
+    assert trainer.record.log_z[0] == pytest.approx(log_weight.logsumexp(0).item(), abs=0.15)
+
+
+def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tokenizer):
+    """Of 2 prompts, 16 chains and 3 moves beside 64 proposals, on two rungs; proposals are scored as they stand."""
+    asked, drawn = [], []
+
+    def cost(prompts, completions):
+        asked.extend(zip(prompts, completions, strict=True))
+        return count_a(prompts, completions)
+
+    settings = config(sampler="span", max_completion_length=8, objective_range=8.0, tau_max=12.0, tau_step=6.0)
+    trainer = trainer_of(settings, tokenizer, cost, train_dataset=["", "a b"])
+    propose = trainer.rollout.propose
+
+    def watched(*args, **kwargs):
+        drawn.append(propose(*args, **kwargs))
+        return drawn[-1]
+
+    trainer.rollout.propose = watched
+    trainer.run.start()
+    with trainer.objective.open():
+        for _ in range(2):
+            trainer.run.begin_rung()
+    rung = trainer.run.state.rungs[-1]
+    assert rung["proposals"] == 2 * 2 * (64 + 3 * 16)
+    assert rung["objective_calls"] == len(asked) == len(set(asked))
+    moves = [each for each in drawn if each.objective.shape[1] == 16]
+    assert len(moves) == 6
+    known = {*asked}
+    for each in drawn:
+        prompts = [trainer.inputs.prompts.rows[row]["prompt"] for row in each.rows.tolist()]
+        measured = each.objective.flatten().isfinite().tolist()
+        for pair, is_measured in zip(zip(prompts, each.texts, strict=True), measured, strict=True):
+            assert not is_measured or pair in known
+    share = torch.stack([each.objective.isfinite().double() for each in moves[3:]]).mean()
+    assert rung["evaluated_moves"] == pytest.approx(share.item())
+    assert 0 < share < 1
+    screened = {
+        (trainer.inputs.prompts.rows[row]["prompt"], text)
+        for each in moves
+        for row, text, value in zip(each.rows.tolist(), each.texts, each.objective.flatten().tolist(), strict=True)
+        if math.isnan(value)
+    }
+    assert screened - known, "some texts were drawn and never evaluated"
+    assert {name for name, value in rung.items() if not math.isfinite(value)} <= {"khat"}
+    assert 0 < rung["acceptance_rate"] < 1
+    exact = trainer.rollout.score(trainer.inputs.prompts, moves[-1])
+    torch.testing.assert_close(exact, moves[-1].token_log_model.sum(-1).view_as(exact))
