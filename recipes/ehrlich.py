@@ -39,8 +39,19 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-METHODS = ("defaults", "archive", "top", "genetic_algorithm", "expert_iteration", *TRL)
+METHODS = ("defaults", "archive", "top", "span", "genetic_algorithm", "expert_iteration", *TRL)
 KEY = ("function", "method", "setting", "budget", "seed")
+SPAN_CHAINS = 4
+SPAN_TAU_MAX = 200.0
+"""T of the span chains, which search: so steep that a chain rarely goes back."""
+SPAN_SETTINGS: dict[str, Any] = {
+    "sampler": "span",
+    "loss_type": "nll",
+    "chain_length": 32,
+    "num_generations": 32 * SPAN_CHAINS,
+    "tau_step": SPAN_TAU_MAX / 3,  # the first rungs of some thirty
+    "num_rungs": 400,  # more than the budget has
+}
 TRL_BATCH = 64
 """Draws per update."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -104,6 +115,8 @@ class Bench:
         options = self.options
         if method == "defaults":
             return [""]
+        if method == "span":
+            return [f"{updates} {rate:g}" for updates, rate in itertools.product((2, 10), (1e-4, 3e-4))]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method in TRL:
@@ -118,7 +131,7 @@ class Bench:
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), numbers[1], budget, seed)
             learned = None
-        elif method in ("defaults", "archive", "top"):
+        elif method in ("defaults", "archive", "top", "span"):
             learned = self.aldrift(problem, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
@@ -130,17 +143,19 @@ class Bench:
         last, rungs = self.folder / "last_run", self.options.rungs
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
-        if method != "defaults":
+        learning = {"updates_per_rung": int(numbers[0]), "learning_rate": numbers[1]} if numbers else {}
+        if method == "span":
+            given = SPAN_SETTINGS | learning
+        elif method != "defaults":
             given = {
                 "sampler": method,
                 "loss_type": "nll",
                 "tau_step": self.options.tau_max / rungs,
                 "num_rungs": rungs,
                 "num_generations": budget // rungs,
-                "updates_per_rung": int(numbers[0]),
-                "learning_rate": numbers[1],
-            }
-        trainer = make_trainer(problem, left_open(last, self.options.tau_max, budget, seed, **given), self.model_config)
+            } | learning
+        tau_max = SPAN_TAU_MAX if method == "span" else self.options.tau_max
+        trainer = make_trainer(problem, left_open(last, tau_max, budget, seed, **given), self.model_config)
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
 
