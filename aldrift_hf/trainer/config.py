@@ -84,11 +84,11 @@ class ALDRIFTConfig(GenerationSettings):
             the run so far, weighted against the mixture of all models that drew them. `"metropolis_hastings"`: the
             paper's, independence Metropolis-Hastings chains over the rung's own proposals, which takes several times as
             many objective calls. `"suffix"`: these chains, of which each then keeps the beginning of its text and
-            redraws the rest, M - 1 times; for long texts, of which whole ones are rarely accepted. `"top"`: TOPIFT, the
-            proposals of lowest cost, without a correction. `"reweight"`: the ablation, resampling by `exp(-Δτ·d)` (Δτ
-            is the rung's step), without a correction.
+            redraws the rest, M - 1 times; for long texts, of which whole ones are rarely accepted. `"span"`: chains
+            that go on from rung to rung and redraw spans in the middle; local search, in fp32. `"top"`: TOPIFT, the
+            proposals of lowest cost, and `"reweight"`: the ablation, by `exp(-Δτ·d)` (Δτ: the step); both uncorrected.
         num_generations (`int`, *optional*):
-            n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
+            n, the number of proposals per prompt per rung; `sampler="suffix"` and `"span"` make n - n/M more, M being
             `chain_length`. `None` spreads `max_objective_calls` over ten rungs, with at most 1,024 per prompt; without
             it, 1,024 over the prompts of a rung.
         prompts_per_rung (`int`, *optional*):
@@ -242,9 +242,9 @@ class ALDRIFTConfig(GenerationSettings):
         metadata={
             "choices": SAMPLERS,
             "help": "How proposals become samples: archive (importance resampling from every proposal of the run so "
-            "far), metropolis_hastings (the paper's: chains over the rung's proposals), suffix (these, which then "
-            "keep the beginning of their text and redraw the rest), top (TOPIFT: the proposals of lowest cost, no "
-            "correction), reweight (the ablation: resampling by exp(-step d), no correction).",
+            "far), metropolis_hastings (the paper's: chains over the rung's proposals), suffix (these, and then new "
+            "ends of texts), span (chains that redraw spans, rung after rung), top (TOPIFT: the proposals of lowest "
+            "cost, no correction), reweight (the ablation: resampling by exp(-step d), no correction).",
         },
     )
     num_generations: Optional[Count] = field(

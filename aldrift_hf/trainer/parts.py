@@ -87,7 +87,7 @@ def check_continues(engine: Engine | type[Engine], asked_by: str) -> None:
     """
     if "limits" not in inspect.signature(engine.generate).parameters:
         raise ValueError(
-            f"{asked_by}='suffix' continues texts, and generate() of {name_of(engine, {})} has no argument `limits` to "
+            f"this {asked_by} continues texts, and generate() of {name_of(engine, {})} has no argument `limits` to "
             f"end them in time. Add it (see aldrift_hf.models.engines.Engine), or choose another {asked_by}."
         )
 

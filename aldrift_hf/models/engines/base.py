@@ -93,8 +93,8 @@ class Engine(ABC):
             prompts: `n` lists of token ids, each of at least one token.
             address: the address of the random stream.
             rows: the `n` rows' numbers in the stream.
-            limits: most tokens of each completion; `None` for `max_completion_length`. Only `sampler="suffix"` and
-                `sample(correction="suffix")` ask for others, and need an engine that has this argument.
+            limits: most tokens of each completion; `None` for `max_completion_length`. Only `sampler="suffix"`,
+                `"span"` and `sample(correction="suffix")` ask for others, and need an engine that has this argument.
         """
 
     def rest(self) -> None:  # noqa: B027 - most engines keep nothing that others could use
