@@ -35,7 +35,7 @@ class Cuts(NamedTuple):
 
     @classmethod
     def drawn(cls, texts: Completions, eos_token_ids: Sequence[int], generator: torch.Generator) -> Cuts:
-        """Widths that are uniform on 0, …, W and a position that is uniform on those that are left.
+        """Widths that are uniform on 0, …, W, equal ones half of the time, and a position that is uniform.
 
         A move that would leave the support, or removes and inserts nothing, is an empty span at the beginning. The
         support: texts that end, of at most the maximum length, and texts that were cut, of exactly that length.
@@ -45,6 +45,7 @@ class Cuts(NamedTuple):
         ended = torch.isin(last, torch.tensor([*eos_token_ids]))
         body = texts.length - ended.long()
         old, new = torch.randint(MAX_WIDTH + 1, (2, n), generator=generator)
+        new = torch.where(torch.rand(n, generator=generator) < 0.5, old, new)
         share = torch.rand(n, generator=generator, dtype=torch.float64)
         possible = (old <= body) & (old + new > 0) & torch.where(ended, texts.length - old + new <= most, old == new)
         place = (share * (body - old + 1)).long()
@@ -98,16 +99,17 @@ def span_chains(
 ) -> tuple[list[Proposals], list[Proposals], float]:
     """Chains of `M` states, each one move away from the one before.
 
-    A move at a text `s` with `b` tokens before its end draws widths `w, w'` uniformly from 0, …, W and a position `i`
-    uniformly from 0, …, b - w; it removes the `w` tokens `o` after the first `i`, draws `w'` tokens `v` from
-    `q(·|s_<i)` in their place, and keeps what was after. It stays where it is if the model ends the text within the
-    span, if the new text `ŝ` is not in the support, or if `w > b`.
+    A move at a text `s` with `b` tokens before its end draws widths `w, w'` from 0, …, W with a probability `h(w, w') =
+    h(w', w)`: half of the time `w' = w`, for many costs ask for a length; otherwise both are uniform. It draws a
+    position `i` uniformly from 0, …, b - w; it removes the `w` tokens `o` after the first `i`, draws `w'` tokens `v`
+    from `q(·|s_<i)` in their place, and keeps what was after. It stays where it is if the model ends the text within
+    the span, if the new text `ŝ` is not in the support, or if `w > b`.
 
-    Detailed balance: the flow from `s` to `ŝ` by `(w, w', i, v)` is `p_τ(s) · q(v|s_<i) · a / ((W+1)²(b - w + 1))`. The
-    only way back that this one is paired with is `(w', w, i, o)`, with the flow
-    `p_τ(ŝ) · q(o|s_<i) · â / ((W+1)²(b̂ - w' + 1))`. Here `b̂ - w' = b - w`, for what is kept is the same, so that both
-    are equal with `a = min(1, r)`, `â = min(1, 1/r)` and `r = p_τ(ŝ) q(o|s_<i) / (p_τ(s) q(v|s_<i))`. Neither `o` nor
-    `v` ends a text, and the tokens before them are the same, so both ways exist or none does.
+    Detailed balance: the flow from `s` to `ŝ` by `(w, w', i, v)` is `p_τ(s) · q(v|s_<i) · a · h(w, w') / (b - w + 1)`.
+    The only way back that this one is paired with is `(w', w, i, o)`, with the flow `p_τ(ŝ) · q(o|s_<i) · â · h(w', w)
+    / (b̂ - w' + 1)`. Here `b̂ - w' = b - w`, for what is kept is the same, so that both are equal with `a = min(1, r)`,
+    `â = min(1, 1/r)` and `r = p_τ(ŝ) q(o|s_<i) / (p_τ(s) q(v|s_<i))`. Neither `o` nor `v` ends a text, and the tokens
+    before them are the same, so both ways exist or none does.
 
     The acceptance variate is drawn first: a proposal that it would reject even without a cost is not evaluated.
 
