@@ -216,7 +216,7 @@ def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tok
         asked.extend(zip(prompts, completions, strict=True))
         return count_a(prompts, completions)
 
-    settings = config(sampler="span", max_completion_length=16, objective_range=16.0, tau_max=12.0, tau_step=6.0)
+    settings = config(sampler="span", max_completion_length=12, objective_range=12.0, tau_max=12.0, tau_step=6.0)
     trainer = trainer_of(settings, tokenizer, cost, train_dataset=["", "a b"])
     propose = trainer.rollout.propose
 
