@@ -47,8 +47,8 @@ SPAN_TAU_MAX = 200.0
 SPAN_SETTINGS: dict[str, Any] = {
     "sampler": "span",
     "loss_type": "nll",
-    "chain_length": 32,
-    "num_generations": 32 * SPAN_CHAINS,
+    "chain_length": 64,
+    "num_generations": SPAN_CHAINS,
     "tau_step": SPAN_TAU_MAX / 3,  # the first rungs of some thirty
     "num_rungs": 400,  # more than the budget has
 }

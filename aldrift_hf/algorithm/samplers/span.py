@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ...types import Completions, Proposals, Spans, join_prompts, join_rungs
-from .base import Moved, Policy, Redraw, Selection
-from .chains import MetropolisHastings
+from .base import Moved, Policy, Redraw, Sampler, SamplerSettings, Selection
 from .kernels import metropolis_hastings
 
 MAX_WIDTH = 8
@@ -138,28 +137,32 @@ def span_chains(
     return states, redrawn, sum(accepted) / len(accepted) if accepted else math.nan
 
 
-class SpanChains(MetropolisHastings):
-    """Chains that go on from rung to rung: over each rung's own proposals, and then by moves that redraw a span.
+class SpanChains(Sampler):
+    """Chains that go on from rung to rung by moves that redraw a span.
 
     For local search with an exact target: few chains, each of which changes a part of its text and keeps what is before
-    and after it. On the first rung they begin as the paper's chains over its proposals; on a later one they go on from
-    their states, first over its proposals, and then by M - 1 moves. Every state after a move is a sample.
+    and after it. There are as many as proposals: on the first rung each begins at one, and on a later one its first
+    move is to take one in place of its text. Then it makes M - 1 moves. Every state after a move is a sample.
 
     Args:
-        chain_length: M, proposals per chain of either kind.
+        chain_length: M, proposals per chain and rung of either kind.
     """
 
     redraws: ClassVar[bool] = True
 
     def __init__(self, chain_length: int) -> None:
-        super().__init__(chain_length)
+        self.chain_length = chain_length
         self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
         self._eos_token_ids: Sequence[int] = ()
         self._start: Proposals | None = None
         self._figures: dict[str, float] = {}
 
+    @classmethod
+    def from_settings(cls, settings: SamplerSettings) -> SpanChains:
+        return cls(settings.steps_per_chain)
+
     def draws_for(self, proposals: int) -> int:
-        return 2 * proposals - proposals // self.chain_length
+        return proposals * self.chain_length
 
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
         if not proposals.as_scored:
@@ -178,16 +181,14 @@ class SpanChains(MetropolisHastings):
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:
+        every = torch.arange(pool.objective.shape[1]).expand(pool.objective.shape)
         if self._start is None:
-            chosen = super().select(pool, tau_before, tau, size, generator)
-            self._start = pool.select(chosen.index)
-            return chosen
-        prompts, n = pool.objective.shape
-        weights = [self._start.log_weight(tau)[..., None], pool.log_weight(tau).view(prompts, -1, self.chain_length)]
-        chains = metropolis_hastings(torch.cat(weights, dim=-1), generator)
-        index = (chains.last - 1).clamp(min=0) + self.chain_length * torch.arange(n // self.chain_length)
-        self._start = self._start.moved(chains.last > 0, pool.select(index))
-        return Selection(index, chains.acceptance_rate.mean().item())
+            self._start = pool
+            return Selection(every)
+        weights = torch.stack([self._start.log_weight(tau), pool.log_weight(tau)], dim=-1)
+        chains = metropolis_hastings(weights, generator)
+        self._start = self._start.moved(chains.last > 0, pool)
+        return Selection(every, chains.acceptance_rate.mean().item())
 
     def move(
         self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
@@ -212,20 +213,19 @@ class SpanChains(MetropolisHastings):
         named: dict[str, Tensor] = {}
         for prompt, state in self._states.items():
             columns = (*state.completions, state.objective, state.log_prior)
-            named |= {f"{prompt}.{name}": column for name, column in zip(_KEPT, columns, strict=True)}
+            named |= {f"chains.{prompt}.{name}": column for name, column in zip(_KEPT, columns, strict=True)}
         return named
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self._states = {}
-        for prompt in sorted({int(key.split(".")[0]) for key in state}):
-            ids, length, objective, log_prior = (state[f"{prompt}.{name}"] for name in _KEPT)
+        for prompt in sorted({int(key.split(".")[1]) for key in state}):
+            ids, length, objective, log_prior = (state[f"chains.{prompt}.{name}"] for name in _KEPT)
             rows, unknown = torch.full_like(length, prompt), torch.full_like(objective, math.nan)
             self._states[prompt] = Proposals(rows, Completions(ids, length), objective, log_prior, unknown)
 
     def _stored(self, proposals: Proposals) -> Proposals | None:
-        """The chains' states for these prompts, as many as the rung has chains; `None` where there are not so many."""
-        prompts, n = proposals.objective.shape
-        chains = n // self.chain_length
+        """The chains' states for these prompts, as many as proposals; `None` where there are not so many."""
+        prompts, chains = proposals.objective.shape
         kept = [self._states.get(prompt) for prompt in proposals.prompts.tolist()]
         known = [state for state in kept if state is not None and state.objective.shape[1] >= chains]
         if len(known) < prompts:
