@@ -136,7 +136,7 @@ def test_chains_that_start_elsewhere_reach_the_target():
 
 
 def one_rung(sampler, table, chains, chance):
-    pool = sampler.pool(table.fresh(chains * sampler.chain_length), table)
+    pool = sampler.pool(table.fresh(chains), table)
     return sampler.move(pool, sampler.select(pool, 0.0, TAU, 1, chance), TAU, table.redraw, chance)
 
 
@@ -209,14 +209,15 @@ def test_a_run_learns_the_target(config, tokenizer):
 
 
 def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tokenizer):
-    """Of 2 prompts, 16 chains and 3 moves beside 64 proposals, on two rungs; proposals are scored as they stand."""
+    """On two rungs, of 48 chains for each of 2 prompts, one whole text and 3 moves each; all are scored as they stand."""
     asked, drawn = [], []
 
     def cost(prompts, completions):
         asked.extend(zip(prompts, completions, strict=True))
         return count_a(prompts, completions)
 
-    settings = config(sampler="span", max_completion_length=12, objective_range=12.0, tau_max=12.0, tau_step=6.0)
+    settings = config(sampler="span", num_generations=192, max_completion_length=12, objective_range=12.0,
+                      tau_max=12.0, tau_step=6.0)  # fmt: skip
     trainer = trainer_of(settings, tokenizer, cost, train_dataset=["", "a b"])
     propose = trainer.rollout.propose
 
@@ -230,10 +231,10 @@ def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tok
         for _ in range(2):
             trainer.run.begin_rung()
     rung = trainer.run.state.rungs[-1]
-    assert rung["proposals"] == 2 * 2 * (64 + 3 * 16)
+    assert rung["proposals"] == 2 * 2 * 192
     assert rung["objective_calls"] == len(asked) == len(set(asked))
-    moves = [each for each in drawn if each.objective.shape[1] == 16]
-    assert len(moves) == 6
+    assert [each.objective.shape for each in drawn] == 8 * [(2, 48)]
+    moves = drawn[1:4] + drawn[5:]
     known = {*asked}
     for each in drawn:
         prompts = [trainer.inputs.prompts.rows[row]["prompt"] for row in each.rows.tolist()]
@@ -251,6 +252,7 @@ def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tok
     }
     assert screened - known, "some texts were drawn and never evaluated"
     assert {name for name, value in rung.items() if not math.isfinite(value)} <= {"khat"}
+    assert rung["draws"] == 48
     assert 0 < rung["acceptance_rate"] < 1
     exact = trainer.rollout.score(trainer.inputs.prompts, moves[-1])
     torch.testing.assert_close(exact, moves[-1].token_log_model.sum(-1).view_as(exact))

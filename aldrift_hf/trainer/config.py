@@ -88,7 +88,7 @@ class ALDRIFTConfig(GenerationSettings):
             that go on from rung to rung and redraw spans in the middle; local search, in fp32. `"top"`: TOPIFT, the
             proposals of lowest cost, and `"reweight"`: the ablation, by `exp(-Δτ·d)` (Δτ: the step); both uncorrected.
         num_generations (`int`, *optional*):
-            n, the number of proposals per prompt per rung; `sampler="suffix"` and `"span"` make n - n/M more, M being
+            n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
             `chain_length`. `None` spreads `max_objective_calls` over ten rungs, with at most 1,024 per prompt; without
             it, 1,024 over the prompts of a rung.
         prompts_per_rung (`int`, *optional*):

@@ -94,14 +94,14 @@ class Run:
                 f"{len(self.on_prompts.group(0))} prompts{self._chains_in_words()}. Raise it, or take fewer prompts, "
                 "or fewer per rung (prompts_per_rung)."
             )
-        self.on_prompts.per_prompt = self._affordable()
+        self.on_prompts.per_prompt = self.sampler.whole_texts(self._affordable())
         if self.state.ladder.objective_range is None:
             self._measure_objective_range()
 
     def begin_rung(self) -> None:
         """Propose and correct on the next rung, and lay out its samples (steps 1 and 2 of ALDRIFT)."""
         state = self.state
-        self.on_prompts.per_prompt = self._affordable()
+        self.on_prompts.per_prompt = self.sampler.whole_texts(self._affordable())
         rung = run_rung(
             state.ladder,
             self.on_prompts,
@@ -283,7 +283,7 @@ class Run:
         calls). The first rung has what there is.
         """
         n, left = self.args.proposals, self._draws_left()
-        if self.state.rungs and self.state.rungs[-1]["draws"] < n:
+        if self.state.rungs and self.state.rungs[-1]["draws"] < self.sampler.whole_texts(n):
             return 0
         step = self.args.steps_per_chain if self.sampler.uses_chains else 1
         most = next((size for size in range(n, 0, -step) if self.sampler.draws_for(size) <= left), 0)

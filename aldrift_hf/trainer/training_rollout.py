@@ -24,7 +24,7 @@ class TrainingRollout:
         is_prior: as below.
 
     Attributes:
-        per_prompt: proposals per prompt of the next rung.
+        per_prompt: independent proposals per prompt of the next rung.
         is_prior: whether the policy still is the prior, so that no copy of it needs to be kept.
     """
 

@@ -116,8 +116,12 @@ class Sampler(ABC):
         """A sampler for a run with these settings."""
         return cls()
 
+    def whole_texts(self, proposals: int) -> int:
+        """Draws for [`pool`] among a rung's `proposals` per prompt: fewer where these count [`move`]'s in."""
+        return proposals
+
     def draws_for(self, proposals: int) -> int:
-        """Draws per prompt, at most, that a rung of `proposals` per prompt makes: more where [`move`] redraws."""
+        """Draws per prompt, at most, that such a rung makes: more where [`move`] redraws beside them."""
         return proposals
 
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:

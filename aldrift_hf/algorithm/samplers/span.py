@@ -14,7 +14,7 @@ from ...types import Completions, Proposals, Spans, join_prompts, join_rungs
 from .base import Moved, Policy, Redraw, Sampler, SamplerSettings, Selection
 from .kernels import metropolis_hastings
 
-MAX_WIDTH = 8
+MAX_WIDTH = 4
 """W, most tokens that a move removes or inserts. Few, so that a move keeps most of what has made a text good and is
 accepted often; more than one, because some texts are joined by no path of single tokens that the prior allows."""
 
@@ -141,13 +141,15 @@ class SpanChains(Sampler):
     """Chains that go on from rung to rung by moves that redraw a span.
 
     For local search with an exact target: few chains, each of which changes a part of its text and keeps what is before
-    and after it. There are as many as proposals: on the first rung each begins at one, and on a later one its first
-    move is to take one in place of its text. Then it makes M - 1 moves. Every state after a move is a sample.
+    and after it. Of a rung's n proposals n/M are whole texts, one for each chain: on the first rung the chain begins
+    there, and on a later one it is offered that text in place of its own. Then it makes M - 1 moves. Every state after
+    a move is a sample.
 
     Args:
         chain_length: M, proposals per chain and rung of either kind.
     """
 
+    uses_chains: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
 
     def __init__(self, chain_length: int) -> None:
@@ -161,8 +163,8 @@ class SpanChains(Sampler):
     def from_settings(cls, settings: SamplerSettings) -> SpanChains:
         return cls(settings.steps_per_chain)
 
-    def draws_for(self, proposals: int) -> int:
-        return proposals * self.chain_length
+    def whole_texts(self, proposals: int) -> int:
+        return proposals // self.chain_length
 
     def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
         if not proposals.as_scored:
@@ -224,7 +226,7 @@ class SpanChains(Sampler):
             self._states[prompt] = Proposals(rows, Completions(ids, length), objective, log_prior, unknown)
 
     def _stored(self, proposals: Proposals) -> Proposals | None:
-        """The chains' states for these prompts, as many as proposals; `None` where there are not so many."""
+        """The chains' states for these prompts, as many as whole texts; `None` where there are not so many."""
         prompts, chains = proposals.objective.shape
         kept = [self._states.get(prompt) for prompt in proposals.prompts.tolist()]
         known = [state for state in kept if state is not None and state.objective.shape[1] >= chains]
