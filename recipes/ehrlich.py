@@ -41,14 +41,13 @@ from trl import TrlParser
 
 METHODS = ("defaults", "archive", "top", "span", "genetic_algorithm", "expert_iteration", *TRL)
 KEY = ("function", "method", "setting", "budget", "seed")
-SPAN_CHAINS = 4
 SPAN_TAU_MAX = 200.0
 """T of the span chains, which search: so steep that a chain rarely goes back."""
 SPAN_SETTINGS: dict[str, Any] = {
     "sampler": "span",
     "loss_type": "nll",
     "chain_length": 64,
-    "num_generations": SPAN_CHAINS,
+    "num_generations": 256,  # four chains
     "tau_step": SPAN_TAU_MAX / 3,  # the first rungs of some thirty
     "num_rungs": 400,  # more than the budget has
 }

@@ -209,7 +209,7 @@ def test_a_run_learns_the_target(config, tokenizer):
 
 
 def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tokenizer):
-    """On two rungs, of 48 chains for each of 2 prompts, one whole text and 3 moves each; all are scored as they stand."""
+    """On two rungs, of 48 chains for each of 2 prompts, one whole text and 3 moves each; scored as they stand."""
     asked, drawn = [], []
 
     def cost(prompts, completions):

@@ -185,7 +185,10 @@ class SpanChains(Sampler):
     ) -> Selection:
         every = torch.arange(pool.objective.shape[1]).expand(pool.objective.shape)
         if self._start is None:
-            self._start = pool
+            # A text that the prior excludes is no state of a chain: another draw for the prompt takes its place.
+            allowed = pool.log_prior.isfinite()
+            others = torch.multinomial(allowed.double(), every.shape[1], replacement=True, generator=generator)
+            self._start = pool.select(torch.where(allowed, every, others))
             return Selection(every)
         weights = torch.stack([self._start.log_weight(tau), pool.log_weight(tau)], dim=-1)
         chains = metropolis_hastings(weights, generator)
@@ -201,10 +204,9 @@ class SpanChains(Sampler):
         for place, prompt in enumerate(start.prompts.tolist()):
             self._states[prompt] = _of_prompt(states[-1], place)
         evaluated = [proposed.objective.isfinite().double().mean().item() for proposed in redrawn]
-        self._figures = {
-            "acceptance_rate_of_whole_texts": selection.acceptance_rate,
-            "evaluated_moves": sum(evaluated) / len(evaluated),
-        }
+        self._figures = {"evaluated_moves": sum(evaluated) / len(evaluated)}
+        if math.isfinite(selection.acceptance_rate):  # on the first rung no chain had a text before
+            self._figures["acceptance_rate_of_whole_texts"] = selection.acceptance_rate
         everything = torch.arange(chains * len(states)).expand(prompts, -1)
         return Moved(join_rungs(states), Selection(everything, rate), tuple(redrawn))
 
