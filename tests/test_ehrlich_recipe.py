@@ -10,7 +10,7 @@ QUICK = {
     "functions": "8-6-1-2", "budgets": 128, "rungs": 4, "updates": 5, "learning_rates": 3e-3, "populations": "8 16",
     "mutations": 1, "seeds": "0 1", "prior_steps": 100,
 }  # fmt: skip
-METHODS = ("archive", "top", "genetic_algorithm", "expert_iteration", "rloo")
+METHODS = ("archive", "top", "span", "genetic_algorithm", "expert_iteration", "rloo")
 
 
 @pytest.mark.slow
@@ -20,8 +20,8 @@ def test_the_comparison(run_recipe, capsys):
     runs = [json.loads(line) for line in kept.splitlines()]
     for method in METHODS:
         made = [run for run in runs if run["method"] == method]
-        # The genetic algorithm: two settings on the first seed, and the best one on the other.
-        assert len(made) == (2 + 1 if method == "genetic_algorithm" else 2)
+        # Where several settings are tried: each on the first seed, and the best one on the other.
+        assert len(made) == {"genetic_algorithm": 2, "span": 4}.get(method, 1) + 1
         for run in made:
             assert 0 < run["calls"] <= 128
             assert run["best"] == run["rises"][-1][1]
