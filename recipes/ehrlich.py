@@ -9,10 +9,10 @@ functions are those that the package pytorch-holo makes for the same V, L, c, k 
 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), with chains that redraw spans, at a T of
-their own (span), and with TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of the prior, expert iteration, and TRL's RLOO and GRPO
-with beta = 1/T. Each has the setting of its grid that is best on the first function and seed: that solves it first, or
-else comes closest, and earliest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and
-not made again.
+their own (span), and with TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of
+the prior, expert iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on
+the first function and seed: that solves it first, or else comes closest, and earliest. The function's random seed is
+the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
