@@ -98,7 +98,7 @@ class Beginnings(NamedTuple):
 
 
 class Spans(NamedTuple):
-    """Spans of `n` completions that are to be drawn anew, between what is before and what is after them.
+    """Spans of `n` completions, which the model is to draw again, and what stands before and after them.
 
     Attributes:
         tokens: of each completion, those before the span.

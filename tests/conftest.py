@@ -30,6 +30,7 @@ from transformers import logging as transformers_logging
 import aldrift_hf
 from aldrift_hf import ALDRIFTConfig
 from aldrift_hf.algorithm.ladders.linear import linear_ladder
+from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.reporting.writers import ReportWriter
 from aldrift_hf.selftest import exact
@@ -188,6 +189,19 @@ def log_probs(model: torch.nn.Module, prompt: list[int], completions: Completion
         return sequence_logprobs(
             model, [prompt] * len(completions.length), completions, pad_token_id=EOS, batch_size=64
         )
+
+
+def exact_target(tokenizer) -> tuple[torch.Tensor, float]:
+    """`log p_T` of every completion for the tests' cost at T = 1.5, with `tiny_gpt2` as prior, and `log Z_T`, nats."""
+    completions = every_completion()
+    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
+    log_weight = log_probs(tiny_gpt2(), [EOS], completions) - 1.5 * cost
+    return log_weight.log_softmax(0), log_weight.logsumexp(0).item()
+
+
+def exact_kl(log_p: torch.Tensor, model: torch.nn.Module) -> float:
+    """`KL(p‖q)` of a model's law, nats; `log_p` of every completion."""
+    return (log_p.exp() * (log_p - log_probs(base_model(model), [EOS], every_completion()))).sum().item()
 
 
 def count_a(prompts: list, completions: list[str], **columns) -> list[float]:

@@ -8,14 +8,21 @@ from pathlib import Path
 import own_parts
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
+from conftest import (
+    ALDRIFTTrainer,
+    count_a,
+    every_completion,
+    exact_kl,
+    exact_target,
+    lora_config,
+    tiny_gpt2,
+)
 from own_parts import GeometricLadder, LogVariance, SmoothedResampling, uniform_table
 
 from aldrift_hf.algorithm.ladders import LADDERS
 from aldrift_hf.algorithm.losses import LOSSES
 from aldrift_hf.algorithm.samplers import SAMPLERS
 from aldrift_hf.models.engines import ENGINES
-from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.trainer.samples import RESERVED
 
@@ -46,17 +53,6 @@ def trainer_of(settings, tokenizer, **parts):
     return ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model), **parts)
 
 
-def exact_target(tokenizer):
-    completions = every_completion()
-    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
-    log_weight = log_probs(tiny_gpt2(), [EOS], completions) - T * cost
-    return log_weight.log_softmax(0), log_weight.logsumexp(0).item()
-
-
-def kl(log_p, model):
-    return (log_p.exp() * (log_p - log_probs(base_model(model), [EOS], every_completion()))).sum().item()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("seam", PARTS)
 def test_a_part_of_ones_own_learns_the_target(seam, config, tokenizer):
@@ -64,9 +60,9 @@ def test_a_part_of_ones_own_learns_the_target(seam, config, tokenizer):
     log_p, log_z = exact_target(tokenizer)
     rungs = 4 if seam == "ladder" else 3
     trainer = trainer_of(config(**SETTINGS, num_rungs=rungs), tokenizer, **parts_for(seam))
-    before = kl(log_p, trainer.model)
+    before = exact_kl(log_p, trainer.model)
     trainer.train()
-    assert kl(log_p, trainer.model) < 0.35 * before
+    assert exact_kl(log_p, trainer.model) < 0.35 * before
     assert trainer.record.log_z[0] == pytest.approx(log_z, abs=0.1)
     assert trainer.record.settings[seam] == type(PARTS[seam]()).__name__
 

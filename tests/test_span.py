@@ -4,11 +4,17 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
+from conftest import (
+    ALDRIFTTrainer,
+    count_a,
+    exact_kl,
+    exact_target,
+    lora_config,
+    tiny_gpt2,
+)
 
 from aldrift_hf.algorithm.samplers import span
 from aldrift_hf.algorithm.samplers.span import SpanChains, span_chains
-from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import generator
 from aldrift_hf.types import Completions, Proposals
@@ -192,20 +198,13 @@ def trainer_of(settings, tokenizer, objective=count_a, **changes):
 @pytest.mark.slow
 def test_a_run_learns_the_target(config, tokenizer):
     """The exact KL(p_T‖q) falls, and log Z is that of the target."""
-    completions = every_completion()
-    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
-    log_weight = log_probs(tiny_gpt2(), [EOS], completions) - 1.5 * cost
-    log_p = log_weight.log_softmax(0)
+    log_p, log_z = exact_target(tokenizer)
     settings = config(sampler="span", num_generations=512, updates_per_rung=20, per_device_train_batch_size=32)
     trainer = trainer_of(settings, tokenizer)
-
-    def distance():
-        return (log_p.exp() * (log_p - log_probs(base_model(trainer.model), [EOS], completions))).sum().item()
-
-    before = distance()
+    before = exact_kl(log_p, trainer.model)
     trainer.train()
-    assert distance() < 0.35 * before
-    assert trainer.record.log_z[0] == pytest.approx(log_weight.logsumexp(0).item(), abs=0.15)
+    assert exact_kl(log_p, trainer.model) < 0.35 * before
+    assert trainer.record.log_z[0] == pytest.approx(log_z, abs=0.15)
 
 
 def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tokenizer):

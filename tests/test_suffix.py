@@ -5,10 +5,19 @@ Their law, exactly: tests/test_exactness.py.
 
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
+from conftest import (
+    EOS,
+    ALDRIFTTrainer,
+    count_a,
+    every_completion,
+    exact_kl,
+    exact_target,
+    log_probs,
+    lora_config,
+    tiny_gpt2,
+)
 
 from aldrift_hf.algorithm.samplers.suffix import suffix_chains
-from aldrift_hf.models.prior import base_model
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import generator
 from aldrift_hf.types import Beginnings, Completions, Draws, Proposals
@@ -102,22 +111,15 @@ def test_what_follows_a_beginning_is_put_behind_it():
 @pytest.mark.parametrize("ladder", [{}, {"ladder": "adaptive", "tau_step": None}])
 def test_a_run_learns_the_target(ladder, config, tokenizer):
     """The exact KL(p_T‖q) falls, and log Z is that of the target."""
-    completions = every_completion()
-    cost = torch.tensor(count_a([], tokenizer.batch_decode(completions.tokens(), skip_special_tokens=True)))
-    log_weight = log_probs(tiny_gpt2(), [EOS], completions) - 1.5 * cost
-    log_p = log_weight.log_softmax(0)
+    log_p, log_z = exact_target(tokenizer)
     trainer = trainer_of(
         config(sampler="suffix", num_generations=512, updates_per_rung=20, per_device_train_batch_size=32, **ladder),
         tokenizer,
     )
-
-    def distance():
-        return (log_p.exp() * (log_p - log_probs(base_model(trainer.model), [EOS], completions))).sum().item()
-
-    before = distance()
+    before = exact_kl(log_p, trainer.model)
     trainer.train()
-    assert distance() < 0.35 * before
-    assert trainer.record.log_z[0] == pytest.approx(log_weight.logsumexp(0).item(), abs=0.15)
+    assert exact_kl(log_p, trainer.model) < 0.35 * before
+    assert trainer.record.log_z[0] == pytest.approx(log_z, abs=0.15)
     assert trainer.record.settings["sampler"] == "suffix"
 
 

@@ -142,8 +142,8 @@ class SpanChains(Sampler):
 
     For local search with an exact target: few chains, each of which changes a part of its text and keeps what is before
     and after it. Of a rung's n proposals n/M are whole texts, one for each chain: on the first rung the chain begins
-    there, and on a later one it is offered that text in place of its own. Then it makes M - 1 moves. Every state after
-    a move is a sample.
+    there, and on a later one it is offered that text in place of its own. Then it makes M - 1 moves. All of its M
+    states are samples.
 
     Args:
         chain_length: M, proposals per chain and rung of either kind.
