@@ -115,7 +115,7 @@ class Bench:
         if method == "defaults":
             return [""]
         if method == "span":
-            return [f"{updates} {rate:g}" for updates, rate in itertools.product((2, 10), (1e-4, 3e-4))]
+            return [f"{updates} {rate:g}" for updates, rate in itertools.product((2, 10, 30), (1e-4, 3e-4))]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method in TRL:

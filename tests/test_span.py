@@ -121,11 +121,25 @@ def test_chains_that_start_at_the_target_stay_there():
     assert table.p(states[0]) > 1e-2
     assert table.p(states[-1]) > 1e-2
     assert 0.02 < rate < 0.9
-    moved = (table.events(start.completions) != table.events(states[-1].completions)).double().mean()
-    assert moved > 0.3, "chains that stay show nothing"
+    assert moved_share(table, states) > 0.3, "chains that stay show nothing"
     assert 0 < table.asked < 0.6 * table.drawn
     assert sum(int(each.objective.isfinite().sum()) for each in redrawn) == table.asked
     assert all(bool(state.objective.isfinite().all()) for state in states)
+
+
+@pytest.mark.parametrize("vocabulary", [(1, 2), (1,)])
+def test_spans_of_tokens_from_a_vocabulary_keep_the_target(vocabulary):
+    """Of both tokens that texts are made of, or of one of them alone: then a span with the other one stays."""
+    table = Table(scale=1.2)
+    start = table.at_target(4000)
+    states, _, rate = span_chains(start, 17, TAU, (0,), table.redraw, generator(1), torch.tensor(vocabulary))
+    assert table.p(states[-1]) > 1e-2
+    assert 0.02 < rate < 0.9
+    assert moved_share(table, states) > 0.2, "chains that stay show nothing"
+
+
+def moved_share(table, states):
+    return (table.events(states[0].completions) != table.events(states[-1].completions)).double().mean()
 
 
 @pytest.mark.slow
@@ -175,6 +189,11 @@ def test_chains_go_on_from_rung_to_rung():
     assert 0 < sampler.metrics(moved.pool, TAU)["evaluated_moves"] < 0.7
     sampler.load_state_dict({})
     assert not sampler.state_dict()
+
+
+def test_a_vocabulary_with_the_end_of_texts_is_refused():
+    with pytest.raises(ValueError, match=r"has a token that ends a text: leave out \(0,\)"):
+        SpanChains(4, [0, 1]).pool(Table().fresh(8), Table())
 
 
 def test_engines_that_round_are_refused():

@@ -70,12 +70,24 @@ class Moves:
         cuts: where they are cut.
         log_u: logarithm of the acceptance variates, `[P, m]`.
         tau: the inverse temperature of the target.
+        vocabulary: tokens that spans are drawn from uniformly, `[V]`; `None` where the model draws them.
     """
 
     state: Proposals
     cuts: Cuts
     log_u: Tensor
     tau: float
+    vocabulary: Tensor | None = None
+
+    def spans(self, generator: torch.Generator) -> Spans:
+        """The texts' parts; with a vocabulary the new spans are among them, and nothing is left to draw."""
+        spans = self.cuts.spans(self.state.completions)
+        if self.vocabulary is None:
+            return spans
+        drawn = torch.randint(len(self.vocabulary), (sum(spans.widths),), generator=generator)
+        new = torch.split(self.vocabulary[drawn], spans.widths)
+        after = [[*span.tolist(), *rest] for span, rest in zip(new, spans.after, strict=True)]
+        return Spans(spans.tokens, [[]] * len(new), after, [0] * len(new))
 
     def allow(self, proposed: Proposals) -> Tensor:
         """`[P, m]`, whether proposals would be accepted if they had no cost; costs are at least 0."""
@@ -88,13 +100,31 @@ class Moves:
 
     def _log_ratio(self, proposed: Proposals) -> Tensor:
         """The logarithm of the acceptance ratio of [`span_chains`] if the proposals had no cost, nats."""
-        old = _span_sum(self.state, self.cuts.place, self.cuts.old)
-        new = _span_sum(proposed, self.cuts.place, self.cuts.new)
+        old = self._log_law(self.state, self.cuts.old)
+        new = self._log_law(proposed, self.cuts.new)
         return proposed.log_prior - self.state.log_target(self.tau) + old - new
+
+    def _log_law(self, texts: Proposals, width: Tensor) -> Tensor:
+        """The log-probability that spans of texts are drawn with, `[P, m]`, nats."""
+        end = self.cuts.place + width
+        if self.vocabulary is None:
+            table = cast(Tensor, texts.token_log_model)
+        else:
+            known = torch.isin(texts.completions.ids, self.vocabulary)
+            table = torch.where(known, -math.log(len(self.vocabulary)), -math.inf).double()
+        at = torch.arange(table.shape[1])
+        inside = (at >= self.cuts.place[:, None]) & (at < end[:, None])
+        return torch.where(inside, table, 0).sum(-1).view_as(texts.objective)
 
 
 def span_chains(
-    start: Proposals, steps: int, tau: float, eos_token_ids: Sequence[int], redraw: Redraw, generator: torch.Generator
+    start: Proposals,
+    steps: int,
+    tau: float,
+    eos_token_ids: Sequence[int],
+    redraw: Redraw,
+    generator: torch.Generator,
+    vocabulary: Tensor | None = None,
 ) -> tuple[list[Proposals], list[Proposals], float]:
     """Chains of `M` states, each one move away from the one before.
 
@@ -108,7 +138,8 @@ def span_chains(
     The only way back that this one is paired with is `(w', w, i, o)`, with the flow `p_τ(ŝ) · q(o|s_<i) · â · h(w', w)
     / (b̂ - w' + 1)`. Here `b̂ - w' = b - w`, for what is kept is the same, so that both are equal with `a = min(1, r)`,
     `â = min(1, 1/r)` and `r = p_τ(ŝ) q(o|s_<i) / (p_τ(s) q(v|s_<i))`. Neither `o` nor `v` ends a text, and the tokens
-    before them are the same, so both ways exist or none does.
+    before them are the same, so both ways exist or none does. Any other law of `v` that does not depend on `o` may take
+    the place of `q(·|s_<i)`: with a vocabulary it is the uniform one, and a span with another token is not removed.
 
     The acceptance variate is drawn first: a proposal that it would reject even without a cost is not evaluated.
 
@@ -118,7 +149,8 @@ def span_chains(
         tau: the inverse temperature of the target `p_τ`.
         eos_token_ids: tokens that end a text.
         redraw: draws from the model.
-        generator: the source of widths, positions and acceptance variates.
+        generator: the source of widths, positions and acceptance variates, and of tokens from the vocabulary.
+        vocabulary: tokens that spans are drawn from uniformly; `None` for draws of the model.
 
     Returns:
         The `M` states of the chains, the `M - 1` proposals of each, and the acceptance rate (NaN if M = 1).
@@ -128,8 +160,8 @@ def span_chains(
         state = states[-1]
         cuts = Cuts.drawn(state.completions, eos_token_ids, generator)
         log_u = torch.rand(state.objective.shape, generator=generator, dtype=torch.float64).log()
-        moves = Moves(state, cuts, log_u, tau)
-        proposed = redraw(step, cuts.spans(state.completions), moves.allow)
+        moves = Moves(state, cuts, log_u, tau, vocabulary)
+        proposed = redraw(step, moves.spans(generator), moves.allow)
         moved = moves.accept(proposed)
         states.append(state.moved(moved, proposed))
         redrawn.append(proposed)
@@ -147,13 +179,16 @@ class SpanChains(Sampler):
 
     Args:
         chain_length: M, proposals per chain and rung of either kind.
+        vocabulary: ids of tokens that spans are drawn from uniformly, none of which ends a text; `None` for draws of
+            the model. For alphabets of some dozens, where a move is to try what is rare as often as what is frequent.
     """
 
     uses_chains: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
 
-    def __init__(self, chain_length: int) -> None:
+    def __init__(self, chain_length: int, vocabulary: Sequence[int] | None = None) -> None:
         self.chain_length = chain_length
+        self.vocabulary = None if vocabulary is None else torch.tensor([*vocabulary])
         self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
         self._eos_token_ids: Sequence[int] = ()
         self._start: Proposals | None = None
@@ -173,6 +208,8 @@ class SpanChains(Sampler):
                 "not the scorer's: it rounds differently. Use engine='transformers' in fp32 (bf16=False, "
                 "dtype='float32'), or another sampler."
             )
+        if self.vocabulary is not None and {*policy.eos_token_ids} & {*self.vocabulary.tolist()}:
+            raise ValueError(f"SpanChains(vocabulary=…) has a token that ends a text: leave out {policy.eos_token_ids}")
         self._eos_token_ids, self._start = policy.eos_token_ids, self._stored(proposals)
         if self._start is not None:  # the model has learned since
             token_log_model = policy.token_log_prob(self._start)
@@ -199,7 +236,9 @@ class SpanChains(Sampler):
         self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
     ) -> Moved:
         start = cast(Proposals, self._start)
-        states, redrawn, rate = span_chains(start, self.chain_length, tau, self._eos_token_ids, redraw, generator)
+        states, redrawn, rate = span_chains(
+            start, self.chain_length, tau, self._eos_token_ids, redraw, generator, self.vocabulary
+        )
         prompts, chains = start.objective.shape
         for place, prompt in enumerate(start.prompts.tolist()):
             self._states[prompt] = _of_prompt(states[-1], place)
@@ -247,14 +286,6 @@ def _of_prompt(state: Proposals, place: int) -> Proposals:
     objective, log_prior = state.objective[place : place + 1], state.log_prior[place : place + 1]
     unknown = torch.full_like(objective, math.nan)
     return Proposals(state.rows[rows], state.completions.select(rows), objective, log_prior, unknown)
-
-
-def _span_sum(texts: Proposals, place: Tensor, width: Tensor) -> Tensor:
-    """`log q` of the tokens of a span of each text, `[P, n]`, nats."""
-    table = cast(Tensor, texts.token_log_model)
-    at = torch.arange(table.shape[1])
-    inside = (at >= place[:, None]) & (at < (place + width)[:, None])
-    return torch.where(inside, table, 0).sum(-1).view_as(texts.objective)
 
 
 def _differ(state: Proposals, proposed: Proposals) -> Tensor:
