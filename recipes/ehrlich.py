@@ -9,7 +9,8 @@ functions are those that the package pytorch-holo makes for the same V, L, c, k 
 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), with chains that redraw spans, at a T of
-their own (span), and with TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of
+their own (span), with such chains whose new states are uniform ones in place of the model's (uniform_span), and with
+TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of
 the prior, expert iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on
 the first function and seed: that solves it first, or else comes closest, and earliest. The function's random seed is
 the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
@@ -36,21 +37,23 @@ from problems.ehrlich import holo
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import TrlParser
 
-METHODS = ("defaults", "archive", "top", "span", "genetic_algorithm", "expert_iteration", *TRL)
+from aldrift_hf.algorithm.samplers import SpanChains
+from aldrift_hf.toy import word_tokenizer
+
+METHODS = ("defaults", "archive", "top", "span", "uniform_span", "genetic_algorithm", "expert_iteration", *TRL)
 KEY = ("function", "method", "setting", "budget", "seed")
-SPAN_TAU_MAX = 200.0
+SEARCH_TAU_MAX = 200.0
 """T of the span chains, which search: so steep that a chain rarely goes back."""
-SPAN_SETTINGS: dict[str, Any] = {
-    "sampler": "span",
-    "loss_type": "nll",
-    "chain_length": 64,
-    "num_generations": 256,  # four chains
-    "tau_step": SPAN_TAU_MAX / 3,  # the first rungs of some thirty
-    "num_rungs": 400,  # more than the budget has
+SEARCH: dict[str, dict[str, Any]] = {
+    # Four chains, and more rungs than the budget has.
+    "span": {"chain_length": 64, "num_generations": 256, "num_rungs": 400},
+    # Two chains. Once they stay where the cost is 0, no move is evaluated, and the budget would never be spent.
+    "uniform_span": {"chain_length": 256, "num_generations": 512, "num_rungs": 30},
 }
+"""Settings of the span chains."""
 TRL_BATCH = 64
 """Draws per update."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -116,6 +119,8 @@ class Bench:
             return [""]
         if method == "span":
             return [f"{updates} {rate:g}" for updates, rate in itertools.product((2, 10, 30), (1e-4, 3e-4))]
+        if method == "uniform_span":  # learning does not help its moves, so it may be fast
+            return ["30 0.001"]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method in TRL:
@@ -130,7 +135,7 @@ class Bench:
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), numbers[1], budget, seed)
             learned = None
-        elif method in ("defaults", "archive", "top", "span"):
+        elif method in ("defaults", "archive", "top", *SEARCH):
             learned = self.aldrift(problem, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
@@ -142,9 +147,12 @@ class Bench:
         last, rungs = self.folder / "last_run", self.options.rungs
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
+        sampler = None
         learning = {"updates_per_rung": int(numbers[0]), "learning_rate": numbers[1]} if numbers else {}
-        if method == "span":
-            given = SPAN_SETTINGS | learning
+        if method in SEARCH:
+            given = {"sampler": "span", "loss_type": "nll", "tau_step": SEARCH_TAU_MAX / 3, **SEARCH[method]} | learning
+            if method == "uniform_span":
+                sampler = SpanChains(given["chain_length"], alphabet(problem, self.model_config))
         elif method != "defaults":
             given = {
                 "sampler": method,
@@ -153,8 +161,9 @@ class Bench:
                 "num_rungs": rungs,
                 "num_generations": budget // rungs,
             } | learning
-        tau_max = SPAN_TAU_MAX if method == "span" else self.options.tau_max
-        trainer = make_trainer(problem, left_open(last, tau_max, budget, seed, **given), self.model_config)
+        tau_max = SEARCH_TAU_MAX if method in SEARCH else self.options.tau_max
+        config = left_open(last, tau_max, budget, seed, **given)
+        trainer = make_trainer(problem, config, self.model_config, sampler)
         trainer.train()
         return trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class
 
@@ -189,6 +198,17 @@ def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: 
         oracle, problem.states, problem.length, population=population, mutations=mutations, seed=seed,
         start=map(tuple, start.tolist()),
     )  # fmt: skip
+
+
+def alphabet(problem: MeasuredEhrlich, model_config: RecipeModelConfig) -> list[int]:
+    """The tokens that sequences are made of."""
+    name = model_config.model_name_or_path
+    if name is None:
+        tokenizer = word_tokenizer(problem.words, problem.separator)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision)
+    every = problem.separator.join(problem.words)
+    return sorted({*tokenizer(every, add_special_tokens=False)["input_ids"]})
 
 
 def rank(run: Run) -> tuple[float, float, float]:

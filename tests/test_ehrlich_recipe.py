@@ -10,7 +10,7 @@ QUICK = {
     "functions": "8-6-1-2", "budgets": 128, "rungs": 4, "updates": 5, "learning_rates": 3e-3, "populations": "8 16",
     "mutations": 1, "seeds": "0 1", "prior_steps": 100,
 }  # fmt: skip
-METHODS = ("archive", "top", "span", "genetic_algorithm", "expert_iteration", "rloo")
+METHODS = ("archive", "top", "span", "uniform_span", "genetic_algorithm", "expert_iteration", "rloo")
 
 
 @pytest.mark.slow
