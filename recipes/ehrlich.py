@@ -10,10 +10,10 @@ functions are those that the package pytorch-holo makes for the same V, L, c, k 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), with chains that redraw spans, at a T of
 their own (span), with such chains whose new states are uniform ones in place of the model's (uniform_span), and with
-TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of
-the prior, expert iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on
-the first function and seed: that solves it first, or else comes closest, and earliest. The function's random seed is
-the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of the prior, expert
+iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on the first function
+and seed: that solves it first, or else comes closest, and earliest. The function's random seed is the run's. Runs are
+kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
@@ -50,10 +50,12 @@ SEARCH_TAU_MAX = 200.0
 SEARCH: dict[str, dict[str, Any]] = {
     # Four chains, and more rungs than the budget has.
     "span": {"chain_length": 64, "num_generations": 256, "num_rungs": 400},
-    # Two chains. Once they stay where the cost is 0, no move is evaluated, and the budget would never be spent.
-    "uniform_span": {"chain_length": 256, "num_generations": 512, "num_rungs": 30},
+    # Once the chains stay where the cost is 0, hardly a move is evaluated, and the budget would never be spent.
+    "uniform_span": {"num_rungs": 30},
 }
 """Settings of the span chains."""
+MOST_MOVES = 256
+"""States per rung of each of the two chains of uniform_span."""
 TRL_BATCH = 64
 """Draws per update."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
@@ -152,7 +154,9 @@ class Bench:
         if method in SEARCH:
             given = {"sampler": "span", "loss_type": "nll", "tau_step": SEARCH_TAU_MAX / 3, **SEARCH[method]} | learning
             if method == "uniform_span":
-                sampler = SpanChains(given["chain_length"], alphabet(problem, self.model_config))
+                length = min(MOST_MOVES, budget // 2)
+                given |= {"chain_length": length, "num_generations": 2 * length}
+                sampler = SpanChains(length, alphabet(problem, self.model_config))
         elif method != "defaults":
             given = {
                 "sampler": method,

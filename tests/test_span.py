@@ -191,9 +191,11 @@ def test_chains_go_on_from_rung_to_rung():
     assert not sampler.state_dict()
 
 
-def test_a_vocabulary_with_the_end_of_texts_is_refused():
+def test_a_vocabulary_without_tokens_or_with_the_end_of_texts_is_refused():
     with pytest.raises(ValueError, match=r"has a token that ends a text: leave out \(0,\)"):
         SpanChains(4, [0, 1]).pool(Table().fresh(8), Table())
+    with pytest.raises(ValueError, match="has no token to draw"):
+        SpanChains(4, [])
 
 
 def test_engines_that_round_are_refused():

@@ -181,12 +181,17 @@ class SpanChains(Sampler):
         chain_length: M, proposals per chain and rung of either kind.
         vocabulary: ids of tokens that spans are drawn from uniformly, none of which ends a text; `None` for draws of
             the model. For alphabets of some dozens, where a move is to try what is rare as often as what is frequent.
+
+    Raises:
+        ValueError: if the vocabulary is empty.
     """
 
     uses_chains: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
 
     def __init__(self, chain_length: int, vocabulary: Sequence[int] | None = None) -> None:
+        if vocabulary is not None and not len(vocabulary):
+            raise ValueError("SpanChains(vocabulary=[]) has no token to draw: name some, or leave it out")
         self.chain_length = chain_length
         self.vocabulary = None if vocabulary is None else torch.tensor([*vocabulary])
         self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
