@@ -37,11 +37,12 @@ from problems.ehrlich import holo
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
 from aldrift_hf.algorithm.samplers import SpanChains
-from aldrift_hf.toy import word_tokenizer
+from aldrift_hf.models.loading import tokenizer_of
+from aldrift_hf.toy import completion_ids, word_tokenizer
 
 METHODS = ("defaults", "archive", "top", "span", "uniform_span", "genetic_algorithm", "expert_iteration", *TRL)
 KEY = ("function", "method", "setting", "budget", "seed")
@@ -205,14 +206,14 @@ def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: 
 
 
 def alphabet(problem: MeasuredEhrlich, model_config: RecipeModelConfig) -> list[int]:
-    """The tokens that sequences are made of."""
+    """The tokens that all states are made of."""
     name = model_config.model_name_or_path
     if name is None:
         tokenizer = word_tokenizer(problem.words, problem.separator)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model_config.model_revision)
-    every = problem.separator.join(problem.words)
-    return sorted({*tokenizer(every, add_special_tokens=False)["input_ids"]})
+        tokenizer = tokenizer_of(name, {"revision": model_config.model_revision})
+    (*states, _), *_ = completion_ids([problem.separator.join(problem.words)], tokenizer)  # without the end of the text
+    return states
 
 
 def rank(run: Run) -> tuple[float, float, float]:

@@ -198,6 +198,11 @@ def test_a_vocabulary_without_tokens_or_with_the_end_of_texts_is_refused():
         SpanChains(4, [])
 
 
+def test_a_token_that_is_named_twice_is_drawn_as_often_as_others():
+    """The acceptance ratio takes every token of the vocabulary to be equally likely."""
+    assert SpanChains(4, [2, 1, 2]).vocabulary.tolist() == [1, 2]
+
+
 def test_engines_that_round_are_refused():
     table = Table()
     drawn = table.fresh(8)

@@ -193,7 +193,7 @@ class SpanChains(Sampler):
         if vocabulary is not None and not len(vocabulary):
             raise ValueError("SpanChains(vocabulary=[]) has no token to draw: name some, or leave it out")
         self.chain_length = chain_length
-        self.vocabulary = None if vocabulary is None else torch.tensor([*vocabulary])
+        self.vocabulary = None if vocabulary is None else torch.tensor(sorted({*vocabulary}))
         self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
         self._eos_token_ids: Sequence[int] = ()
         self._start: Proposals | None = None
