@@ -31,7 +31,7 @@ from evaluation import gold as golden
 from evaluation import steering_runs, steering_table
 from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
-from evaluation.steering_setting import METHODS
+from evaluation.steering_setting import METHODS, PRECISIONS
 from evaluation.tables import Comparison, publish
 from problems.real_model import HUB_ID, real_model
 from problems.steering import TASKS
@@ -87,9 +87,12 @@ class SteerArguments:
             "target_modules=[o_proj,down_proj] layers_to_transform=[10,11]. Default: rank 16, α 32, all linear layers."
         },
     )
-    dtype: str = field(
-        default="float32",
-        metadata={"choices": ["float32", "bfloat16"], "help": "Precision of the model's weights in --run."},
+    precision: str = field(
+        default="fp32",
+        metadata={
+            "choices": [*PRECISIONS],
+            "help": f"Precision in --run: {'; '.join(f'{name}, {text}' for name, text in PRECISIONS.items())}.",
+        },
     )
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Compute layers again in the backward pass: less memory, a third more time."}
@@ -164,7 +167,7 @@ def main() -> None:
 
 def run(options: SteerArguments) -> list[str]:
     """Make the runs asked for that are not there; a line for each that failed."""
-    shared = ("dtype", "threads", "batch_size", "gradient_checkpointing", "fresh_draws")
+    shared = ("precision", "threads", "batch_size", "gradient_checkpointing", "fresh_draws")
     shared += ("gold_share", "keep", "chain_length")
     try:
         settings = steering_runs.grid(

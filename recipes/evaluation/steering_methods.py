@@ -13,7 +13,7 @@ from transformers import set_seed
 from aldrift_hf.trainer.trainer import ALDRIFTTrainer
 from evaluation.gold import Array
 from evaluation.steering_model import Drawn, Learner, Steered
-from evaluation.steering_trainers import Job, aldrift, aldrift_trainer, generations, policy_gradient
+from evaluation.steering_trainers import Job, aldrift, aldrift_trainer, generations, policy_gradient, set_precision
 
 ROUND = 256
 """Calls per round of expert iteration."""
@@ -24,10 +24,10 @@ Learned = tuple[PeftModel, int]
 def with_adapter(job: Job) -> Steered:
     """The prior with a new adapter."""
     set_seed(job.setting.seed)
-    model = cast(PeftModel, get_peft_model(job.model, job.lora))
+    model = set_precision(cast(PeftModel, get_peft_model(job.model, job.lora)), job.setting)
     if job.setting.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    return Steered(job.task, model, job.tokenizer, job.setting.seed)
+    return Steered(job.task, model, job.tokenizer, job.setting.seed, job.setting.autocast)
 
 
 # ---- Distributional policy gradients ---------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ LEARN: dict[str, Callable[[Job], Learned]] = {
 
 def rejection(job: Job) -> Drawn:
     """Draws of the prior. Accepted with probability `exp(-T·d)`, those that are left are exact draws of p_T."""
-    steered = Steered(job.task, job.model, job.tokenizer, job.setting.seed)
+    steered = Steered(job.task, job.model, job.tokenizer, job.setting.seed, job.setting.autocast)
     return steered.draw(job.setting.calls // len(job.task.rows), (2,))
 
 

@@ -66,12 +66,19 @@ class Steered:
         model: the model q; with an adapter, switched off it is the prior L; without one it is L.
         tokenizer: its tokenizer.
         seed: random seed of the draws.
+        autocast: whether products of fp32 weights are computed in bf16, in drawing, scoring and learning.
     """
 
     def __init__(
-        self, task: SteeringTask, model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, seed: int
+        self,
+        task: SteeringTask,
+        model: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int,
+        autocast: bool = False,
     ) -> None:
         self.task, self.model, self.tokenizer, self.seed = task, model, tokenizer, seed
+        self.autocast = autocast
         self.base = base_model(model)
         self.prompts = [encode_prompt(row["prompt"], index, tokenizer) for index, row in enumerate(task.rows)]
         self.pad_token_id = pad_token_id(tokenizer, None)
@@ -98,7 +105,7 @@ class Steered:
             numbers = uniforms(
                 (self.seed, PURPOSE, *stream), range(start, start + len(block)), self.task.max_completion_length
             )
-            with inference(self.model):
+            with inference(self.model), self.precision():
                 drawn = generate(self.base, [self.prompts[row] for row in block], self.config, numbers)
             completions += drawn.completions.tokens()
             log_model += drawn.log_probs.tolist()
@@ -112,7 +119,8 @@ class Steered:
     def scores(self, rows: Sequence[int], completions: Sequence[Sequence[int]], *, prior: bool = False) -> Array:
         """`log q`, or `log L`, of completions of the prompts `rows`, nats, `[n]`."""
         off = prior and isinstance(self.model, PeftModel)
-        with inference(self.model), self.model.disable_adapter() if off else contextlib.nullcontext():
+        adapter = self.model.disable_adapter() if off else contextlib.nullcontext()
+        with inference(self.model), self.precision(), adapter:
             found = sequence_logprobs(
                 self.base,
                 [self.prompts[row] for row in rows],
@@ -127,8 +135,13 @@ class Steered:
         """`log q` of completions of the prompts `rows`, `[n]`, with gradients. Call it in a [`sharing`] context."""
         padded = join([self.prompts[row] for row in rows], completions, self.pad_token_id)
         forward = learning_pass(self.base, padded).to(self.base.device)
-        found = projected_logprobs(self.base, forward.select, forward.targets, **forward.inputs)
+        with self.precision():
+            found = projected_logprobs(self.base, forward.select, forward.targets, **forward.inputs)
         return forward.table(found).sum(-1)
+
+    def precision(self) -> torch.autocast:
+        """The precision of matrix products, as a context."""
+        return torch.autocast(self.base.device.type, torch.bfloat16, enabled=self.autocast)
 
 
 class Learner:

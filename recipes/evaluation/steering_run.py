@@ -26,13 +26,13 @@ from evaluation.steering_measures import ScoredGold, log_bounds, of_draws, of_go
 from evaluation.steering_methods import LEARN, rejection, suffix_mh, to_accelerator
 from evaluation.steering_model import Steered
 from evaluation.steering_setting import Setting
-from evaluation.steering_trainers import Job, cpu_seconds_before
+from evaluation.steering_trainers import Job, cpu_seconds_before, set_precision
 
 BUSY = 75
 """Exit status where another process is at the same run."""
 CHECKED_DRAWS = 4
 """Draws of gold whose `log L` is compared with the prior's."""
-MAX_GAP = {"float32": 0.05, "bfloat16": 2.0}
+MAX_GAP = {"fp32": 0.05, "autocast": 2.0, "bf16": 2.0, "bf16_lora": 2.0}
 """Nats by which it may differ because of rounding, by precision."""
 
 
@@ -71,11 +71,11 @@ def check(gold: Gold, job: Job) -> None:
     Raises:
         ValueError: if not.
     """
-    prior = Steered(job.task, job.model, job.tokenizer, job.setting.seed)
+    prior = Steered(job.task, job.model, job.tokenizer, job.setting.seed, job.setting.autocast)
     rows = [draw % len(prior.prompts) for draw in range(CHECKED_DRAWS)]
     found = prior.scores(rows, gold.completions[:CHECKED_DRAWS])
     gap = max(abs(found - gold.log_prior[:CHECKED_DRAWS]))
-    if gold.prompts != prior.prompts or gap > MAX_GAP[job.setting.dtype]:
+    if gold.prompts != prior.prompts or gap > MAX_GAP[job.setting.precision]:
         raise ValueError(
             f"gold of {job.setting.task} is of another prior than {job.setting.model}: choose its --gold_dir, or make "
             "it with --make_gold"
@@ -86,7 +86,7 @@ def learned(job: Job, gold: Gold) -> dict[str, float]:
     """The measures of a method that learns."""
     adapter, spent = job.folder / "adapter", job.folder / "learned.json"
     if spent.exists():
-        model = PeftModel.from_pretrained(job.model, adapter)
+        model = set_precision(PeftModel.from_pretrained(job.model, adapter, is_trainable=True), job.setting)
         cost: dict[str, float] = json.loads(spent.read_text())
     else:
         began = Clock(cpu_seconds_before(job.folder))
@@ -94,7 +94,7 @@ def learned(job: Job, gold: Gold) -> dict[str, float]:
         cost = {"calls": calls, **began.read()}
         model.save_pretrained(adapter)
         replace_file(spent, [json.dumps(cost)])
-    steered = Steered(job.task, model, job.tokenizer, job.setting.seed)
+    steered = Steered(job.task, model, job.tokenizer, job.setting.seed, job.setting.autocast)
     tau, per_prompt = job.task.tau_max, max(2, job.setting.fresh_draws // len(job.task.rows))
     scored = ScoredGold.of(gold, steered, tau, job.setting.gold_share)
     drawn = steered.draw(per_prompt, (3,))

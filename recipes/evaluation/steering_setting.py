@@ -13,6 +13,13 @@ LEARNING = (*TUNED, "defaults")
 TEST_TIME = ("rejection", "suffix_mh")
 """Methods that sample from the prior without learning."""
 METHODS = (*LEARNING, *TEST_TIME)
+PRECISIONS = {
+    "fp32": "weights, adapter and products in fp32",
+    "autocast": "weights and adapter in fp32, products in bf16",
+    "bf16": "weights in bf16, the adapter in fp32",
+    "bf16_lora": "weights and adapter in bf16",
+}
+"""Precisions of a run, by their names."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +32,7 @@ class Setting:
         calls: completions whose cost is evaluated, over all prompts.
         seed: random seed.
         model: folder of the prior.
-        dtype: precision of its weights.
+        precision: one of [`PRECISIONS`].
         threads: threads of the run's process; the result does not depend on them.
         batch_size: completions per update.
         gradient_checkpointing: whether layers are computed again in the backward pass.
@@ -43,7 +50,7 @@ class Setting:
     calls: int
     seed: int
     model: str
-    dtype: str = "float32"
+    precision: str = "fp32"
     threads: int = 1
     batch_size: int = 32
     gradient_checkpointing: bool = False
@@ -58,7 +65,19 @@ class Setting:
     def label(self) -> str:
         """The method, with what was set for it."""
         adapter = {f"lora_{name.removeprefix('lora_')}": value for name, value in self.lora.items()}
-        return " ".join([self.method, *(f"{name}={value}" for name, value in (self.aldrift | adapter).items())])
+        precision = {} if self.precision == "fp32" else {"precision": self.precision}
+        set_for_it = (self.aldrift | adapter | precision).items()
+        return " ".join([self.method, *(f"{name}={value}" for name, value in set_for_it)])
+
+    @property
+    def dtype(self) -> str:
+        """Precision of the model's weights."""
+        return "bfloat16" if self.precision.startswith("bf16") else "float32"
+
+    @property
+    def autocast(self) -> bool:
+        """Whether products of fp32 weights are computed in bf16."""
+        return self.precision == "autocast"
 
     def result(self, folder: Path) -> Path:
         """The file of the run's result."""

@@ -81,7 +81,7 @@ class Job:
             "max_completion_length": self.task.max_completion_length,
             "gradient_checkpointing": setting.gradient_checkpointing,
             "seed": setting.seed,
-            "bf16": False,  # no autocast: the weights' precision is the setting's dtype
+            "bf16": setting.autocast,
             "report_to": "none",
             "disable_tqdm": True,
             "logging_strategy": "no",
@@ -93,6 +93,15 @@ def generations(job: Job) -> int:
     """Completions per prompt in an update."""
     size = job.setting.batch_size
     return max(size // len(job.task.rows), min(size, GENERATIONS))
+
+
+def set_precision(model: PeftModel, setting: Setting) -> PeftModel:
+    """The model, its adapter in the setting's precision: PEFT makes it in fp32."""
+    if setting.precision == "bf16_lora":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    return model
 
 
 # ---- ALDRIFT ---------------------------------------------------------------------------------------------------------
@@ -145,6 +154,7 @@ def aldrift_trainer(job: Job) -> ALDRIFTTrainer:
 def aldrift(job: Job) -> tuple[PeftModel, int]:
     """Train with ALDRIFT, or go on from the last checkpoint; the model and its number of calls."""
     trainer = aldrift_trainer(job)
+    set_precision(cast(PeftModel, trainer.model), job.setting)
     trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
     return cast(PeftModel, trainer.model), int(trainer.record.rungs[-1]["proposals"])
 
@@ -200,6 +210,7 @@ def policy_gradient(job: Job) -> tuple[PeftModel, int]:
         peft_config=job.lora,
         callbacks=[TimeSpent(job.folder)],
     )
+    set_precision(trainer.model, job.setting)
     trainer.train(resume_from_checkpoint=any(job.folder.glob("checkpoint-*")))
     return trainer.accelerator.unwrap_model(trainer.model), updates * job.setting.batch_size
 
