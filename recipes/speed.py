@@ -11,6 +11,7 @@ Weights are random, and an output bias makes completions end after --mean_length
 meaningless, but computing them takes as long as with trained weights.
 """
 
+import contextlib
 import statistics
 import sys
 import time
@@ -30,8 +31,12 @@ from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.models import generation, head
+from aldrift_hf.models.head import projected_logprobs
+from aldrift_hf.models.passes import join
 from aldrift_hf.models.prior import base_model
-from aldrift_hf.models.scoring import inference, sequence_logprobs
+from aldrift_hf.models.scoring import inference, learning_pass, sequence_logprobs
+from aldrift_hf.models.shared_prompts import attention
+from aldrift_hf.models.shared_prompts.attention import sharing
 from aldrift_hf.streams import uniforms
 from aldrift_hf.types import Completions
 
@@ -192,6 +197,29 @@ def logits_in_chunks(name: str, options: SpeedArguments) -> dict[str, float]:
     }
 
 
+def attention_in_learning(name: str, options: SpeedArguments) -> dict[str, float]:
+    """Forward and backward pass of 32 rows in bf16 on a CPU, with the attention in fp32 and in bf16."""
+    trainer = make_trainer(name, options)
+    model, prompt = base_model(trainer.model), trainer.inputs.prompts.token_ids[0]
+    ids = torch.randint(2, SIZES[name].vocabulary, (32, options.mean_length)).tolist()
+    padded, ratios = join([prompt] * len(ids), ids, END), []
+    for _ in range(options.rungs):
+        taken: dict[str, float] = {}
+        for how in ("fp32", "bf16"):
+            plain = how == "bf16" and patch.object(attention, "_computed_in_bf16", lambda states: False)
+            with plain or contextlib.nullcontext(), timed(trainer.args.device, taken, how), sharing(model):
+                with trainer.accelerator.autocast():
+                    forward = learning_pass(model, padded)
+                    loss = projected_logprobs(model, forward.select, forward.targets, **forward.inputs).sum()
+                loss.backward()
+        ratios.append(taken["fp32"] / taken["bf16"])
+    return {"updates' attention in fp32 / in bf16: time of both passes": statistics.median(ratios[1:])}
+
+
+def in_bf16_on_cpu(name: str) -> bool:
+    return SIZES[name].dtype == torch.bfloat16 and not torch.accelerator.is_available()
+
+
 def main() -> None:
     try:
         (options,) = TrlParser(SpeedArguments).parse_args_and_config()
@@ -200,7 +228,10 @@ def main() -> None:
     figures = {
         name: logits_in_chunks(name, options)
         if name == "wide"
-        else overhead(name, options) | removal_of_finished_rows(name, options) | overlap_of_objective(name, options)
+        else overhead(name, options)
+        | removal_of_finished_rows(name, options)
+        | overlap_of_objective(name, options)
+        | (attention_in_learning(name, options) if in_bf16_on_cpu(name) else {})
         for name in options.sizes
     }
     table = Comparison(f"a rung of {options.proposals} proposals and {options.updates} updates", options.sizes)

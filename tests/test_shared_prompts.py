@@ -185,6 +185,35 @@ def test_a_model_that_ignores_positions_is_found_out(monkeypatch):
         assert not support.can_share_prompts(model, 10)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_cpu_learns_in_bf16_with_attention_in_fp32(monkeypatch, shared, autocast):
+    """PyTorch's kernel takes several times as long in bf16 for the backward pass. Scores need none."""
+    computed_in, kernel = [], attention._replaced
+
+    def recorded(module, query, key, value, mask, **kwargs):
+        output = kernel(module, query, key, value, mask, **kwargs)
+        computed_in.append(output[0].dtype)
+        return output
+
+    monkeypatch.setattr(attention, "_replaced", recorded)
+    model = tiny_llama(max_position_embeddings=32).to(torch.float32 if autocast else torch.bfloat16).eval()
+    rows = join([PROMPTS[0]] * 3, [[2, 3, 4], [1, 2, 2], [4, 4, 0]], EOS)
+
+    def scores(forward):
+        with sharing(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return forward.table(head.projected_logprobs(model, forward.select, forward.targets, **forward.inputs))
+
+    with inference(model):
+        expected = scores(apart(rows))
+    assert {*computed_in} == {torch.bfloat16}
+    computed_in.clear()
+    found = scores(learning_pass(model, rows) if shared else apart(rows))
+    assert {*computed_in} == {torch.float32}
+    found.sum().backward()
+    assert torch.allclose(found, expected, atol=0.05)
+
+
 def test_the_models_own_attention_is_back_afterwards(model):
     used = []
 

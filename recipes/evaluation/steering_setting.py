@@ -16,7 +16,8 @@ METHODS = (*LEARNING, *TEST_TIME)
 PRECISIONS = {
     "fp32": "weights, adapter and products in fp32",
     "autocast": "weights and adapter in fp32, products in bf16",
-    "bf16": "weights in bf16, the adapter in fp32",
+    "bf16": "weights in bf16, adapter and its products in fp32",
+    "bf16_autocast": "weights in bf16, the adapter in fp32, its products in bf16",
     "bf16_lora": "weights and adapter in bf16",
 }
 """Precisions of a run, by their names."""
@@ -76,8 +77,8 @@ class Setting:
 
     @property
     def autocast(self) -> bool:
-        """Whether products of fp32 weights are computed in bf16."""
-        return self.precision == "autocast"
+        """Whether products of fp32 weights, or of an fp32 adapter, are computed in bf16."""
+        return self.precision.endswith("autocast")
 
     def result(self, folder: Path) -> Path:
         """The file of the run's result."""
