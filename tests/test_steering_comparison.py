@@ -1,5 +1,7 @@
 """The comparison of steering methods: its measures, gradients and tables, against enumeration where possible."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from evaluation.drawing_gold import GoldMaker
 from evaluation.gold import Gold
 from evaluation.steering_measures import ScoredGold
 from evaluation.steering_model import Drawn, Learner, Steered
-from evaluation.steering_setting import Setting
+from evaluation.steering_setting import PRECISIONS, Setting
 from problems.steering import SteeringTask
 from test_gold import COSTS, LAWS, MODELS, TAU, count_b, exact
 
@@ -142,6 +144,26 @@ def test_fresh_draws(tokenizer):
     plain = Steered(task_b(), tiny_gpt2(), tokenizer, 0).draw(2, (0,))
     assert (plain.log_prior == plain.log_model).all()
     assert plain.tokens.shape == (3, 2)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_precision_holds_in_drawing_scoring_and_learning(tokenizer, precision):
+    """What is drawn, scored and learned has the same rounding, and the adapter the type that was asked for."""
+    setting = Setting("tone", "dpg", 1e-2, 64, 0, "somewhere", precision=precision)
+    assert setting.label == ("dpg" if precision == "fp32" else f"dpg precision={precision}")
+    model = tiny_gpt2().to(getattr(torch, setting.dtype))
+    policy = trainers.set_precision(lora(model, seed=1), setting)
+    adapter = {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad}
+    assert adapter == {torch.bfloat16 if precision == "bf16_lora" else torch.float32}
+    steered = Steered(task_b(), policy, tokenizer, 0, setting.autocast)
+    drawn = steered.draw(20, (0,), which=[2])
+    rows, in_fp32 = [2] * 20, Steered(task_b(), copy.deepcopy(policy).float(), tokenizer, 0)
+    exact_scores = in_fp32.scores(rows, drawn.completions)
+    found = abs(drawn.log_model.flatten() - exact_scores).max()
+    assert (found < 1e-4) == (precision == "fp32")
+    assert found < 0.2
+    Learner(steered, 1e-2).ascend(rows, drawn.completions, [0.05] * 20)
+    assert steered.scores(rows, drawn.completions).mean() > exact_scores.mean() + 0.01
 
 
 def gradients(model):
