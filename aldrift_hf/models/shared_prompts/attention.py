@@ -136,7 +136,7 @@ def attention(
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Tensor:
     """The implementation that ours replaces; in fp32 where a CPU would learn in bf16.
 
-    There the backward pass of PyTorch's kernel takes three to six times as long in bf16 as in fp32.
+    There the backward pass of PyTorch's kernel takes three to six times as long in bf16 as in fp32, for short rows.
     """
     if not (query.requires_grad and query.device.type == "cpu" and _computed_in_bf16(query)):
         return _replaced(module, query, key, value, mask, **kwargs)[0]
