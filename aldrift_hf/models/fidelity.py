@@ -26,7 +26,7 @@ from .causality import check_causal
 from .head import projecting
 from .loading import context_length
 from .passes import join
-from .prior import Prior, base_model, split
+from .prior import Prior, base_model, keep_four_bit_weights, split
 from .scoring import inference, learning_pass, sequence_logprobs
 from .shared_prompts.attention import sharing
 from .shared_prompts.support import can_share_prompts
@@ -88,8 +88,10 @@ def split_checked(
     cannot run where it is, which is logged as a warning.
 
     Raises:
-        ValueError: if the prior would not be the model that was passed in, or if nothing could be learned.
+        ValueError: if the prior would not be the model that was passed in, if nothing could be learned, or if
+            bitsandbytes has changed 4-bit weights already.
     """
+    keep_four_bit_weights(model)  # before its first forward pass
     reference, error = _reference(model), None
     if reference is not None:
         try:

@@ -121,7 +121,6 @@ def split(
         ValueError: for a `peft_config` whose adapter, switched off, would not give the model back, or for a `PeftModel`
             that cannot be split; with the remedy.
     """
-    keep_four_bit_weights(model)
     if isinstance(model, PeftModel):
         if peft_config is not None:
             raise ValueError(
