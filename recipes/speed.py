@@ -216,22 +216,19 @@ def attention_in_learning(name: str, options: SpeedArguments) -> dict[str, float
     return {"updates' attention in fp32 / in bf16: time of both passes": statistics.median(ratios[1:])}
 
 
-def in_bf16_on_cpu(name: str) -> bool:
-    return SIZES[name].dtype == torch.bfloat16 and not torch.accelerator.is_available()
-
-
 def main() -> None:
     try:
         (options,) = TrlParser(SpeedArguments).parse_args_and_config()
     except ValueError as error:
         sys.exit(str(error))
+    on_cpu = not torch.accelerator.is_available()
     figures = {
         name: logits_in_chunks(name, options)
         if name == "wide"
         else overhead(name, options)
         | removal_of_finished_rows(name, options)
         | overlap_of_objective(name, options)
-        | (attention_in_learning(name, options) if in_bf16_on_cpu(name) else {})
+        | (attention_in_learning(name, options) if on_cpu and SIZES[name].dtype == torch.bfloat16 else {})
         for name in options.sizes
     }
     table = Comparison(f"a rung of {options.proposals} proposals and {options.updates} updates", options.sizes)

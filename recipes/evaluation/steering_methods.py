@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import set_seed
+from transformers import PreTrainedModel, set_seed
 
 from aldrift_hf.trainer.trainer import ALDRIFTTrainer
 from evaluation.gold import Array
@@ -27,6 +27,11 @@ def with_adapter(job: Job) -> Steered:
     model = set_precision(cast(PeftModel, get_peft_model(job.model, job.lora)), job.setting)
     if job.setting.gradient_checkpointing:
         model.gradient_checkpointing_enable()
+    return steered_by(job, model)
+
+
+def steered_by(job: Job, model: PreTrainedModel | PeftModel) -> Steered:
+    """A model on the run's task, in its precision."""
     return Steered(job.task, model, job.tokenizer, job.setting.seed, job.setting.autocast)
 
 
@@ -121,8 +126,7 @@ LEARN: dict[str, Callable[[Job], Learned]] = {
 
 def rejection(job: Job) -> Drawn:
     """Draws of the prior. Accepted with probability `exp(-T·d)`, those that are left are exact draws of p_T."""
-    steered = Steered(job.task, job.model, job.tokenizer, job.setting.seed, job.setting.autocast)
-    return steered.draw(job.setting.calls // len(job.task.rows), (2,))
+    return steered_by(job, job.model).draw(job.setting.calls // len(job.task.rows), (2,))
 
 
 def suffix_mh(job: Job) -> dict[str, float]:

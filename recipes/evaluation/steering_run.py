@@ -23,8 +23,7 @@ from aldrift_hf.models.loading import load_model, tokenizer_of
 from aldrift_hf.reporting.record import replace_file
 from evaluation.gold import Gold
 from evaluation.steering_measures import ScoredGold, log_bounds, of_draws, of_gold
-from evaluation.steering_methods import LEARN, rejection, suffix_mh, to_accelerator
-from evaluation.steering_model import Steered
+from evaluation.steering_methods import LEARN, rejection, steered_by, suffix_mh, to_accelerator
 from evaluation.steering_setting import Setting
 from evaluation.steering_trainers import Job, cpu_seconds_before, set_precision
 
@@ -32,8 +31,8 @@ BUSY = 75
 """Exit status where another process is at the same run."""
 CHECKED_DRAWS = 4
 """Draws of gold whose `log L` is compared with the prior's."""
-MAX_GAP = {"fp32": 0.05}
-"""Nats by which it may differ because of rounding, by precision; 2 where products are computed in bf16."""
+MAX_GAP, MAX_GAP_IN_BF16 = 0.05, 2.0
+"""Nats by which it may differ because of rounding: in fp32, and where products are computed in bf16."""
 
 
 def run(setting: Setting, output_dir: Path, gold_dir: Path, keep_model: bool = False) -> dict[str, Any]:
@@ -71,11 +70,11 @@ def check(gold: Gold, job: Job) -> None:
     Raises:
         ValueError: if not.
     """
-    prior = Steered(job.task, job.model, job.tokenizer, job.setting.seed, job.setting.autocast)
+    prior = steered_by(job, job.model)
     rows = [draw % len(prior.prompts) for draw in range(CHECKED_DRAWS)]
     found = prior.scores(rows, gold.completions[:CHECKED_DRAWS])
     gap = max(abs(found - gold.log_prior[:CHECKED_DRAWS]))
-    if gold.prompts != prior.prompts or gap > MAX_GAP.get(job.setting.precision, 2.0):
+    if gold.prompts != prior.prompts or gap > (MAX_GAP if job.setting.precision == "fp32" else MAX_GAP_IN_BF16):
         raise ValueError(
             f"gold of {job.setting.task} is of another prior than {job.setting.model}: choose its --gold_dir, or make "
             "it with --make_gold"
@@ -94,7 +93,7 @@ def learned(job: Job, gold: Gold) -> dict[str, float]:
         cost = {"calls": calls, **began.read()}
         model.save_pretrained(adapter)
         replace_file(spent, [json.dumps(cost)])
-    steered = Steered(job.task, model, job.tokenizer, job.setting.seed, job.setting.autocast)
+    steered = steered_by(job, model)
     tau, per_prompt = job.task.tau_max, max(2, job.setting.fresh_draws // len(job.task.rows))
     scored = ScoredGold.of(gold, steered, tau, job.setting.gold_share)
     drawn = steered.draw(per_prompt, (3,))
