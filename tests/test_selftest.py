@@ -67,12 +67,42 @@ def test_llamas_family_passes(capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"mixed_precision": "bf16"}, {"load_in_4bit": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"dtype": "bfloat16", "adapter_dtype": "bfloat16"},
+        {"mixed_precision": "bf16"},
+        {"load_in_4bit": True},
+    ],
+)
 def test_other_precisions_pass(options, capsys):
     if "load_in_4bit" in options:
         pytest.importorskip("bitsandbytes")
     assert selftest.run(Options(**options), families=[LLAMA], checks=WITHOUT_RUNS, num_draws=FEWER_DRAWS) == 0
     assert verdicts(capsys.readouterr().out) == ["pass"] * len(WITHOUT_RUNS)
+
+
+def test_the_adapter_has_the_precision_asked_for(tmp_path):
+    options = Options(adapter_dtype="bfloat16")
+    options.folder = str(tmp_path)
+    policy = subjects.tiny_subject(LLAMA, options).trainer.rollout.policy()
+    trained = {parameter.dtype for parameter in policy.parameters() if parameter.requires_grad}
+    frozen = {parameter.dtype for parameter in policy.parameters() if not parameter.requires_grad}
+    assert (trained, frozen) == ({torch.bfloat16}, {torch.float32})
+
+
+@pytest.mark.parametrize(
+    ("options", "coarsest"),
+    [
+        ({}, "float32"),
+        ({"adapter_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16", "adapter_dtype": "float32"}, "bfloat16"),
+        ({"mixed_precision": "bf16", "adapter_dtype": "float16"}, "bfloat16"),
+    ],
+)
+def test_bounds_are_for_the_coarsest_products(options, coarsest):
+    assert Options(**options).computes_in == coarsest
 
 
 # ---- Failing --------------------------------------------------------------------------------------------------------

@@ -139,7 +139,8 @@ def _setting(options: Options) -> str:
     device = platform.machine() if cpu else torch.get_device_module(options.device).get_device_name()
     return (
         f"{packages}\n{options.device} ({device}), weights in {options.dtype}{' and 4 bits' * options.load_in_4bit}, "
-        f"mixed precision {options.mixed_precision}, seed {options.seed}"
+        f"adapter in {options.adapter_dtype or 'its own precision'}, mixed precision {options.mixed_precision}, "
+        f"seed {options.seed}"
     )
 
 

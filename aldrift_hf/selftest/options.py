@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig
 
 from ..trainer.config import ALDRIFTConfig
 
+COARSENESS = ("float32", "float16", "bfloat16")
 BATCH = 4096
 """Rows drawn or scored at once; they are of a few tokens here."""
 
@@ -42,6 +43,9 @@ class Options:
     dtype: Literal["float32", "bfloat16", "float16"] = field(
         default="float32", metadata={"help": "Weights' precision."}
     )
+    adapter_dtype: Literal["float32", "bfloat16", "float16"] | None = field(
+        default=None, metadata={"help": "The adapter's precision. None: PEFT's choice, float32 where it makes one."}
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = field(
         default="no", metadata={"help": "Autocast, as the Trainer's --bf16 and --fp16."}
     )
@@ -67,8 +71,9 @@ class Options:
 
     @property
     def computes_in(self) -> str:
-        """Precision of matrix products."""
-        return {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision, self.dtype)
+        """Precision of matrix products: of the coarsest ones, where the adapter's differ from the model's."""
+        of_model = {"bf16": "bfloat16", "fp16": "float16"}.get(self.mixed_precision, self.dtype)
+        return max((of_model, self.adapter_dtype or of_model), key=COARSENESS.index)
 
     def training(self, **settings: Any) -> ALDRIFTConfig:
         """Settings of a run without output, in a folder of its own. They also say how its model is loaded."""

@@ -151,7 +151,8 @@ def tiny_subject(config: PreTrainedConfig, options: Options, num_draws: int = NU
         with quiet.late_bars():
             tiny_model(config, vocabulary, options.seed).save_pretrained(checkpoint)
         args = options.training(**{**TARGET, **settings})
-        return _trainer(checkpoint, args, PROMPTS, processing_class=word_tokenizer(WORDS, " "), **(parts or {}))
+        words = word_tokenizer(WORDS, " ")
+        return _trainer(checkpoint, args, PROMPTS, options.adapter_dtype, processing_class=words, **(parts or {}))
 
     subject = _moved(options, make(), every_completion(LENGTH, VOCABULARY, [END]), make)
     subject.num_draws = num_draws
@@ -164,7 +165,8 @@ def whole_subject(name: str, options: Options) -> Subject:
     Raises:
         OSError, ValueError, ImportError: if it cannot be loaded or trained.
     """
-    trainer = _trainer(name, options.training(max_completion_length=WHOLE_LENGTH, sampler=SAMPLER), WHOLE_PROMPTS)
+    args = options.training(max_completion_length=WHOLE_LENGTH, sampler=SAMPLER)
+    trainer = _trainer(name, args, WHOLE_PROMPTS, options.adapter_dtype)
     ids = cast(PreTrainedTokenizerBase, trainer.processing_class)(WHOLE_TEXT, add_special_tokens=False)["input_ids"]
     ids = cast(list[int], ids)
     completions = Completions.of([ids[start : 2 * start + 1] for start in range(WHOLE_LENGTH)], END)
@@ -187,7 +189,9 @@ def policy_scores(
         return _scores(score, model, trainer.run.prompts.token_ids, completions)
 
 
-def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: Any) -> ALDRIFTTrainer:
+def _trainer(
+    name: str, args: ALDRIFTConfig, prompts: Sequence[str], adapter_dtype: str | None, **kwargs: Any
+) -> ALDRIFTTrainer:
     """A trainer that writes and prints nothing, with LoRA on all layers that take it unless `name` is an adapter."""
     # PEFT refuses out_proj in Mamba's family.
     lora = LoraConfig(task_type="CAUSAL_LM", lora_alpha=16, target_modules="all-linear", exclude_modules=["out_proj"])
@@ -203,6 +207,10 @@ def _trainer(name: str, args: ALDRIFTConfig, prompts: Sequence[str], **kwargs: A
         )
     for callback in (PrinterCallback, *map(type, default_callbacks(args))):
         trainer.remove_callback(callback)
+    if adapter_dtype is not None:
+        for parameter in trainer.rollout.policy().parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, adapter_dtype))
     return trainer
 
 
