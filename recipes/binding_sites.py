@@ -21,14 +21,13 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
 from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong, logo_image
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
-from evaluation.kept_runs import KeptRuns, Run, runs_of_best
+from evaluation.kept_runs import Run, TunedRuns
 from evaluation.tables import publish
 from problems.binding_sites import BASES, FACTORS, LENGTH
 from problems.prior import RecipeModelConfig
@@ -41,7 +40,6 @@ from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL)
-KEY = ("factor", "method", "setting", "budget", "seed")
 TRL_BATCH = 64
 """Draws per update."""
 CBAS_ROUNDS = 16
@@ -80,24 +78,14 @@ class BindingArguments:
     output_dir: str = field(default="out/binding_sites", metadata={"help": "Folder that all files are written to."})
 
 
-class Bench:
+class Bench(TunedRuns):
     """The runs, each made once and kept in a file."""
 
     def __init__(
         self, options: BindingArguments, model_config: RecipeModelConfig, truths: dict[str, Truth], folder: Path
     ) -> None:
-        self.options, self.model_config, self.truths, self.folder = options, model_config, truths, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
-
-    def runs(self, factor: str, method: str) -> list[Run]:
-        """A run per seed, with the method's best setting."""
-        return runs_of_best(
-            partial(self.run, method), factor, self.options.seeds, self.grid(method), rank, self.options.factors[0]
-        )
-
-    def run(self, method: str, factor: str, setting: str, seed: int) -> Run:
-        """One run."""
-        return self.kept.get((factor, method, setting, self.options.budget, seed), self.measure)
+        self.options, self.model_config, self.truths = options, model_config, truths
+        super().__init__(folder, "factor", dict.fromkeys(options.factors, options.budget), options.seeds)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
@@ -109,6 +97,11 @@ class Bench:
         if method == "adalead":
             return [f"{size} {share:g}" for size, share in itertools.product(options.batches, options.thresholds)]
         return [f"{rate:g}" for rate in options.learning_rates]
+
+    @staticmethod
+    def rank(run: Run) -> float:
+        """What a method's setting is chosen by: less is better."""
+        return float(run["kl"]) if "kl" in run else -float(run["found"])
 
     def measure(self, factor: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run, and compare what it found with the truth."""
@@ -167,11 +160,6 @@ def evolve(method: str, problem: MeasuredSites, numbers: list[float], budget: in
         adalead(oracle, len(BASES), LENGTH, batch=size, threshold=second, seed=seed)
     else:
         genetic_algorithm(oracle, len(BASES), LENGTH, population=size, mutations=second, seed=seed)
-
-
-def rank(run: Run) -> float:
-    """What a method's setting is chosen by: less is better."""
-    return float(run["kl"]) if "kl" in run else -float(run["found"])
 
 
 def main() -> None:

@@ -22,7 +22,6 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ import numpy as np
 from evaluation.baselines import TRL, CountedObjective, drawing_config, drawn_texts, expert_iteration, policy_gradient
 from evaluation.ehrlich import DRAWS, MeasuredEhrlich, draw, draws_measured, table
 from evaluation.evolution import Oracle, genetic_algorithm
-from evaluation.kept_runs import KeptRuns, Run, runs_of_best
+from evaluation.kept_runs import Run, TunedRuns
 from evaluation.tables import publish
 from peft import PeftModel
 from problems.ehrlich import holo
@@ -45,7 +44,6 @@ from aldrift_hf.models.loading import tokenizer_of
 from aldrift_hf.toy import completion_ids, word_tokenizer
 
 METHODS = ("defaults", "archive", "top", "span", "uniform_span", "genetic_algorithm", "expert_iteration", *TRL)
-KEY = ("function", "method", "setting", "budget", "seed")
 SEARCH_TAU_MAX = 200.0
 """T of the span chains, which search: so steep that a chain rarely goes back."""
 SEARCH: dict[str, dict[str, Any]] = {
@@ -97,23 +95,12 @@ class EhrlichArguments:
     output_dir: str = field(default="out/ehrlich", metadata={"help": "Folder that all files are written to."})
 
 
-class Bench:
+class Bench(TunedRuns):
     """The runs, each made once and kept in a file."""
 
     def __init__(self, options: EhrlichArguments, model_config: RecipeModelConfig, folder: Path) -> None:
-        self.options, self.model_config, self.folder = options, model_config, folder
-        self.budgets = dict(zip(options.functions, options.budgets))
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
-
-    def runs(self, function: str, method: str) -> list[Run]:
-        """A run per seed, with the method's best setting."""
-        return runs_of_best(
-            partial(self.run, method), function, self.options.seeds, self.grid(method), rank, self.options.functions[0]
-        )
-
-    def run(self, method: str, function: str, setting: str, seed: int) -> Run:
-        """One run."""
-        return self.kept.get((function, method, setting, self.budgets[function], seed), self.measure)
+        self.options, self.model_config = options, model_config
+        super().__init__(folder, "function", dict(zip(options.functions, options.budgets)), options.seeds)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
@@ -129,6 +116,11 @@ class Bench:
         if method in TRL:
             return [f"{rate:g}" for rate in options.learning_rates]
         return [f"{updates} {rate:g}" for updates, rate in itertools.product(options.updates, options.learning_rates)]
+
+    @staticmethod
+    def rank(run: Run) -> tuple[float, float, float]:
+        """What a method's setting is chosen by: less is better."""
+        return (np.inf if run["solved_at"] is None else run["solved_at"], -run["best"], run["rises"][-1][0])
 
     def measure(self, function: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run."""
@@ -214,11 +206,6 @@ def alphabet(problem: MeasuredEhrlich, model_config: RecipeModelConfig) -> list[
         tokenizer = tokenizer_of(name, {"revision": model_config.model_revision})
     (*states, _), *_ = completion_ids([problem.separator.join(problem.words)], tokenizer)  # without the end of the text
     return states
-
-
-def rank(run: Run) -> tuple[float, float, float]:
-    """What a method's setting is chosen by: less is better."""
-    return (np.inf if run["solved_at"] is None else run["solved_at"], -run["best"], run["rises"][-1][0])
 
 
 def numbers_of(function: str) -> list[int]:

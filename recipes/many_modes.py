@@ -22,14 +22,13 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from evaluation.baselines import policy_gradient
 from evaluation.figures import figure
-from evaluation.kept_runs import KeptRuns, Run, runs_of_best
+from evaluation.kept_runs import Run, TunedRuns
 from evaluation.molecule_search import MoleculeBudget, Spent, evolve
 from evaluation.reinvent import reinvent
 from evaluation.tables import Comparison, mean_of, publish
@@ -40,7 +39,6 @@ from rich.console import Console
 from trl import TrlParser
 
 METHODS = ("prompts", "defaults", "reinvent", "rloo", "genetic_algorithm")
-KEY = ("task", "method", "setting", "budget", "seed")
 BATCH = 64
 """Draws per update of REINVENT and RLOO."""
 NEAR = 0.6
@@ -75,22 +73,12 @@ class ManyModesArguments:
     output_dir: str = field(default="out/many_modes", metadata={"help": "Folder that all files are written to."})
 
 
-class Bench:
+class Bench(TunedRuns):
     """The runs, each made once and kept in a file."""
 
     def __init__(self, options: ManyModesArguments, model_config: MoleculeModelConfig, folder: Path) -> None:
-        self.options, self.model_config, self.folder = options, model_config, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
-
-    def runs(self, task: str, method: str) -> list[Run]:
-        """A run per seed, with the method's best setting."""
-        return runs_of_best(
-            partial(self.run, method), task, self.options.seeds, self.grid(method), rank, self.options.tasks[0]
-        )
-
-    def run(self, method: str, task: str, setting: str, seed: int) -> Run:
-        """One run."""
-        return self.kept.get((task, method, setting, self.options.budget, seed), self.measure)
+        self.options, self.model_config = options, model_config
+        super().__init__(folder, "task", dict.fromkeys(options.tasks, options.budget), options.seeds)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
@@ -102,6 +90,11 @@ class Bench:
             "genetic_algorithm": [options.offspring],
         }
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
+
+    @staticmethod
+    def rank(run: Run) -> float:
+        """What a method's setting is chosen by: less is better."""
+        return -float(run["product"])
 
     def measure(self, task: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run."""
@@ -143,11 +136,6 @@ class Bench:
         """Of the molecules that were evaluated, how many are nearest to each reference."""
         counts = Counter(int(np.argmax(row)) for row in problem.found.values())
         return [counts[place] for place in range(len(problem.references))]
-
-
-def rank(run: Run) -> float:
-    """What a method's setting is chosen by: less is better."""
-    return -float(run["product"])
 
 
 def similarities(task: str, made: dict[str, list[Run]]) -> Comparison:

@@ -23,12 +23,11 @@ import shutil
 import sys
 import time
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
-from evaluation.kept_runs import KeptRuns, Run, runs_of_best
+from evaluation.kept_runs import Run, TunedRuns
 from evaluation.molecule_search import MoleculeBudget, Spent, evolve
 from evaluation.molecule_target import Target
 from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
@@ -45,7 +44,6 @@ from trl import TrlParser
 from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
-KEY = ("objective", "method", "setting", "budget", "seed")
 BATCH = 64
 """Draws per update of REINVENT and of TRL's trainers, and rows per update of archive and top."""
 PER_RUNG = 256
@@ -92,24 +90,14 @@ class MoleculeArguments:
     output_dir: str = field(default="out/molecules", metadata={"help": "Folder that all files are written to."})
 
 
-class Bench:
+class Bench(TunedRuns):
     """The runs, each made once and kept in a file."""
 
     def __init__(
         self, options: MoleculeArguments, scores: dict[str, Score], model_config: RecipeModelConfig, folder: Path
     ) -> None:
-        self.options, self.scores, self.model_config, self.folder = options, scores, model_config, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
-
-    def runs(self, objective: str, method: str) -> list[Run]:
-        """A run per seed, with the method's best setting."""
-        return runs_of_best(
-            partial(self.run, method), objective, self.options.seeds, self.grid(method), rank, next(iter(self.scores))
-        )
-
-    def run(self, method: str, objective: str, setting: str, seed: int) -> Run:
-        """One run."""
-        return self.kept.get((objective, method, setting, self.options.budget, seed), self.measure)
+        self.options, self.scores, self.model_config = options, scores, model_config
+        super().__init__(folder, "objective", dict.fromkeys(scores, options.budget), options.seeds)
 
     def at_sampling_tau(self, objective: str) -> list[Run]:
         """Of each method, the run with T = `sampling_tau` that came closest to p_T."""
@@ -132,6 +120,11 @@ class Bench:
             **{name: [options.tau_maxes, options.learning_rates] for name in TRL},
         }
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
+
+    @staticmethod
+    def rank(run: Run) -> float:
+        """What a method's setting is chosen by: less is better."""
+        return -float(run["auc"])
 
     def measure(self, objective: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run."""
@@ -218,11 +211,6 @@ class Bench:
     ) -> list[str]:
         """Draws of a final model."""
         return drawn_texts(model, tokenizer, drawing_config(problem, tokenizer), "", DRAWS, (seed, 4 * PER_RUNG, 0))
-
-
-def rank(run: Run) -> float:
-    """What a method's setting is chosen by: less is better."""
-    return -float(run["auc"])
 
 
 def main() -> None:

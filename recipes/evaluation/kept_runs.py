@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,23 +44,42 @@ class KeptRuns:
         return self.runs[key]
 
 
-def runs_of_best(
-    run: Callable[[str, str, int], Run],
-    problem: str,
-    seeds: Sequence[int],
-    settings: Sequence[str],
-    rank: Callable[[Run], Any],
-    tuned_on: str,
-) -> list[Run]:
-    """A run per seed of a method, with the setting of its grid that is best on one problem and the first seed.
+class TunedRuns(ABC):
+    """Runs of methods on problems, each method with the setting of its grid that is best on one problem and seed.
 
     Args:
-        run: makes or finds a run, from a problem, a setting and a seed.
-        problem: what is run.
-        seeds: the random seeds.
-        settings: the grid.
-        rank: what runs are compared by; less is better.
-        tuned_on: the problem that the setting is chosen on.
+        folder: the runs are kept in its file `runs.jsonl`.
+        kind: what a problem is called there.
+        budgets: evaluations per run, by problem. Settings are chosen on the first problem.
+        seeds: the random seeds. Settings are chosen on the first one.
+
+    Attributes:
+        kept: all runs so far.
     """
-    best = min((run(tuned_on, setting, seeds[0]) for setting in settings), key=rank)
-    return [run(problem, best["setting"], seed) for seed in seeds]
+
+    def __init__(self, folder: Path, kind: str, budgets: Mapping[str, int], seeds: Sequence[int]) -> None:
+        self.folder, self.budgets, self.seeds = folder, budgets, seeds
+        self.kept = KeptRuns(folder / "runs.jsonl", (kind, "method", "setting", "budget", "seed"))
+
+    @abstractmethod
+    def grid(self, method: str) -> list[str]:
+        """The settings that are tried for a method, as words."""
+
+    @abstractmethod
+    def measure(self, problem: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
+        """Make a run; its measures."""
+
+    @staticmethod
+    @abstractmethod
+    def rank(run: Run) -> Any:
+        """What a method's settings are compared by; less is better."""
+
+    def runs(self, problem: str, method: str) -> list[Run]:
+        """A run per seed, with the method's best setting."""
+        tuned_on = next(iter(self.budgets))
+        best = min((self.run(tuned_on, method, setting, self.seeds[0]) for setting in self.grid(method)), key=self.rank)
+        return [self.run(problem, method, best["setting"], seed) for seed in self.seeds]
+
+    def run(self, problem: str, method: str, setting: str, seed: int) -> Run:
+        """One run."""
+        return self.kept.get((problem, method, setting, self.budgets[problem], seed), self.measure)
