@@ -281,3 +281,31 @@ def test_every_call_is_counted_and_what_is_screened_is_not_evaluated(config, tok
     assert 0 < rung["acceptance_rate"] < 1
     exact = trainer.rollout.score(trainer.inputs.prompts, moves[-1])
     torch.testing.assert_close(exact, moves[-1].token_log_model.sum(-1).view_as(exact))
+
+
+def test_the_model_draws_nothing_where_spans_come_from_a_vocabulary(config, tokenizer):
+    """It draws the whole texts alone; all proposals have the scorer's log q, token by token."""
+    settings = config(num_generations=32, chain_length=4, tau_step=1.0)
+    vocabulary = [tokenizer.convert_tokens_to_ids(word) for word in ("a", "b")]
+    trainer = trainer_of(settings, tokenizer, sampler=SpanChains(4, vocabulary))
+    rollout, asked, moved = trainer.rollout, [], []
+    generate, propose = rollout.engine.generate, rollout.propose
+
+    def watched(*args, **kwargs):
+        asked.append(len(args[0]))
+        return generate(*args, **kwargs)
+
+    def watched_proposals(*args, **kwargs):
+        moved.append(propose(*args, **kwargs))
+        return moved[-1]
+
+    rollout.engine.generate, rollout.propose = watched, watched_proposals
+    trainer.run.start()
+    with trainer.objective.open():
+        trainer.run.begin_rung()
+    assert asked == [8], "8 chains"
+    assert [len(each) for each in moved] == 4 * [8]
+    for each in moved:
+        expected = rollout.score_tokens(trainer.inputs.prompts, each)
+        torch.testing.assert_close(each.token_log_model, expected, atol=1e-5, rtol=0)
+    assert any(each.completions.tokens() != moved[0].completions.tokens() for each in moved[1:])

@@ -291,27 +291,47 @@ class Rollout:
     def _draw(
         self, stream: Sequence[int], beginnings: Beginnings | Spans | None, rows: range, token_ids: list[list[int]]
     ) -> _Part:
-        address, most = (self.args.seed, *stream), self.args.max_completion_length
+        address = (self.args.seed, *stream)
         mine = None if beginnings is None else beginnings.select(rows)
         with self._timed("seconds_propose"):
             if mine is None:
-                asked, draws = token_ids, self.engine.generate(token_ids, address, rows)
+                draws, measured = self._generated(token_ids, address, rows)
+            elif isinstance(mine, Spans):
+                draws, measured = self._with_spans(mine, token_ids, address, rows)
             else:
-                asked = [[*prompt, *tokens] for prompt, tokens in zip(token_ids, mine.tokens, strict=True)]
-                # A span of no tokens draws one, too, which is left out.
-                limits = [max(width, 1) for width in mine.widths] if isinstance(mine, Spans) else None
-                limits = limits or [most - len(tokens) for tokens in mine.tokens]
-                draws = self.engine.generate(asked, address, rows, limits)
-            measured = self.guard.measure(base_model(self.policy()), asked, draws)
-            if isinstance(mine, Spans):  # what follows a span has a new context: all is scored again
-                completions = mine.filled(draws.completions, most, self.pad_token_id, self.eos_token_ids)
-                draws = Draws(completions, self._score_tokens(base_model(self.policy()), token_ids, completions))
-            elif mine is not None:
-                draws = mine.continued(draws, most, self.pad_token_id)
+                draws, measured = self._continued(mine, token_ids, address, rows)
         with self._timed("seconds_score"), self.prior.active(self.policy()) as prior_model:
             log_prior = self._score(prior_model, token_ids, draws.completions)
         check_scores(draws.log_probs, log_prior)
         return _Part(draws.completions, self.decode(draws.completions), draws.token_log_probs, log_prior, measured)
+
+    def _generated(
+        self, asked: list[list[int]], address: tuple[int, ...], rows: range, *limits: list[int]
+    ) -> tuple[Draws, Tensor]:
+        """The engine's draws, and what its guard measures of them."""
+        draws = self.engine.generate(asked, address, rows, *limits)
+        return draws, self.guard.measure(base_model(self.policy()), asked, draws)
+
+    def _continued(
+        self, begun: Beginnings, token_ids: list[list[int]], address: tuple[int, ...], rows: range
+    ) -> tuple[Draws, Tensor]:
+        most = self.args.max_completion_length
+        limits = [most - len(tokens) for tokens in begun.tokens]
+        rests, measured = self._generated(_joined(token_ids, begun.tokens), address, rows, limits)
+        return begun.continued(rests, most, self.pad_token_id), measured
+
+    def _with_spans(
+        self, spans: Spans, token_ids: list[list[int]], address: tuple[int, ...], rows: range
+    ) -> tuple[Draws, Tensor]:
+        if any(spans.widths):  # a span of no tokens draws one, too, which is left out
+            limits = [max(width, 1) for width in spans.widths]
+            new, measured = self._generated(_joined(token_ids, spans.tokens), address, rows, limits)
+            drawn = new.completions
+        else:
+            drawn, measured = Completions.of([[] for _ in rows], self.pad_token_id), self.guard.nothing_measured
+        whole = spans.filled(drawn, self.args.max_completion_length, self.pad_token_id, self.eos_token_ids)
+        # What follows a span has a new context: all is scored again.
+        return Draws(whole, self._score_tokens(base_model(self.policy()), token_ids, whole)), measured
 
     def _score(self, model: PreTrainedModel, prompts: list[list[int]], completions: Completions) -> Tensor:
         return sequence_logprobs(model, prompts, completions, **self._in_batches(prompts))
@@ -356,3 +376,8 @@ class Rollout:
             yield
         finally:
             self.seconds[key] += time.perf_counter() - start
+
+
+def _joined(prompts: Sequence[list[int]], tokens: Sequence[list[int]]) -> list[list[int]]:
+    """Each prompt with the tokens that follow it."""
+    return [[*prompt, *more] for prompt, more in zip(prompts, tokens, strict=True)]

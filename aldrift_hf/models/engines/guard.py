@@ -100,12 +100,19 @@ class EngineGuard:
         columns = (draws.log_probs[chosen] - log_prob, completions.length, surprise, variance)
         return torch.stack([*columns, torch.full((len(chosen),), float(in_half))], dim=-1)
 
+    @property
+    def nothing_measured(self) -> Tensor:
+        """What [`measure`] gives where the engine had nothing to draw."""
+        return torch.zeros(0, 5, dtype=torch.float64)
+
     def check(self, measured: Tensor) -> None:
         """Take in what [`measure`] gave for further batches of these proposals, of all processes.
 
         Raises:
             RuntimeError: for an engine whose draws are not the model's, with the remedy.
         """
+        if not len(measured):
+            return
         gap, length, in_half = measured[:, 0], measured[:, 1], bool(measured[0, 4])
         self.gaps = torch.cat([self.gaps, gap])
         self._per_token = torch.cat([self._per_token, gap / length.sqrt()])
