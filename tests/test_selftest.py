@@ -325,6 +325,7 @@ def test_help_explains(capsys):
         (["--device", "abacus"], "--device abacus: this machine has none; use "),
         (["--seed", "one"], "--seed: invalid int value: 'one'"),
         (["--mixed_precision", "fp16", "--device", "cpu"], "fp16 needs a GPU: on a CPU use bf16"),
+        (["--mixed_precision", "fp16", "--adapter_dtype", "float16"], "needs --adapter_dtype float32"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
         (["--detype", "float32"], "there is no option --detype; did you mean --dtype?"),
     ],

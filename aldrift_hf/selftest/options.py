@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig
 from ..trainer.config import ALDRIFTConfig
 
 COARSENESS = ("float32", "float16", "bfloat16")
+"""Precisions, the finest first."""
 BATCH = 4096
 """Rows drawn or scored at once; they are of a few tokens here."""
 
@@ -64,6 +65,8 @@ class Options:
             raise ValueError(f"--device {self.device}: this machine has none; use {' or '.join(devices())}")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'aldrift_hf[quantization]'")
+        if self.mixed_precision == "fp16" and self.adapter_dtype == "float16":
+            raise ValueError("--mixed_precision fp16 scales gradients, which needs --adapter_dtype float32")
         if self.mixed_precision == "fp16" and self.device == "cpu":
             raise ValueError("--mixed_precision fp16 needs a GPU: on a CPU use bf16, or --dtype float16")
         if self.mixed_precision == "bf16" and self.device == "cuda" and not torch.cuda.is_bf16_supported():
