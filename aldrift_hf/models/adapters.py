@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -103,6 +104,13 @@ def add_frozen_copy(model: PeftModel) -> str:
     for path in frozen:
         parameters[path].requires_grad_(False)
     return frozen_name
+
+
+def cast_trained(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the trained parameters into a precision, before an optimizer holds them. PEFT makes adapters in fp32."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def has_layers(model: nn.Module) -> bool:

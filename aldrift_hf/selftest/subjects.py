@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback
 
 from ..models import quiet
+from ..models.adapters import cast_trained
 from ..models.generation import generate, neutral_generation_config
 from ..models.loading import is_adapter
 from ..models.prior import base_model
@@ -208,9 +209,7 @@ def _trainer(
     for callback in (PrinterCallback, *map(type, default_callbacks(args))):
         trainer.remove_callback(callback)
     if adapter_dtype is not None:
-        for parameter in trainer.rollout.policy().parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, adapter_dtype))
+        cast_trained(trainer.rollout.policy(), getattr(torch, adapter_dtype))
     return trainer
 
 

@@ -17,6 +17,7 @@ from problems.steering import SteeringTask
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models.adapters import cast_trained
 from aldrift_hf.reporting.record import replace_file
 from evaluation.baselines import TRL
 from evaluation.steering_setting import Setting
@@ -96,11 +97,9 @@ def generations(job: Job) -> int:
 
 
 def set_precision(model: PeftModel, setting: Setting) -> PeftModel:
-    """The model, its adapter in the setting's precision: PEFT makes it in fp32."""
+    """The model, its adapter in the setting's precision."""
     if setting.precision == "bf16_lora":
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+        cast_trained(model, torch.bfloat16)
     return model
 
 
