@@ -13,7 +13,16 @@ from .models.quiet import leave_out_kernel_advice
 if TYPE_CHECKING:
     from .algorithm.ladders import AdaptiveLadder, Ladder, LinearLadder
     from .algorithm.losses import GeneralizedKL, Loss, MaximumLikelihood
-    from .algorithm.samplers import ArchiveSampler, MetropolisHastings, Reweight, Sampler, SpanChains, SuffixChains, Top
+    from .algorithm.samplers import (
+        ArchiveSampler,
+        EditedTop,
+        MetropolisHastings,
+        Reweight,
+        Sampler,
+        SpanChains,
+        SuffixChains,
+        Top,
+    )
     from .models.engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
     from .objective.calling import ObjectiveError
     from .objective.rewards import from_reward
@@ -32,6 +41,7 @@ __all__ = [
     "AdaptiveLadder",
     "ArchiveSampler",
     "Draws",
+    "EditedTop",
     "Engine",
     "GeneralizedKL",
     "Ladder",
@@ -59,6 +69,7 @@ _EXPORTS = {
     "algorithm.losses": ("GeneralizedKL", "Loss", "MaximumLikelihood"),
     "algorithm.samplers": (
         "ArchiveSampler",
+        "EditedTop",
         "MetropolisHastings",
         "Reweight",
         "Sampler",

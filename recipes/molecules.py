@@ -9,8 +9,9 @@ in [0, 1]. A run may evaluate 10,000 distinct molecules, and is judged as PMO ju
 mean score of the 10 best (AUC). A second table asks the sampler's question, at T = 60: how far each method's model is
 from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is not measured by them itself).
 
-ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), and with
-TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also
+ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), with TOPIFT,
+the paper's heuristic (top), and with TOPIFT over what the model draws and what mutations and crossovers of molecular
+graphs make of the best (edited). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also
 holds the molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior.
 Each has the setting of its grid that is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl,
 and not made again.
@@ -28,7 +29,7 @@ from typing import Any, Optional
 
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
 from evaluation.kept_runs import Run, TunedRuns
-from evaluation.molecule_search import MoleculeBudget, Spent, evolve
+from evaluation.molecule_search import MoleculeBudget, Spent, evolve, graph_edits
 from evaluation.molecule_target import Target
 from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
 from evaluation.reinvent import reinvent
@@ -41,13 +42,14 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
+from aldrift_hf import EditedTop
 from aldrift_hf.reporting.writers import ReportWriter
 
-METHODS = ("defaults", "archive", "top", "genetic_algorithm", "reinvent", *TRL)
+METHODS = ("defaults", "archive", "top", "edited", "genetic_algorithm", "reinvent", *TRL)
 BATCH = 64
 """Draws per update of REINVENT and of TRL's trainers, and rows per update of archive and top."""
-PER_RUNG = 256
-"""Draws per rung of archive and top."""
+PER_RUNG = {"archive": 256, "top": 256, "edited": 48}
+"""Proposals per rung: draws, and of edited one draw for each five edits."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
 """A model and its tokenizer."""
 
@@ -70,7 +72,7 @@ class MoleculeArguments:
         default=60.0, metadata={"help": "T at which models are compared with p_T; one of --tau_maxes."}
     )
     updates: list[int] = field(
-        default_factory=lambda: [16], metadata={"help": "Updates per rung, tried for archive and top."}
+        default_factory=lambda: [16], metadata={"help": "Updates per rung, tried for archive, top and edited."}
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
@@ -116,7 +118,7 @@ class Bench(TunedRuns):
             "defaults": [options.tau_maxes],
             "genetic_algorithm": [options.starts, options.offspring],
             "reinvent": [options.tau_maxes, options.learning_rates, options.replayed],
-            **{name: [options.tau_maxes, options.learning_rates, options.updates] for name in ("archive", "top")},
+            **{name: [options.tau_maxes, options.learning_rates, options.updates] for name in PER_RUNG},
             **{name: [options.tau_maxes, options.learning_rates] for name in TRL},
         }
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
@@ -135,7 +137,7 @@ class Bench(TunedRuns):
         began = time.process_time()
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
-        elif method in ("defaults", "archive", "top"):
+        elif method == "defaults" or method in PER_RUNG:
             learned, extra = self.aldrift(problem, objective, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
@@ -163,23 +165,25 @@ class Bench(TunedRuns):
     ) -> tuple[Learned, dict[str, Any]]:
         """ALDRIFT's model and its tokenizer, and where it stood: with its defaults, or with equal steps to T and
         maximum likelihood."""
-        last, rungs = self.folder / "last_run", max(1, budget // PER_RUNG)
+        last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
         if method != "defaults":
+            rungs = max(1, budget // PER_RUNG[method])
             given = {
-                "sampler": method,
+                "sampler": "archive" if method == "archive" else "top",
                 "loss_type": "nll",
                 "tau_step": numbers[0] / rungs,
                 "num_rungs": 4 * rungs,
-                "num_generations": min(PER_RUNG, budget),
+                "num_generations": min(PER_RUNG[method], budget),
                 "max_objective_calls": None,
                 "learning_rate": numbers[1],
                 "updates_per_rung": int(numbers[2]),
                 "per_device_train_batch_size": BATCH,
             }
         config = left_open(last, numbers[0], budget, seed, **given)
-        trainer = make_trainer(problem, config, self.model_config)
+        sampler = EditedTop(graph_edits) if method == "edited" else None
+        trainer = make_trainer(problem, config, self.model_config, sampler)
         trainer.add_callback(Spent(problem, budget))
         trainer.remove_callback(ReportWriter)
         trainer.add_callback(ReportWriter(molecules_svg))
@@ -210,7 +214,9 @@ class Bench(TunedRuns):
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, problem: MoleculeProblem, seed: int
     ) -> list[str]:
         """Draws of a final model."""
-        return drawn_texts(model, tokenizer, drawing_config(problem, tokenizer), "", DRAWS, (seed, 4 * PER_RUNG, 0))
+        return drawn_texts(
+            model, tokenizer, drawing_config(problem, tokenizer), "", DRAWS, (seed, 4 * PER_RUNG["top"], 0)
+        )
 
 
 def main() -> None:

@@ -166,7 +166,7 @@ def test_chains_go_on_from_rung_to_rung():
     table, sampler = Table(), SpanChains(4)
     chance = generator(3)
     one_rung(sampler, table, 1500, chance)
-    (stored,) = sampler._states.values()
+    stored = sampler._states.of(0)
     at_target = table.at_target(1500)
     stored.completions, stored.objective, stored.log_prior = (
         at_target.completions,
@@ -183,7 +183,7 @@ def test_chains_go_on_from_rung_to_rung():
         for step in range(4):
             assert table.p(moved.pool.select(torch.arange(1500 * step, 1500 * (step + 1))[None])) > 1e-3
     assert (
-        table.events(next(iter(sampler._states.values())).completions).tolist()
+        table.events(sampler._states.of(0).completions).tolist()
         == table.events(moved.pool.select(torch.arange(4500, 6000)[None]).completions).tolist()
     )
     assert 0 < sampler.metrics(moved.pool, TAU)["evaluated_moves"] < 0.7

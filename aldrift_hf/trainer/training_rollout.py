@@ -10,7 +10,7 @@ from .. import streams
 from ..algorithm.archive import Snapshot
 from ..algorithm.prompt_groups import group_of
 from ..models import snapshots
-from ..types import Beginnings, Prompts, Proposals, Screen, Spans
+from ..types import Beginnings, Completions, Prompts, Proposals, Screen, Spans
 from .rollout import Rollout
 
 
@@ -59,6 +59,22 @@ class TrainingRollout:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         return self.rollout.eos_token_ids
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Their texts, without special tokens."""
+        return self.rollout.decode(completions)
+
+    def encode(self, texts: list[str]) -> list[list[int] | None]:
+        """The tokens of each text, with the end; `None` for one that these are not, or that is too long."""
+        rollout, most = self.rollout, self.rollout.args.max_completion_length
+        tokens = [
+            [*rollout.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_ids[0]] for text in texts
+        ]
+        back = rollout.decode(Completions.of(tokens, rollout.pad_token_id)) if texts else []
+        return [
+            row if given == text and len(row) <= most else None
+            for text, row, given in zip(texts, tokens, back, strict=True)
+        ]
 
     def draw_ahead(self) -> Proposals:
         """The first rung's proposals, to look at them before the rung begins; they are not drawn again."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import mol_ga
 import numpy as np
-from problems.molecules import ZincProblem
+from problems.molecules import ZincProblem, canonical_smiles
 from transformers import TrainerCallback
 
 from evaluation.baselines import CountedObjective
@@ -38,6 +38,13 @@ class Spent(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         control.should_training_stop |= len(self.problem.evaluated) >= self.budget
+
+
+def graph_edits(texts: list[str], rng: random.Random) -> set[str]:
+    """The mutations and crossovers of that genetic algorithm, for half as many new molecules as there are texts; what
+    is no molecule has no part in them."""
+    molecules = [text for text in texts if canonical_smiles(text) is not None]
+    return set(mol_ga.graph_ga.gen_candidates.graph_ga_blended_generation(molecules, len(texts) // 2, rng))
 
 
 class _SpentError(Exception):

@@ -3,6 +3,7 @@
 from .archive import ArchiveSampler
 from .base import Moved, Policy, Redraw, Sampler, Selection
 from .chains import MetropolisHastings
+from .edited import EditedTop
 from .span import SpanChains
 from .suffix import SuffixChains
 from .uncorrected import Reweight, Top
@@ -19,6 +20,7 @@ SAMPLERS: dict[str, type[Sampler]] = {
 __all__ = [
     "SAMPLERS",
     "ArchiveSampler",
+    "EditedTop",
     "MetropolisHastings",
     "Moved",
     "Policy",

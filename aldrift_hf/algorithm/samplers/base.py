@@ -11,7 +11,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from ...types import Beginnings, Proposals, Screen, Spans
+from ...types import Beginnings, Completions, Proposals, Screen, Spans
 from .. import diagnostics
 from ..archive import Snapshot
 from ..errors import Influence
@@ -24,6 +24,15 @@ class Policy(Protocol):
     @property
     def eos_token_ids(self) -> Sequence[int]:
         """Tokens that end a text."""
+        ...
+
+    def decode(self, completions: Completions) -> list[str]:
+        """Their texts."""
+        ...
+
+    def encode(self, texts: list[str]) -> list[list[int] | None]:
+        """The tokens of each text as a complete completion; `None` for one that the tokenizer does not give back as it
+        was, or that is too long."""
         ...
 
     def snapshot(self) -> Snapshot:

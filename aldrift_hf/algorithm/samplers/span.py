@@ -10,8 +10,9 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...types import Completions, Proposals, Spans, join_prompts, join_rungs
+from ...types import Completions, Proposals, Spans, join_rungs
 from .base import Moved, Policy, Redraw, Sampler, SamplerSettings, Selection
+from .kept import KeptDraws
 from .kernels import metropolis_hastings
 
 MAX_WIDTH = 4
@@ -194,7 +195,7 @@ class SpanChains(Sampler):
             raise ValueError("SpanChains(vocabulary=[]) has no token to draw: name some, or leave it out")
         self.chain_length = chain_length
         self.vocabulary = None if vocabulary is None else torch.tensor(sorted({*vocabulary}))
-        self._states: dict[int, Proposals] = {}  # by prompt, each [1, m]
+        self._states = KeptDraws("chains")
         self._eos_token_ids: Sequence[int] = ()
         self._start: Proposals | None = None
         self._figures: dict[str, float] = {}
@@ -215,7 +216,8 @@ class SpanChains(Sampler):
             )
         if self.vocabulary is not None and {*policy.eos_token_ids} & {*self.vocabulary.tolist()}:
             raise ValueError(f"SpanChains(vocabulary=…) has a token that ends a text: leave out {policy.eos_token_ids}")
-        self._eos_token_ids, self._start = policy.eos_token_ids, self._stored(proposals)
+        self._eos_token_ids = policy.eos_token_ids
+        self._start = self._states.first(proposals.prompts.tolist(), proposals.objective.shape[1])
         if self._start is not None:  # the model has learned since
             token_log_model = policy.token_log_prob(self._start)
             log_model = token_log_model.sum(-1).view_as(self._start.objective)
@@ -245,8 +247,7 @@ class SpanChains(Sampler):
             start, self.chain_length, tau, self._eos_token_ids, redraw, generator, self.vocabulary
         )
         prompts, chains = start.objective.shape
-        for place, prompt in enumerate(start.prompts.tolist()):
-            self._states[prompt] = _of_prompt(states[-1], place)
+        self._states.put(states[-1])
         evaluated = [proposed.objective.isfinite().double().mean().item() for proposed in redrawn]
         self._figures = {"evaluated_moves": sum(evaluated) / len(evaluated)}
         if math.isfinite(selection.acceptance_rate):  # on the first rung no chain had a text before
@@ -258,39 +259,10 @@ class SpanChains(Sampler):
         return self._figures
 
     def state_dict(self) -> dict[str, Tensor]:
-        named: dict[str, Tensor] = {}
-        for prompt, state in self._states.items():
-            columns = (*state.completions, state.objective, state.log_prior)
-            named |= {f"chains.{prompt}.{name}": column for name, column in zip(_KEPT, columns, strict=True)}
-        return named
+        return self._states.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._states = {}
-        for prompt in sorted({int(key.split(".")[1]) for key in state}):
-            ids, length, objective, log_prior = (state[f"chains.{prompt}.{name}"] for name in _KEPT)
-            rows, unknown = torch.full_like(length, prompt), torch.full_like(objective, math.nan)
-            self._states[prompt] = Proposals(rows, Completions(ids, length), objective, log_prior, unknown)
-
-    def _stored(self, proposals: Proposals) -> Proposals | None:
-        """The chains' states for these prompts, as many as whole texts; `None` where there are not so many."""
-        prompts, chains = proposals.objective.shape
-        kept = [self._states.get(prompt) for prompt in proposals.prompts.tolist()]
-        known = [state for state in kept if state is not None and state.objective.shape[1] >= chains]
-        if len(known) < prompts:
-            return None
-        return join_prompts([state.select(torch.arange(chains)[None]) for state in known])
-
-
-_KEPT = ("ids", "length", "objective", "log_prior")
-
-
-def _of_prompt(state: Proposals, place: int) -> Proposals:
-    """What is kept of the chains of the prompt at a place among a rung's, `[1, m]`; `log q` will be another one."""
-    chains = state.objective.shape[1]
-    rows = torch.arange(chains * place, chains * (place + 1))
-    objective, log_prior = state.objective[place : place + 1], state.log_prior[place : place + 1]
-    unknown = torch.full_like(objective, math.nan)
-    return Proposals(state.rows[rows], state.completions.select(rows), objective, log_prior, unknown)
+        self._states.load_state_dict(state)
 
 
 def _differ(state: Proposals, proposed: Proposals) -> Tensor:

@@ -1,0 +1,155 @@
+"""The best texts so far, drawn by the model or edited by a function of the user's: for those who want one good text."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from ...types import Proposals, Spans, join_prompts, join_rungs
+from .base import Moved, Policy, Redraw, Sampler, Selection
+from .kept import KeptDraws, of_prompt
+from .kernels import top
+
+GENERATION = 5
+"""Edits per prompt that are evaluated together. Few, so that the next ones start from what these have found."""
+PARENTS, LEARNED = 0.001, 0.01
+"""The text of rank r among n, from 1, is edited, and learned from, in proportion to 1/(r + n times this)."""
+
+
+class Edit(Protocol):
+    """The user's function: new texts out of good ones, such as mutations and crossovers of a genetic algorithm."""
+
+    def __call__(self, texts: list[str], rng: random.Random) -> Iterable[str]:
+        """New texts, any number; of more than are wanted some are chosen at random.
+
+        Args:
+            texts: `2·GENERATION` texts of one prompt, chosen by rank; a good one may be there several times.
+            rng: the only source of randomness, so that a run can be resumed and all processes make the same edits.
+        """
+        ...
+
+
+class EditedTop(Sampler):
+    """TOPIFT, the paper's heuristic, over all rungs, with evolutionary search beside the model.
+
+    A rung's n proposals are draws of the model and, for each of them, a number of edits: the best texts so far, of
+    either origin, are changed by the user's function, a few at a time, and take their place among the best. What a rung
+    learns from is chosen among these by rank. Nothing is corrected: the model does not become `p_T`, but it writes what
+    the search has found, and the search goes on from what it writes.
+
+    Args:
+        edit: makes new texts out of good ones.
+        edits_per_draw: edits for each of the model's draws.
+        remembered: best texts per prompt that are kept.
+
+    Raises:
+        ValueError: if there would be no edits, or nothing would be kept; and on the first rung, if no edit is a text
+            that the tokenizer can write within the longest completion.
+    """
+
+    corrects: ClassVar[bool] = False
+    redraws: ClassVar[bool] = True
+
+    def __init__(self, edit: Edit, edits_per_draw: int = 5, remembered: int = 1000) -> None:
+        if edits_per_draw < 1 or remembered < 1:
+            raise ValueError("EditedTop: edits_per_draw and remembered must be at least 1; without edits use Top")
+        self.edit, self.edits_per_draw, self.remembered = edit, edits_per_draw, remembered
+        self._best = KeptDraws("best")
+        self._size, self._usable = 0, 0.0
+
+    def whole_texts(self, proposals: int) -> int:
+        return max(1, proposals // (1 + self.edits_per_draw))
+
+    def draws_for(self, proposals: int) -> int:
+        return self.whole_texts(proposals) * (1 + self.edits_per_draw)
+
+    def pool(self, proposals: Proposals, policy: Policy) -> Proposals:
+        self._policy = policy
+        return proposals
+
+    def select(
+        self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
+    ) -> Selection:
+        self._size = size  # there will be more to choose from: see `move`
+        return Selection(top(pool.objective, pool.log_prior, 1))
+
+    def move(
+        self, pool: Proposals, selection: Selection, tau: float, redraw: Redraw, generator: torch.Generator
+    ) -> Moved:
+        prompts = pool.prompts.tolist()
+        before = [self._best.of(prompt) for prompt in prompts]
+        best = [self._ranked(old, of_prompt(pool, place)) for place, old in enumerate(before)]
+        rng = random.Random(int(torch.randint(2**53, (1,), generator=generator)))
+        edits, redrawn, usable = self.edits_per_draw * pool.objective.shape[1], list[Proposals](), 0
+        for step, done in enumerate(range(0, edits, GENERATION), start=1):
+            texts, good = self._edited(best, min(GENERATION, edits - done), rng)
+            empty: list[list[int]] = [[]] * len(texts)
+            redrawn.append(redraw(step, Spans(empty, empty, texts, [0] * len(texts))))
+            best = [self._ranked(old, of_prompt(redrawn[-1], place)) for place, old in enumerate(best)]
+            usable += good
+        self._usable = usable / len(prompts)
+        if not usable and None in before:
+            raise ValueError(
+                "EditedTop: of no text that edit() returned can the tokenizer write every character within "
+                f"max_completion_length={pool.completions.ids.shape[1]} tokens, or it returned none. Check it with "
+                "the texts of a few draws."
+            )
+        return self._chosen(best, redrawn, generator)
+
+    def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
+        return {"edits": self._usable}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self._best.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._best.load_state_dict(state)
+
+    def _ranked(self, old: Proposals | None, new: Proposals) -> Proposals:
+        """`[1, m]`, the distinct texts of one prompt, best first; what the prior excludes comes last."""
+        every = new if old is None else join_rungs([old, new])
+        cost = torch.where(every.log_prior.isfinite(), every.objective, math.inf)
+        tokens = [*map(tuple, every.completions.tokens())]
+        order = top(cost, every.log_prior, len(tokens))[0].tolist()
+        first: dict[tuple[int, ...], int] = {}
+        for row in order:
+            first.setdefault(tokens[row], row)
+        return every.select(torch.tensor([[*first.values()][: self.remembered]]))
+
+    def _edited(self, best: Sequence[Proposals], count: int, rng: random.Random) -> tuple[list[list[int]], int]:
+        """The tokens of `count` edits for each prompt, and how many are edits: the best text fills what is missing."""
+        texts = list[list[int]]()
+        usable = 0
+        for ranked in best:
+            n = len(ranked)
+            rows = rng.choices(range(n), _by_rank(n, PARENTS).tolist(), k=2 * GENERATION)
+            parents = self._policy.decode(ranked.completions.select(torch.tensor(rows)))
+            new = sorted({*self.edit(parents, rng)})  # a set has another order in each process
+            rng.shuffle(new)
+            tokens = [row for row in self._policy.encode(new) if row is not None][:count]
+            usable += len(tokens)
+            texts += [*tokens, *ranked.completions.tokens()[:1] * (count - len(tokens))]
+        return texts, usable
+
+    def _chosen(self, best: list[Proposals], redrawn: list[Proposals], generator: torch.Generator) -> Moved:
+        """Keep the best, and choose what is learned from among them."""
+        for ranked in best:
+            self._best.put(ranked)
+        most = torch.arange(max(map(len, best)))
+        # The last text of a prompt that has fewer is repeated, and not chosen there.
+        pool = join_prompts([ranked.select(most.clamp(max=len(ranked) - 1)[None]) for ranked in best])
+        chosen = [
+            torch.multinomial(_by_rank(len(ranked), LEARNED), self._size, replacement=True, generator=generator)
+            for ranked in best
+        ]
+        return Moved(pool, Selection(torch.stack(chosen)), tuple(redrawn))
+
+
+def _by_rank(n: int, flatness: float) -> Tensor:
+    """`[n]`, in what proportion texts are chosen, best first."""
+    return 1 / (torch.arange(1, n + 1, dtype=torch.float64) + flatness * n)
