@@ -9,10 +9,12 @@ method which follows the score ends at one of them. So does p_T: the nearer the 
 share, and the shares differ by many nats (the second table).
 
 ALDRIFT is therefore run with a prompt for each ligand (prompts), after which the similarity to that one counts: one
-model, one run and one budget, but a p_T for each prompt. Beside it: ALDRIFT without prompts (defaults), REINVENT's loss
-with sigma = T, TRL's RLOO with beta = 1/T, and a genetic algorithm on molecular graphs, all on the nearest ligand. Each
-has the setting of its grid that is best on the first task and seed. The prior is that of recipes/molecules.py. Runs are
-kept in OUTPUT_DIR/runs.jsonl, and not made again.
+model, one run and one budget, but a p_T for each prompt. With the same prompts, as a search (edited): the model learns
+from the best of what it draws, and of mutations and crossovers of the best. Beside these: a genetic algorithm on
+molecular graphs for each ligand, with equal shares of the budget (genetic_algorithms); and on the nearest ligand,
+ALDRIFT without prompts (defaults), REINVENT's loss with sigma = T, TRL's RLOO with beta = 1/T, and the genetic
+algorithm. Each has the setting of its grid that is best on the first task and seed. The prior is that of
+recipes/molecules.py. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
@@ -29,18 +31,24 @@ import numpy as np
 from evaluation.baselines import policy_gradient
 from evaluation.figures import figure
 from evaluation.kept_runs import Run, TunedRuns
-from evaluation.molecule_search import MoleculeBudget, Spent, evolve
+from evaluation.molecule_search import MoleculeBudget, Spent, evolve, graph_edits
 from evaluation.reinvent import reinvent
 from evaluation.tables import Comparison, mean_of, publish
 from problems.many_modes import TASKS, ManyModesProblem, references, with_prompts
 from problems.molecules import MoleculeModelConfig
-from problems.training import left_open, make_trainer
+from problems.training import RecipeConfig, left_open, make_trainer
 from rich.console import Console
 from trl import TrlParser
 
-METHODS = ("prompts", "defaults", "reinvent", "rloo", "genetic_algorithm")
+from aldrift_hf import EditedTop
+
+METHODS = ("prompts", "defaults", "edited", "reinvent", "rloo", "genetic_algorithm", "genetic_algorithms")
 BATCH = 64
 """Draws per update of REINVENT and RLOO."""
+FIRST = 1000
+"""Molecules that the genetic algorithm starts from."""
+PER_RUNG, UPDATES = 48, 4
+"""Of edited: proposals per prompt and updates per rung."""
 NEAR = 0.6
 """Similarity that is asked for."""
 
@@ -56,13 +64,13 @@ class ManyModesArguments:
         default_factory=lambda: [60.0, 300.0], metadata={"help": "Tried for T, and for REINVENT's sigma."}
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3], metadata={"help": "Tried for REINVENT and RLOO."}
+        default_factory=lambda: [3e-4, 1e-3], metadata={"help": "Tried for edited, REINVENT and RLOO."}
     )
     replayed: list[int] = field(
         default_factory=lambda: [0, 24], metadata={"help": "Best molecules per update, tried for REINVENT's replay."}
     )
     offspring: list[int] = field(
-        default_factory=lambda: [5, 50], metadata={"help": "Children per generation, tried for the genetic algorithm."}
+        default_factory=lambda: [5, 50], metadata={"help": "Children per generation, tried for the genetic algorithms."}
     )
     prompt_steps: int = field(
         default=400, metadata={"help": "Optimizer updates by which the prior learns to write the same after a prompt."}
@@ -85,9 +93,10 @@ class Bench(TunedRuns):
         options = self.options
         tried: dict[str, list[list[Any]]] = {
             **{name: [options.tau_maxes] for name in ("prompts", "defaults")},
+            "edited": [options.learning_rates],
             "reinvent": [options.tau_maxes, options.learning_rates, options.replayed],
             "rloo": [options.tau_maxes, options.learning_rates],
-            "genetic_algorithm": [options.offspring],
+            **{name: [options.offspring] for name in ("genetic_algorithm", "genetic_algorithms")},
         }
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
 
@@ -98,13 +107,21 @@ class Bench(TunedRuns):
 
     def measure(self, task: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run."""
-        problem = ManyModesProblem(references(task), prompted=method == "prompts")
+        problem = ManyModesProblem(references(task), prompted=method in ("prompts", "edited"))
         numbers = [*map(float, setting.split())]
         began, extra = time.process_time(), dict[str, Any]()
         if method == "genetic_algorithm":
-            evolve(problem, 1000, int(numbers[0]), budget, seed)
+            evolve(problem, FIRST, int(numbers[0]), budget, seed)
+        elif method == "genetic_algorithms":
+            for reference in problem.references:
+                alone = ManyModesProblem((reference,))
+                evolve(alone, FIRST, int(numbers[0]), budget // len(problem.references), seed)
+                for molecule in alone.found:
+                    problem.similarities(molecule)
         elif method in ("prompts", "defaults"):
-            extra = self.aldrift(problem, numbers[0], budget, seed)
+            extra = self.aldrift(problem, left_open(self.last_run(), numbers[0], budget, seed))
+        elif method == "edited":
+            self.aldrift(problem, self.edited(numbers[0], budget, seed), EditedTop(graph_edits))
         elif method == "reinvent":
             reinvent(
                 problem, self.model_config, MoleculeBudget(problem, budget), tau_max=numbers[0], proposals=4 * budget,
@@ -119,15 +136,29 @@ class Bench(TunedRuns):
         best = problem.best(budget)
         return {"best": best, "product": math.prod(best), "draws": self.nearest(problem)} | spent | extra
 
-    def aldrift(self, problem: ManyModesProblem, tau_max: float, budget: int, seed: int) -> dict[str, Any]:
-        """Run ALDRIFT; by its log Z of each prompt, the share of each reference in a p_T without prompts."""
+    def last_run(self) -> Path:
+        """The folder of a run, empty: costs kept there would not be evaluated again."""
         last = self.folder / "last_run"
-        shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
-        config = self.model_config
+        shutil.rmtree(last, ignore_errors=True)
+        return last
+
+    def edited(self, learning_rate: float, budget: int, seed: int) -> RecipeConfig:
+        """Settings of a search, for which T is nothing but a number; it ends with the budget."""
+        return left_open(
+            self.last_run(), 1.0, budget, seed, sampler="top", tau_step=1.0, num_rungs=budget, max_objective_calls=None,
+            num_generations=PER_RUNG, updates_per_rung=UPDATES, per_device_train_batch_size=BATCH,
+            learning_rate=learning_rate,
+        )  # fmt: skip
+
+    def aldrift(
+        self, problem: ManyModesProblem, config: RecipeConfig, sampler: EditedTop | None = None
+    ) -> dict[str, Any]:
+        """Run ALDRIFT; by its log Z of each prompt, the share of each reference in a p_T without prompts."""
+        model_config = self.model_config
         if problem.prompted:
-            config = with_prompts(problem, config, self.options.prompt_steps)
-        trainer = make_trainer(problem, left_open(last, tau_max, budget, seed), config)
-        trainer.add_callback(Spent(problem, budget))
+            model_config = with_prompts(problem, model_config, self.options.prompt_steps)
+        trainer = make_trainer(problem, config, model_config, sampler)
+        trainer.add_callback(Spent(problem, self.options.budget))
         trainer.train()
         figures = {"ended_by": trainer.record.ended_by, "ess": trainer.record.rungs[-1]["ess"]}
         return figures | ({"log_z": trainer.record.log_z} if problem.prompted else {})

@@ -86,7 +86,7 @@ def test_the_recipe(run_recipe, small_molecules, monkeypatch):
     folder = run_recipe("many_modes", **settings)
     kept = (folder / "runs.jsonl").read_text()
     runs = [json.loads(line) for line in kept.splitlines()]
-    assert len(runs) == 5
+    assert len(runs) == 7
     for run in runs:
         assert 0 < run["calls"] == sum(run["draws"])
         assert run["product"] == pytest.approx(math.prod(run["best"]))
