@@ -45,7 +45,7 @@ class EditedTop(Sampler):
     Args:
         edit: makes new texts out of good ones.
         edits_per_draw: edits for each of the model's draws.
-        remembered: best texts per prompt that are kept.
+        remembered: best texts per prompt that are kept. With more of them the search is slower, and its texts differ more.
 
     Raises:
         ValueError: if there would be no edits, or nothing would be kept; and on the first rung, if no edit is a text
@@ -55,7 +55,7 @@ class EditedTop(Sampler):
     corrects: ClassVar[bool] = False
     redraws: ClassVar[bool] = True
 
-    def __init__(self, edit: Edit, edits_per_draw: int = 5, remembered: int = 1000) -> None:
+    def __init__(self, edit: Edit, edits_per_draw: int = 5, remembered: int = 100) -> None:
         if edits_per_draw < 1 or remembered < 1:
             raise ValueError("EditedTop: edits_per_draw and remembered must be at least 1; without edits use Top")
         self.edit, self.edits_per_draw, self.remembered = edit, edits_per_draw, remembered
