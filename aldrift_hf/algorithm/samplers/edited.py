@@ -45,7 +45,7 @@ class EditedTop(Sampler):
     Args:
         edit: makes new texts out of good ones.
         edits_per_draw: edits for each of the model's draws.
-        remembered: best texts per prompt that are kept. With more of them the search is slower, and its texts differ more.
+        remembered: best texts per prompt that are kept. With more the search is slower, and its texts differ more.
 
     Raises:
         ValueError: if there would be no edits, or nothing would be kept; and on the first rung, if no edit is a text
