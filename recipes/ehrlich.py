@@ -9,18 +9,21 @@ functions are those that the package pytorch-holo makes for the same V, L, c, k 
 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), with chains that redraw spans, at a T of
-their own (span), with such chains whose new states are uniform ones in place of the model's (uniform_span), and with
-TOPIFT, the paper's heuristic (top). Its peers: a genetic algorithm that starts from draws of the prior, expert
+their own (span), with such chains whose new states are uniform ones in place of the model's (uniform_span), with
+TOPIFT, the paper's heuristic (top), and with TOPIFT over what the model draws and what a genetic algorithm makes of the
+best (edited). Its peers: a genetic algorithm that starts from draws of the prior, expert
 iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on the first function
 and seed: that solves it first, or else comes closest, and earliest. The function's random seed is the run's. Runs are
 kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
+import random
 import re
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,11 +42,15 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from aldrift_hf.algorithm.samplers import SpanChains
+from aldrift_hf.algorithm.samplers import EditedTop, SpanChains
+from aldrift_hf.algorithm.samplers.edited import Edit
 from aldrift_hf.models.loading import tokenizer_of
 from aldrift_hf.toy import completion_ids, word_tokenizer
 
-METHODS = ("defaults", "archive", "top", "span", "uniform_span", "genetic_algorithm", "expert_iteration", *TRL)
+METHODS = (
+    *("defaults", "archive", "top", "span", "uniform_span", "edited"),
+    *("genetic_algorithm", "expert_iteration", *TRL),
+)
 SEARCH_TAU_MAX = 200.0
 """T of the span chains, which search: so steep that a chain rarely goes back."""
 SEARCH: dict[str, dict[str, Any]] = {
@@ -53,6 +60,8 @@ SEARCH: dict[str, dict[str, Any]] = {
     "uniform_span": {"num_rungs": 30},
 }
 """Settings of the span chains."""
+EDITED = {"num_generations": 48, "per_device_train_batch_size": 64}
+"""Settings of edited."""
 MOST_MOVES = 256
 """States per rung of each of the two chains of uniform_span."""
 TRL_BATCH = 64
@@ -111,6 +120,8 @@ class Bench(TunedRuns):
             return [f"{updates} {rate:g}" for updates, rate in itertools.product((2, 10, 30), (1e-4, 3e-4))]
         if method == "uniform_span":  # learning does not help its moves, so it may be fast
             return ["30 0.001"]
+        if method == "edited":
+            return [f"{updates} {rate:g}" for updates, rate in itertools.product((4,), (3e-4, 1e-3))]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method in TRL:
@@ -130,7 +141,7 @@ class Bench(TunedRuns):
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), numbers[1], budget, seed)
             learned = None
-        elif method in ("defaults", "archive", "top", *SEARCH):
+        elif method in ("defaults", "archive", "top", "edited", *SEARCH):
             learned = self.aldrift(problem, method, numbers, budget, seed)
         else:
             learned = self.peer(problem, method, numbers, budget, seed)
@@ -150,6 +161,9 @@ class Bench(TunedRuns):
                 length = min(MOST_MOVES, budget // 2)
                 given |= {"chain_length": length, "num_generations": 2 * length}
                 sampler = SpanChains(length, alphabet(problem, self.model_config))
+        elif method == "edited":  # a search for which T is nothing but a number
+            sampler = EditedTop(state_edits(problem))
+            given = {"sampler": "top", "tau_step": self.options.tau_max, "num_rungs": budget, **EDITED} | learning
         elif method != "defaults":
             given = {
                 "sampler": method,
@@ -195,6 +209,20 @@ def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: 
         oracle, problem.states, problem.length, population=population, mutations=mutations, seed=seed,
         start=map(tuple, start.tolist()),
     )  # fmt: skip
+
+
+def state_edits(problem: MeasuredEhrlich) -> Edit:
+    """The genetic algorithm's children: each state from one of two parents, and one of them changed."""
+
+    def edit(texts: list[str], rng: random.Random) -> Iterator[str]:
+        words, separator = problem.words, problem.separator
+        for pair in zip(texts[::2], texts[1::2]):
+            states = [rng.choice(both) for both in zip(*(text.split(separator) for text in pair))]
+            if states:
+                states[rng.randrange(len(states))] = rng.choice(words)
+                yield separator.join(states)
+
+    return edit
 
 
 def alphabet(problem: MeasuredEhrlich, model_config: RecipeModelConfig) -> list[int]:
