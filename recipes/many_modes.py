@@ -113,9 +113,9 @@ class Bench(TunedRuns):
         if method == "genetic_algorithm":
             evolve(problem, FIRST, int(numbers[0]), budget, seed)
         elif method == "genetic_algorithms":
-            for reference in problem.references:
-                alone = ManyModesProblem((reference,))
-                evolve(alone, FIRST, int(numbers[0]), budget // len(problem.references), seed)
+            for place, reference in enumerate(problem.references):
+                alone, share = ManyModesProblem((reference,)), budget // len(problem.references)
+                evolve(alone, FIRST, int(numbers[0]), share, seed + 1000 * place)  # with first molecules of its own
                 for molecule in alone.found:
                     problem.similarities(molecule)
         elif method in ("prompts", "defaults"):
