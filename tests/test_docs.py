@@ -243,6 +243,8 @@ def real_problems(names):
     _, first = next(molecules[valid].iterrows())
     canonical = names["Chem"].CanonSmiles(first["completion"].replace(" ", ""))
     assert 1 - names["score"](canonical) == first["objective"]
+    found = [rung["sample_objective_mean"] for rung in names["search"].record.rungs]
+    assert found[-1] < 0.7 * found[0], "the search finds better and better ones"
     assert 0.1 < names["trainer"].record.tau_max < 20
     assert Path("out/answers/adapter_model.safetensors").is_file()
 
