@@ -65,7 +65,7 @@ class TrainingRollout:
         return self.rollout.decode(completions)
 
     def encode(self, texts: list[str]) -> list[list[int] | None]:
-        """The tokens of each text, with the end; `None` for one that these are not, or that is too long."""
+        """The tokens of each text, with the end; `None` for one that they do not decode to, or that is too long."""
         rollout, most = self.rollout, self.rollout.args.max_completion_length
         tokens = [
             [*rollout.tokenizer(text, add_special_tokens=False)["input_ids"], self.eos_token_ids[0]] for text in texts

@@ -30,11 +30,11 @@ class KeptDraws:
             self._of[prompt] = of_prompt(draws, place)
 
     def of(self, prompt: int) -> Proposals | None:
-        """`[1, m]`, a prompt's draws; `None` where there are none."""
+        """`[1, m]`, the draws kept for a prompt; `None` if there are none yet."""
         return self._of.get(prompt)
 
     def first(self, prompts: Sequence[int], count: int) -> Proposals | None:
-        """`[P, count]`, the first draws of these prompts; `None` where one has not so many."""
+        """`[P, count]`, the first draws of these prompts; `None` if one of them has fewer."""
         kept = [self._of.get(prompt) for prompt in prompts]
         known = [draws for draws in kept if draws is not None and draws.objective.shape[1] >= count]
         if len(known) < len(prompts):
