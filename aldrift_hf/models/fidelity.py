@@ -144,6 +144,31 @@ def check_gradient(policy: nn.Module) -> None:
         )
 
 
+def check_exact(policy: nn.Module, prior: Prior) -> None:
+    """Check that in training mode, with dropout turned off, a policy is the model that is scored.
+
+    Args:
+        policy: what is trained. Its modes are left as they are.
+        prior: of the policy; where its rows could not be scored, nothing is checked.
+
+    Raises:
+        ValueError: if log-probabilities differ by more than rounding.
+    """
+    if prior.row_scores is None:
+        return
+    rows = Rows.for_model(base_model(policy))
+    with inference(policy):
+        expected = rows.logprobs(policy)
+        policy.train()
+        gap = _gap(rows.logprobs(policy), expected)
+    if not gap <= _max_rounding(policy):
+        raise ValueError(
+            "this loss needs log q in training as it was scored, and the model drops something at random that could "
+            f"not be turned off: log-probabilities of short rows differ by {gap:.2g} nats. Set its rates to 0 when it "
+            "is loaded (in model_init_kwargs, by their names in its config.json), or use loss_type='nll'."
+        )
+
+
 def _reference(model: PreTrainedModel | PeftModel) -> tuple[Rows, Tensor] | None:
     """Rows and their log-probabilities under a model as it was passed in."""
     if sharding.is_sharded(model) or any(parameter.is_meta for parameter in model.parameters()):
