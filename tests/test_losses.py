@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2, tiny_llama
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, tiny_gpt2
 from evaluation.enumeration import kl_divergence
 from torch import nn
 
@@ -16,7 +16,7 @@ from aldrift_hf.algorithm.losses.generalized_kl import log_reference
 from aldrift_hf.models.head import projecting
 from aldrift_hf.models.passes import Padded
 from aldrift_hf.models.prior import base_model
-from aldrift_hf.models.scoring import learning_pass, without_dropout
+from aldrift_hf.models.scoring import learning_pass
 from aldrift_hf.models.shared_prompts.attention import sharing
 from aldrift_hf.trainer.samples import SampleCollator
 from aldrift_hf.types import Completions, Proposals
@@ -165,14 +165,41 @@ def test_the_reference_is_half_target_half_proposals():
     assert log_reference(log_p, log_q).exp().tolist() == pytest.approx([0.3, 0.4])
 
 
-@pytest.mark.parametrize("model", [tiny_gpt2(dropout=0.5), tiny_llama(dropout=0.5)], ids=["gpt2", "llama"])
-def test_without_dropout(model):
-    rows = torch.tensor([[2, 3, 4, 2]])
-    with torch.no_grad():
-        exact = model(rows).logits
-        assert not torch.equal(model.train()(rows).logits, exact)
-        without_dropout(model)
-        assert torch.equal(model.train()(rows).logits, exact)
+# ---- Equal rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [[[4, 0], [3, 3, 3], [4, 0], [2], [4, 0]], [[4, 0], [4, 0]]])
+def test_equal_rows_are_computed_once_with_the_gradient_of_all(rows):
+    model = tiny_gpt2()
+    together, alone = batch(*rows), [batch(row) for row in rows]
+    padded = Padded(together["input_ids"], together["attention_mask"], together["labels"] != -100)
+    few, every = learning_pass(model, padded), learning_pass(model, padded, drops_out=True)
+    assert len(few.targets) == sum(map(len, {*map(tuple, rows)})) < len(every.targets) == sum(map(len, rows))
+    values = [forward(model, inputs).sum() for inputs in alone]
+    assert forward(model, together).sum(-1).tolist() == pytest.approx([value.item() for value in values], abs=1e-5)
+    weights = torch.arange(1.0, len(rows) + 1)
+    found = gradient(model, weights @ forward(model, together).sum(-1))
+    expected = gradient(model, weights @ torch.stack([forward(model, inputs).sum() for inputs in alone]))
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert expected.abs().max() > 1
+
+
+def test_with_dropout_each_copy_of_a_row_is_computed(config, tokenizer, monkeypatch):
+    computed = []
+
+    def recorded(*args):
+        computed.append(learning_pass(*args))
+        return computed[-1]
+
+    monkeypatch.setattr("aldrift_hf.trainer.hooks.learning_pass", recorded)
+    for dropout in (0.0, 0.2):
+        computed.clear()
+        settings = config(num_rungs=1, num_generations=64, per_device_train_batch_size=16, updates_per_rung=1)
+        model = tiny_gpt2()
+        ALDRIFTTrainer(
+            model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model, dropout=dropout)
+        ).train()
+        assert (computed[0].copies is None) == (dropout > 0)
 
 
 # ---- In the trainer -------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ else is the same for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +55,7 @@ class Pass:
         targets: `[N]`, token ids.
         rows, places: `[N]`, the completion of each target, and its place there.
         size: n.
+        copies: `[m]`, where equal completions are computed once: which of the n each of them is.
     """
 
     inputs: dict[str, Any]
@@ -63,17 +64,20 @@ class Pass:
     rows: Tensor
     places: Tensor
     size: int
+    copies: Tensor | None = None
 
     def to(self, device: torch.device) -> Pass:
         """The pass with its tensors on a device."""
         moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.inputs.items()}
         targets, rows, places = (tensor.to(device) for tensor in (self.targets, self.rows, self.places))
-        return Pass(moved, self.select, targets, rows, places, self.size)
+        return replace(self, inputs=moved, targets=targets, rows=rows, places=places)
 
     def table(self, values: Tensor) -> Tensor:
-        """Values of the targets by completion and place: `[N, …]` to `[n, length of the longest, …]`, 0 elsewhere."""
+        """Values of the targets by completion and place, 0 elsewhere: `[N, …]` to `[n or m, longest length, …]`."""
         shape = (self.size, int(self.places.max()) + 1, *values.shape[1:])
-        return values.new_zeros(shape).index_put((self.rows.to(values.device), self.places.to(values.device)), values)
+        where = (self.rows.to(values.device), self.places.to(values.device))
+        table = values.new_zeros(shape).index_put(where, values)
+        return table if self.copies is None else table[self.copies.to(values.device)]
 
 
 def apart(padded: Padded, keeps_logits: bool = False) -> Pass:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -190,29 +191,34 @@ def _table(model: PreTrainedModel, forward: Pass, statistic: Statistic) -> Tenso
     return forward.table(found.double())
 
 
-def learning_pass(model: PreTrainedModel, padded: Padded) -> Pass:
-    """A training step's forward pass, on the rows' device.
+def learning_pass(model: PreTrainedModel, padded: Padded, drops_out: bool = False) -> Pass:
+    """A training step's forward pass, on the rows' device. Equal rows are computed once: the gradient is the same.
 
     Args:
         model: the language model inside the one that is trained.
         padded: the rows of a micro-batch.
+        drops_out: whether the model drops something at random, so that equal rows come out differently.
     """
     start = padded.completion_mask.int().argmax(-1).tolist()
     end = padded.attention_mask.sum(-1).tolist()
     rows = [(tuple(ids[:a]), tuple(ids[a:b])) for ids, a, b in zip(padded.input_ids.tolist(), start, end, strict=True)]
+    where: dict[Row, list[int]] = {}
+    for place, row in enumerate(rows):
+        where.setdefault(row, []).append(place)
+    if drops_out or len(where) == len(rows):
+        return _learning_pass(model, padded, rows)
+    copies = torch.empty(len(rows), dtype=torch.long)
+    for distinct, places in enumerate(where.values()):
+        copies[places] = distinct
+    first = [places[0] for places in where.values()]
+    return replace(_learning_pass(model, Padded(*(column[first] for column in padded)), [*where]), copies=copies)
+
+
+def _learning_pass(model: PreTrainedModel, padded: Padded, rows: list[Row]) -> Pass:
     # The model is not asked here what it can do: its weights may be spread over the processes.
     if packing.pays(*_columns(rows)) and can_share_prompts(model, padded.input_ids.shape[1], find_out=False):
         return packing.pack(*_columns(rows)).to(padded.input_ids.device)
     return apart(padded)
-
-
-def without_dropout(model: nn.Module) -> None:
-    """Turn every dropout of a model off for good: `log q` in training is then the number that was scored."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):  # Llama's, which is not a module
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010
 
 
 @contextlib.contextmanager

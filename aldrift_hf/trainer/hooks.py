@@ -54,6 +54,7 @@ class HookedTrainer(Trainer):
     interrupt: Interrupt
     checkpointer: Checkpointer
     hub: HubPusher
+    _drops_out: bool
 
     @property
     def record(self) -> RunRecord:
@@ -65,7 +66,8 @@ class HookedTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         batch = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "labels")}
         base = base_model(self._unwrapped())
-        forward = learning_pass(base, Padded(batch["input_ids"], batch["attention_mask"], batch["labels"] != -100))
+        padded = Padded(batch["input_ids"], batch["attention_mask"], batch["labels"] != -100)
+        forward = learning_pass(base, padded, self._drops_out)
         with projecting(base, forward.select, forward.targets) as projection:
             self.compute_loss_func = functools.partial(rung_loss, self.run.loss, inputs, forward, projection)
             return super().compute_loss(model, forward.inputs | {"labels": batch["labels"]}, *args, **kwargs)

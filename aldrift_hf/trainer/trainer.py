@@ -34,8 +34,8 @@ from ..algorithm.ladders import Ladder
 from ..algorithm.losses import Loss
 from ..algorithm.samplers import Sampler
 from ..models import fidelity, loading, prior, sharding
+from ..models.dropout import has_dropout, without_dropout
 from ..models.engines import Engine
-from ..models.scoring import without_dropout
 from ..objective.protocol import CostFunction
 from ..reporting.defaults import default_callbacks
 from ..reporting.hub import HubPusher
@@ -156,6 +156,8 @@ class ALDRIFTTrainer(HookedTrainer):
         check_given_optimizer(*optimizers, policy)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
+            fidelity.check_exact(policy, self.prior)
+        self._drops_out = has_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
         self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
         super().__init__(
