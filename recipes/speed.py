@@ -216,6 +216,26 @@ def attention_in_learning(name: str, options: SpeedArguments) -> dict[str, float
     return {"updates' attention in fp32 / in bf16: time of both passes": statistics.median(ratios[1:])}
 
 
+def equal_rows_in_learning(name: str, options: SpeedArguments) -> dict[str, float]:
+    """Forward and backward pass of 32 rows, drawn from 100 with chances 1/(1 + rank): each row, and equal ones once."""
+    trainer = make_trainer(name, options)
+    model, prompt = base_model(trainer.model), trainer.inputs.prompts.token_ids[0]
+    texts = torch.randint(2, SIZES[name].vocabulary, (100, options.mean_length)).tolist()
+    drawn = torch.multinomial(1 / torch.arange(2.0, 102), 32 * options.rungs, replacement=True).view(options.rungs, 32)
+    ratios = []
+    for rows in drawn.tolist():
+        padded = join([prompt] * len(rows), [texts[row] for row in rows], END)
+        taken: dict[str, float] = {}
+        for how in ("once", "each"):
+            with timed(trainer.args.device, taken, how), sharing(model):
+                with trainer.accelerator.autocast():
+                    forward = learning_pass(model, padded, drops_out=how == "each")
+                    found = projected_logprobs(model, forward.select, forward.targets, **forward.inputs)
+                forward.table(found).sum().backward()
+        ratios.append(taken["once"] / taken["each"])
+    return {"updates' equal rows once / each: time of both passes": statistics.median(ratios[1:])}
+
+
 def main() -> None:
     try:
         (options,) = TrlParser(SpeedArguments).parse_args_and_config()
@@ -228,6 +248,7 @@ def main() -> None:
         else overhead(name, options)
         | removal_of_finished_rows(name, options)
         | overlap_of_objective(name, options)
+        | equal_rows_in_learning(name, options)
         | (attention_in_learning(name, options) if on_cpu and SIZES[name].dtype == torch.bfloat16 else {})
         for name in options.sizes
     }
