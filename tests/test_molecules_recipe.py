@@ -15,7 +15,7 @@ QUICK = {
     "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "seeds": "0 1",
     "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
 }  # fmt: skip
-METHODS = ("defaults", "archive", "top", "edited", "genetic_algorithm", "reinvent", "rloo")
+METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", "rloo")
 
 
 @pytest.fixture
