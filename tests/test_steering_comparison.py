@@ -66,6 +66,7 @@ def test_measures_are_those_of_an_enumeration():
         "log_z_lower": truth["log_z"] - (MODELS * np.log(MODELS / p)).sum(-1).mean(),
         "cost": (MODELS * COSTS).sum(-1).mean(),
         "kl_prior": (MODELS * np.log(MODELS / LAWS)).sum(-1).mean(),
+        "satisfied": MODELS[COSTS == 0].sum() / 2,
         "acceptance": accepted.mean(),
         "acceptance_quantile": accepted.mean(),
         "ess": (1 / (MODELS * (weight / z) ** 2).sum(-1)).mean(),

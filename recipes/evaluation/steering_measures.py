@@ -97,10 +97,12 @@ def of_draws(drawn: Drawn, tau: float, log_bound: Array, log_quantile: Array) ->
         log_quantile: a lower one.
 
     Returns:
-        `cost`: mean of the draws. `kl_prior`: KL(q‖L). `acceptance`: of rejection, the mean of `min(1, w / bound)`;
-        `acceptance_quantile`: with the lower bound. `log_z_lower`: `E_q[log w] = log Z - KL(q‖p_T)`. `ess`: effective
-        sample size as a share. `corrected_cost`: mean cost under p_T by self-normalised weights. `distinct`: texts of
-        a prompt that differ, as a share. `tokens_per_draw`, `tokens_per_exact_draw`: of a draw, and of an accepted one.
+        `cost`: mean of the draws. `kl_prior`: KL(q‖L). `satisfied`: share of cost 0, which is what is accepted where
+        texts are rejected by the demand alone (GUARD's acceptance rate, Kim et al. 2024, arXiv 2410.06716).
+        `acceptance`: of rejection, the mean of `min(1, w / bound)`; `acceptance_quantile`: with the lower bound.
+        `log_z_lower`: `E_q[log w] = log Z - KL(q‖p_T)`. `ess`: effective sample size as a share. `corrected_cost`: mean
+        cost under p_T by self-normalised weights. `distinct`: texts of a prompt that differ, as a share.
+        `tokens_per_draw`, `tokens_per_exact_draw`: of a draw, and of an accepted one.
     """
     log_weight = drawn.log_prior - tau * drawn.cost - drawn.log_model
     accepted = np.exp(np.minimum(log_weight - log_bound, 0.0))
@@ -111,6 +113,7 @@ def of_draws(drawn: Drawn, tau: float, log_bound: Array, log_quantile: Array) ->
         kl_prior=golden.plain_mean(drawn.log_model - drawn.log_prior),
         acceptance=golden.plain_mean(accepted),
         acceptance_quantile=golden.plain_mean(np.exp(np.minimum(log_weight - log_quantile, 0.0))),
+        satisfied=golden.plain_mean((drawn.cost <= 0).astype(float)),
         log_z_lower=golden.plain_mean(log_weight),
         # Weights of draws of q take the place of exp(-τ·d), the weights of draws of L.
         corrected_cost=golden.mean(drawn.cost, -log_weight, 1.0),

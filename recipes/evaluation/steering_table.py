@@ -28,6 +28,7 @@ CLOSENESS = {
     "distinct": ("distinct", ".2f"),
 }
 COSTS = {
+    "share of cost 0": ("satisfied", ".3f"),
     "acceptance": ("acceptance", ".2g"),
     "acceptance, 99 % of p_T": ("acceptance_quantile", ".2g"),
     "tokens per exact draw": ("tokens_per_exact_draw", ",.0f"),
@@ -37,7 +38,7 @@ COSTS = {
     "MiB": ("peak_memory", ",.0f"),
 }
 """The columns of the two tables: for each, the measure that it shows and the format of its numbers."""
-WITH_ERRORS = ("kl", "cost", "corrected_cost", "acceptance")
+WITH_ERRORS = ("kl", "cost", "corrected_cost", "acceptance", "satisfied")
 
 Result = dict[str, Any]
 """A run's measures, and under `setting` what it was."""
