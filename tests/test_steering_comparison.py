@@ -242,4 +242,4 @@ def test_the_best_learning_rate_is_that_of_the_first_seed():
     assert rows["rejection"][0] == ""
     assert rows["p_T, by gold"][4:6] == [f"{golden.log_z(gold.by_prompt(gold.cost), 8.0).value:.2f}"] * 2
     assert [*costs] == [*rows][1:]
-    assert costs["rejection"][3] == "64"
+    assert costs["rejection"][4] == "64"
