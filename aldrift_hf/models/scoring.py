@@ -202,16 +202,12 @@ def learning_pass(model: PreTrainedModel, padded: Padded, drops_out: bool = Fals
     start = padded.completion_mask.int().argmax(-1).tolist()
     end = padded.attention_mask.sum(-1).tolist()
     rows = [(tuple(ids[:a]), tuple(ids[a:b])) for ids, a, b in zip(padded.input_ids.tolist(), start, end, strict=True)]
-    where: dict[Row, list[int]] = {}
-    for place, row in enumerate(rows):
-        where.setdefault(row, []).append(place)
-    if drops_out or len(where) == len(rows):
+    keys: dict[Row, int] = {}
+    copies = torch.tensor([keys.setdefault(row, len(keys)) for row in rows])
+    if drops_out or len(keys) == len(rows):
         return _learning_pass(model, padded, rows)
-    copies = torch.empty(len(rows), dtype=torch.long)
-    for distinct, places in enumerate(where.values()):
-        copies[places] = distinct
-    first = [places[0] for places in where.values()]
-    return replace(_learning_pass(model, Padded(*(column[first] for column in padded)), [*where]), copies=copies)
+    first = [rows.index(row) for row in keys]
+    return replace(_learning_pass(model, Padded(*(column[first] for column in padded)), [*keys]), copies=copies)
 
 
 def _learning_pass(model: PreTrainedModel, padded: Padded, rows: list[Row]) -> Pass:
