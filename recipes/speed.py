@@ -32,7 +32,7 @@ from trl import TrlParser
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.models import generation, head
 from aldrift_hf.models.head import projected_logprobs
-from aldrift_hf.models.passes import join
+from aldrift_hf.models.passes import Padded, join
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, learning_pass, sequence_logprobs
 from aldrift_hf.models.shared_prompts import attention
@@ -224,7 +224,8 @@ def equal_rows_in_learning(name: str, options: SpeedArguments) -> dict[str, floa
     drawn = torch.multinomial(1 / torch.arange(2.0, 102), 32 * options.rungs, replacement=True).view(options.rungs, 32)
     ratios = []
     for rows in drawn.tolist():
-        padded = join([prompt] * len(rows), [texts[row] for row in rows], END)
+        joined = join([prompt] * len(rows), [texts[row] for row in rows], END)
+        padded = Padded(*(column.to(trainer.args.device) for column in joined))
         taken: dict[str, float] = {}
         for how in ("once", "each"):
             with timed(trainer.args.device, taken, how), sharing(model):

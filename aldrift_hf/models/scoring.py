@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..types import Completions
 from .head import Statistic, projected_logprobs, token_logprobs
+from .kernels import attention_of_any_shape
 from .passes import Padded, Pass, apart, join
 from .shared_prompts import packing
 from .shared_prompts.attention import sharing
@@ -228,7 +229,7 @@ def inference(*models: nn.Module) -> Iterator[None]:
     try:
         for model in models:
             model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), attention_of_any_shape():
             yield
     finally:
         for module, training in modes:

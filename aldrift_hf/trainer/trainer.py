@@ -36,6 +36,7 @@ from ..algorithm.samplers import Sampler
 from ..models import fidelity, loading, prior, sharding
 from ..models.dropout import has_dropout, without_dropout
 from ..models.engines import Engine
+from ..models.kernels import attention_of_any_shape
 from ..objective.protocol import CostFunction
 from ..reporting.defaults import default_callbacks
 from ..reporting.hub import HubPusher
@@ -241,6 +242,7 @@ class ALDRIFTTrainer(HookedTrainer):
             stack.enter_context(self.objective.open())
             stack.enter_context(self.events.running())
             stack.enter_context(self.interrupt.caught())
+            stack.enter_context(attention_of_any_shape())
             if folder is None:
                 run.start()
                 run.state.seeks_rate = self._seeks_rate
