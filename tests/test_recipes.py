@@ -205,6 +205,20 @@ def test_bad_problems_are_one_clear_line(run_recipe, name, settings, message):
         run_recipe(name, *QUIET, **settings)
 
 
+@pytest.mark.parametrize("in_4bit", [False, True])
+def test_large_model(run_recipe, in_4bit):
+    """On a CPU, a small one: each stage has its figures, and weights in 4 bits leave no file behind."""
+    settings = {"shape": "tiny", "load_in_4bit": in_4bit, "proposals": 32, "tokens": 8, "batch_size": 2}
+    folder = run_recipe("large_model", **settings)
+    rows = (folder / f"large_model_tiny_{'NF4' if in_4bit else 'bf16'}.md").read_text().splitlines()[4:]
+    figures = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("|")[1:-1]] for line in rows)}
+    assert [*figures] == ["weights and adapter", "drawing and scoring", "learning", "drawing", "scoring"]
+    assert all(float(cell) > 0 for row in figures.values() for cell in row if cell)
+    on_paper, measured, _ = figures["weights and adapter"]
+    assert on_paper == measured
+    assert not (folder / "weights").exists()
+
+
 @pytest.mark.parametrize("name", sorted(path.stem for path in RECIPES.glob("*.py") if path.stem != "custom_objective"))
 def test_help_explains_every_option(run_recipe, capsys, name):
     with pytest.raises(SystemExit):
@@ -215,6 +229,7 @@ def test_help_explains_every_option(run_recipe, capsys, name):
         "speed": ("--sizes", "--rungs", "--mean_length"),
         "long_prompts": ("--lengths", "--proposals", "--proposals_apart"),
         "long_completions": ("--lengths", "--models", "--draws", "--chains"),
+        "large_model": ("--shape", "--load_in_4bit", "--tokens", "--batch_size"),
         "memory": ("--limits_gib", "--ways", "--max_completion_length"),
         "engines": ("--engines", "--dtypes", "--lengths", "--draws", "--adapter", "--output_dir"),
         "steer_text": ("--tasks", "--make_gold", "--gold_dir", "--run", "--calls", "--learning_rates", "--aldrift"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 
@@ -16,9 +17,10 @@ def attention_of_any_shape() -> Iterator[None]:
     which takes far longer than computing it, and here nearly every shape is new: each token drawn has one more before
     it, and the batches that are scored and learned differ in width.
     """
-    enabled = torch.backends.cuda.cudnn_sdp_enabled()
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    choices = cast(Any, torch.backends.cuda)
+    enabled = choices.cudnn_sdp_enabled()
+    choices.enable_cudnn_sdp(False)
     try:
         yield
     finally:
-        torch.backends.cuda.enable_cudnn_sdp(enabled)
+        choices.enable_cudnn_sdp(enabled)
