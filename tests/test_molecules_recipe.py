@@ -12,7 +12,7 @@ from problems import molecules
 
 QUICK = {
     "objectives": "median1", "budget": 150, "tau_maxes": 20, "sampling_tau": 20, "updates": 5,
-    "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "seeds": "0 1",
+    "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "searches": 3, "seeds": "0 1",
     "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
 }  # fmt: skip
 METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", "rloo")
@@ -76,6 +76,7 @@ def test_an_own_objective(run_recipe, small_molecules, tmp_path):
         (["--objectives", "celecoxib"], "choose from celecoxib_rediscovery, osimertinib_mpo"),
         (["--sampling_tau", "30"], "--sampling_tau 30: add it to --tau_maxes"),
         (["--objective", "mine.py:score"], "there is no such file"),
+        (["--searches", "0"], "--searches must be at least 1"),
     ],
 )
 def test_bad_input_is_refused(run_recipe, flags, words):
