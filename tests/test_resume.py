@@ -204,7 +204,10 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(config, tokenizer, monk
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     assert seen == [[], ["checkpoint-4"]]
-    assert checkpoints.to_resume_from(True, trainer.args.output_dir).endswith("checkpoint-4")
+    for asked in (True, "True", "true"):  # text: from the command line
+        assert checkpoints.to_resume_from(asked, trainer.args.output_dir).endswith("checkpoint-4")
+    for asked in (None, False, "False", "false"):
+        assert checkpoints.to_resume_from(asked, trainer.args.output_dir) is None
     monkeypatch.setattr(checkpoints, "commit", whole)
     trainer.train(resume_from_checkpoint=True)
     assert not Path(trainer.args.output_dir, checkpoints.STAGING).exists(), "what was left lying is cleared away"

@@ -58,11 +58,11 @@ def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
         ValueError: if the last checkpoint is asked for and there is none, or if the checkpoint is damaged; the message
             names the newest undamaged one beside it.
     """
-    if not asked:
+    # From the command line, where the option is text, "True" and "False" are meant as they are in Python.
+    meant = {"true": True, "false": False}.get(asked.lower(), asked) if isinstance(asked, str) else asked
+    if not meant:
         return None
-    # From the command line, where the option is text, "True" asks for the last checkpoint too.
-    named = isinstance(asked, str) and asked.lower() != "true"
-    folder = asked if named else get_last_checkpoint(output_dir)
+    folder = meant if isinstance(meant, str) else get_last_checkpoint(output_dir)
     if folder is None:
         raise ValueError(
             f"there is no checkpoint in {output_dir} to resume from. Pass its folder, or leave resume_from_checkpoint "
