@@ -265,6 +265,27 @@ def test_every_recipe_has_its_row():
         assert ast.get_docstring(ast.parse(path.read_text())), path.name
 
 
+@pytest.mark.parametrize(("width", "is_turned"), [(100, False), (60, True)])
+def test_a_table_that_is_too_wide_is_turned(width, is_turned, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    table = Comparison("methods", [f"measure {number}" for number in range(6)])
+    for value, method in enumerate(("one", "two")):
+        table.add(method, dict.fromkeys(table.columns, value), ".0f")
+    table.print()
+    cells = [line.strip("│").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    figures = [[cell.strip() for cell in row[1:]] for row in cells]
+    assert figures == ([["0", "1"]] * 6 if is_turned else [["0"] * 6, ["1"] * 6])
+
+
+def test_the_narrower_of_two_wide_tables_is_printed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    table = Comparison("a table", ["one"])
+    for number in range(6):
+        table.add(f"measure {number} of six", {"one": number}, ".0f")
+    table.print()
+    assert len([line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]) >= 6
+
+
 def test_tables_as_markdown(tmp_path, capsys):
     table = Comparison("KL(p || q)", ["a|b", "[c]"])
     table.add("x|y", {"a|b": 1.0, "[c]": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,13 +47,25 @@ class Comparison:
         self.rows.append((label, [format(value, spec) if is_known else "" for value, is_known in zip(values, known)]))
 
     def print(self) -> None:
-        """Print the table to the terminal."""
+        """Print the table to the terminal. Where it is too wide, rows and columns change places if that is narrower."""
+        console = Console()
+        unlimited = console.options.update_width(sys.maxsize)
+        table = self._on_a_terminal()
+        width = console.measure(table, options=unlimited).maximum
+        if width > console.width:
+            columns = [*zip(*(cells for _, cells in self.rows))]
+            rows = [(column, list(cells)) for column, cells in zip(self.columns, columns)]
+            turned = Comparison(self.title, [label for label, _ in self.rows], rows)._on_a_terminal()
+            table = min(table, turned, key=lambda each: console.measure(each, options=unlimited).maximum)
+        console.print(table)
+
+    def _on_a_terminal(self) -> Table:
         table = Table("", title=self.title)
         for column in self.columns:
             table.add_column(escape(column), justify="right")
         for label, cells in self.rows:
             table.add_row(escape(label), *cells)
-        Console().print(table)
+        return table
 
     def write_markdown(self, path: str | Path) -> None:
         """Write the table to a file."""
