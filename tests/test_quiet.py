@@ -19,7 +19,8 @@ from tqdm import tqdm
 from aldrift_hf.models import prior, quiet
 from aldrift_hf.toy import word_tokenizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_command_names_its_config():
@@ -114,6 +115,16 @@ def test_bitsandbytes_other_messages_are_printed(caplog):
     logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s. Please make sure", "no kernels")
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
+
+
+@pytest.mark.parametrize("package", ["evaluation", "problems"])
+def test_recipes_leave_it_out_before_bitsandbytes_is_imported(package):
+    """PEFT imports it; recipes name these packages, and with them ours, before PEFT."""
+    code = f"import {package}, sys; print([name in sys.modules for name in ('aldrift_hf', 'peft', 'bitsandbytes')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT / "recipes", capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "[True, False, False]\n"
 
 
 def test_a_mask_is_asked_for_elsewhere(caplog):
