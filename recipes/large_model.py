@@ -6,7 +6,8 @@
 
 One rung of ALDRIFTTrainer, with LoRA of rank 16 on all linear layers, bf16 autocast and gradient checkpointing: the
 largest memory of its stages, beside what the arithmetic of recipes/README.md ("how large a run is") says, and their
-seconds. Weights are random: texts never end before --tokens, and computing them takes as long as with trained weights.
+seconds. Weights are random: texts hardly ever end before --tokens, and computing them takes as long as with trained
+weights.
 Not counted is the loading of CUDA's own libraries, about 0.5 GB. On a CPU memory is that of the process.
 """
 
