@@ -29,6 +29,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from .models import quiet
+from .models.kernels import attention_of_any_shape
 from .models.prior import base_model
 from .models.prompts import encode_prompt
 from .reporting.progress import ProgressBars
@@ -181,7 +182,8 @@ def fit(
     base_model(model).loss_type = "ForCausalLM"  # which the class name of GPT-2 does not tell, as a warning says
     model.train()
     what = "updates of the prior"
-    with ProgressBars(Console()).progress(what, steps) or no_progress(what, steps) as advance:
+    progress = ProgressBars(Console()).progress(what, steps) or no_progress(what, steps)
+    with attention_of_any_shape(), progress as advance:
         for texts in itertools.islice(_batches(draw, batch_size, batches_per_draw, rng), steps):
             batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss

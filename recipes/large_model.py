@@ -1,4 +1,4 @@
-"""Does a large model fit on this GPU, and how long does a rung take? A random model of Llama's shapes.
+"""Does a large model fit on this GPU, and how long does a rung take? Models with random weights.
 
     python recipes/large_model.py                        # 8 billion parameters, in bf16
     python recipes/large_model.py --load_in_4bit True    # its linear layers in NF4; 16 GB are written to --output_dir
@@ -6,9 +6,8 @@
 
 One rung of ALDRIFTTrainer, with LoRA of rank 16 on all linear layers, bf16 autocast and gradient checkpointing: the
 largest memory of its stages, beside what the arithmetic of recipes/README.md ("how large a run is") says, and their
-seconds. Weights are random: texts hardly ever end before --tokens, and computing them takes as long as with trained
-weights.
-Not counted is the loading of CUDA's own libraries, about 0.5 GB. On a CPU memory is that of the process.
+seconds. With random weights texts hardly ever end before --tokens, and computing them takes as long as with others.
+CUDA's own libraries, about 0.5 GB, are not counted. On a CPU memory is that of the process.
 """
 
 import contextlib
@@ -19,12 +18,12 @@ from pathlib import Path
 
 import torch
 from evaluation.measuring import peak_memory
+from evaluation.random_models import SIZES, make_tokenizer
 from evaluation.tables import Comparison
 from peft import LoraConfig
 from transformers import (
     AutoModelForCausalLM,
     BitsAndBytesConfig,
-    LlamaConfig,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -32,33 +31,22 @@ from transformers import (
 from trl import TrlParser
 
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf.models.footprint import Footprint
 from aldrift_hf.models.head import LOGITS_BUDGET
 from aldrift_hf.reporting.writers import ReportWriter
-from aldrift_hf.toy import word_tokenizer
 
 GB = 1e9
 FP32, BF16 = 4, 2
 """Bytes of a number."""
-HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128_256}
-SHAPES = {
-    "8b": {**HEADS, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32},
-    "1b": {**HEADS, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16},
-    "tiny": {
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 512,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-    },
-}
 
 
 @dataclass
 class LargeModelArguments:
     """What is measured."""
 
-    shape: str = field(default="8b", metadata={"choices": [*SHAPES], "help": "Llama's at 8 and 1 billion parameters."})
+    shape: str = field(
+        default="8b", metadata={"choices": [*SIZES], "help": "1b and 8b are Llama's, with so many billion parameters."}
+    )
     load_in_4bit: bool = field(default=False, metadata={"help": "Linear layers in NF4, as QLoRA has them."})
     proposals: int = field(default=256, metadata={"help": "Proposals of the rung."})
     tokens: int = field(default=512, metadata={"help": "Tokens of each completion."})
@@ -90,19 +78,17 @@ class Stages(TrainerCallback):
 
 def random_model(options: LargeModelArguments, device: torch.device) -> PreTrainedModel:
     """The model; one in 4 bits is quantized while it is read from a file."""
-    config = LlamaConfig(**SHAPES[options.shape], bos_token_id=0, eos_token_id=0, max_position_embeddings=8192)
+    size = SIZES[options.shape]
     torch.manual_seed(0)
     with device:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(size.config(size.vocabulary), dtype=torch.bfloat16)
     if not options.load_in_4bit:
         return model
     folder = Path(options.output_dir) / "weights"
     try:
         model.save_pretrained(folder)
         del model
-        nf4 = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-        )  # fmt: skip
+        nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
         return AutoModelForCausalLM.from_pretrained(
             folder, quantization_config=nf4, dtype=torch.bfloat16, device_map={"": device}
         )
@@ -124,8 +110,8 @@ def rung(options: LargeModelArguments) -> dict[str, dict[str, float]]:
         report_to="none", disable_tqdm=True, use_cpu=not torch.accelerator.is_available(),
     )  # fmt: skip
     model = random_model(options, args.device)
-    tokenizer = word_tokenizer([f"w{number}" for number in range(model.config.vocab_size - 2)], " ")
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear")
+    tokenizer = make_tokenizer(SIZES[options.shape])
     trainer = ALDRIFTTrainer(model, cost, args, processing_class=tokenizer, peft_config=lora)
     for callback in (PrinterCallback, ReportWriter):
         trainer.remove_callback(callback)
@@ -137,7 +123,7 @@ def rung(options: LargeModelArguments) -> dict[str, dict[str, float]]:
     trainer.train()
     (figures,) = trainer.record.rungs
     beyond = {name: weights + peak * 2**20 for name, peak in stages.peaks.items()}
-    paper = on_paper(model.config, adapter, options)
+    paper = on_paper(model, adapter, options)
     return {
         "on paper, GB": {name: (weights + value) / GB for name, value in paper.items()},
         "measured, GB": {name: value / GB for name, value in {"weights and adapter": weights, **beyond}.items()},
@@ -149,15 +135,14 @@ def rung(options: LargeModelArguments) -> dict[str, dict[str, float]]:
     }
 
 
-def on_paper(config: LlamaConfig, adapter: int, options: LargeModelArguments) -> dict[str, float]:
+def on_paper(model: PreTrainedModel, adapter: int, options: LargeModelArguments) -> dict[str, float]:
     """Bytes beside the weights: keys and values; the adapter's gradients and Adam's moments, and what a layer keeps of
     each token of a micro-batch, with the logits' chunk."""
-    head = config.hidden_size // config.num_attention_heads
-    cached = 2 * config.num_hidden_layers * config.num_key_value_heads * head * BF16
-    kept, tokens = config.num_hidden_layers * config.hidden_size * BF16, options.batch_size * options.tokens
+    config, tokens = model.config, options.batch_size * options.tokens
+    kept = config.num_hidden_layers * config.hidden_size * BF16
     return {
         "weights and adapter": 0.0,
-        "drawing and scoring": cached * options.proposals * options.tokens,
+        "drawing and scoring": Footprint.of(model).cached * options.proposals * options.tokens,
         "learning": 3 * FP32 * adapter + kept * tokens + 3 * FP32 * min(LOGITS_BUDGET, tokens * config.vocab_size),
     }
 

@@ -1,4 +1,4 @@
-"""cuDNN's attention, which plans anew for every shape, is left out wherever shapes change."""
+"""cuDNN's attention, which builds a new plan for every shape, is left out wherever shapes change."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from conftest import ALDRIFTTrainer, count_a, tiny_llama
 from peft import LoraConfig
 
 from aldrift_hf.models.kernels import attention_of_any_shape
+from aldrift_hf.toy import fit
 
 
 @pytest.fixture(params=[True, False])
@@ -23,6 +24,14 @@ def test_the_choice_is_given_back(given):
     with pytest.raises(KeyError), attention_of_any_shape():
         raise KeyError
     assert torch.backends.cuda.cudnn_sdp_enabled() == given
+
+
+def test_priors_are_trained_without_it(tokenizer):
+    model, found = tiny_llama(), set()
+    model.register_forward_pre_hook(lambda *inputs: found.add(torch.backends.cuda.cudnn_sdp_enabled()))
+    fit(model, tokenizer, lambda count, rng: ["a b"] * count, steps=2, batch_size=2, learning_rate=1e-3, seed=0)
+    assert found == {False}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_drawing_scoring_and_learning_do_without_it(config, tokenizer):

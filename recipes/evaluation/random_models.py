@@ -90,6 +90,20 @@ SIZES = {
         torch.bfloat16,
         256,
     ),
+    # The shape of Llama 3.1 with 8 billion parameters.
+    "8b": Size(
+        _llama(
+            hidden_size=4096,
+            intermediate_size=14_336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+        ),
+        128_256,
+        torch.bfloat16,
+        256,
+    ),
 }
 """The sizes by name."""
 
@@ -111,5 +125,9 @@ def make_model(size: Size, length: int, device: torch.device) -> tuple[PreTraine
         model.lm_head.weight.mul_(0.1)  # logits near 0: all tokens but END are about equally likely
         model.lm_head.bias.zero_()
         model.lm_head.bias[END] = torch.tensor((size.vocabulary - 1) / (length - 1)).log()
-    words = [f"w{number}" for number in range(size.vocabulary - 2)]
-    return model.eval(), word_tokenizer(words, " ")
+    return model.eval(), make_tokenizer(size)
+
+
+def make_tokenizer(size: Size) -> PreTrainedTokenizerBase:
+    """A tokenizer with as many words as the model's vocabulary has."""
+    return word_tokenizer([f"w{number}" for number in range(size.vocabulary - 2)], " ")
