@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         SpanChains,
         SuffixChains,
         Top,
+        TwinArchive,
     )
     from .models.engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
     from .objective.calling import ObjectiveError
@@ -58,6 +59,7 @@ __all__ = [
     "SuffixChains",
     "Top",
     "TransformersEngine",
+    "TwinArchive",
     "VLLMEngine",
     "VLLMServerEngine",
     "check_objective",
@@ -76,6 +78,7 @@ _EXPORTS = {
         "SpanChains",
         "SuffixChains",
         "Top",
+        "TwinArchive",
     ),
     "models.engines": ("Engine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"),
     "objective.calling": ("ObjectiveError",),

@@ -83,7 +83,9 @@ class Archive:
         """The rungs that drew for these prompts."""
         return [entry for entry in self.entries if torch.equal(entry.proposals.prompts, prompts)]
 
-    def extend(self, proposals: Proposals, snapshot: Snapshot, score: Scorer) -> list[Entry]:
+    def extend(
+        self, proposals: Proposals, snapshot: Snapshot, score: Scorer, log_prior: Tensor | None = None
+    ) -> list[Entry]:
         """Add a rung's proposals and the model that drew them, which is the present one.
 
         Args:
@@ -91,6 +93,8 @@ class Archive:
             snapshot: the present model; empty if it is the prior.
             score: called once per earlier model that drew for these prompts, on the new draws, and once on all earlier
                 draws for them; and on the new draws, if `log q` as drawn is not the scorer's.
+            log_prior: `[S, n]`, the new draws' log-probabilities under the prior as a law of draws, where that is not
+                their `log_prior`.
 
         Returns:
             The rungs that drew for these prompts, the new one included.
@@ -98,16 +102,14 @@ class Archive:
         if len(self.entries) == self.window:
             self._forget(1)
         earlier = self.group(proposals.prompts)
-        known = [score(entry.snapshot, proposals) if entry.snapshot else proposals.log_prior for entry in earlier]
+        log_prior = proposals.log_prior if log_prior is None else log_prior
+        known = [score(entry.snapshot, proposals) if entry.snapshot else log_prior for entry in earlier]
         if earlier:  # all at once: in fuller batches, in each of which equal strings are scored once
             drawn = [entry.proposals for entry in earlier]
             columns = torch.split(score(None, join_rungs(drawn)), draws_of(earlier), dim=1)
             for entry, new in zip(earlier, columns, strict=True):
                 entry.log_q = torch.cat([entry.log_q, new[None]])
-        if proposals.as_scored:
-            own = proposals.log_model
-        else:
-            own = score(None, proposals) if snapshot else proposals.log_prior
+        own = proposals.log_model if proposals.as_scored else score(None, proposals) if snapshot else log_prior
         log_q = torch.stack([*known, own])
         self.entries.append(Entry(replace(proposals, texts=None, token_log_model=None), snapshot, log_q))
         return [*earlier, self.entries[-1]]

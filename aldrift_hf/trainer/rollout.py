@@ -185,18 +185,22 @@ class Rollout:
             token_log_model=token_log_model,
         )
 
-    def score(self, prompts: Prompts, drawn: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities of draws under the policy as it is now; the processes share the work."""
-        return self._scores(prompts, drawn, self._score).view_as(drawn.objective)
+    def score(self, prompts: Prompts, drawn: Proposals, under_prior: bool = False) -> Tensor:
+        """`[P, n]` log-probabilities of draws under the policy as it is now, or the prior; the processes share the
+        work."""
+        return self._scores(prompts, drawn, self._score, under_prior).view_as(drawn.objective)
 
     def score_tokens(self, prompts: Prompts, drawn: Proposals) -> Tensor:
         """`[P·n, width]`, those of each token."""
         return self._scores(prompts, drawn, self._score_tokens)
 
-    def _scores(self, prompts: Prompts, drawn: Proposals, score: Callable[..., Tensor]) -> Tensor:
+    def _scores(
+        self, prompts: Prompts, drawn: Proposals, score: Callable[..., Tensor], under_prior: bool = False
+    ) -> Tensor:
         def scores(rows: range, token_ids: list[list[int]]) -> Tensor:
-            completions = drawn.completions.select(torch.arange(rows.start, rows.stop))
-            return score(base_model(self.policy()), token_ids, completions)
+            completions, policy = drawn.completions.select(torch.arange(rows.start, rows.stop)), self.policy()
+            with self.prior.active(policy) if under_prior else contextlib.nullcontext(base_model(policy)) as model:
+                return score(model, token_ids, completions)
 
         with self._inference():
             rounds = list(self._deal("proposals scored", prompts, drawn.rows.tolist(), scores))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 from torch import Tensor
 
 from .. import streams
@@ -86,9 +84,10 @@ class TrainingRollout:
         return {} if self.is_prior else snapshots.take(self.rollout.policy(), self.folder)
 
     def log_prob(self, snapshot: Snapshot | None, proposals: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities under a snapshot's model, or the present one (`None`), nats."""
-        policy = self.rollout.policy()
-        with contextlib.nullcontext() if snapshot is None else snapshots.loaded(policy, snapshot):
+        """`[P, n]` log-probabilities under a snapshot's model, the prior (`{}`) or the present model (`None`), nats."""
+        if not snapshot:
+            return self.rollout.score(self.prompts, proposals, under_prior=snapshot is not None)
+        with snapshots.loaded(self.rollout.policy(), snapshot):
             return self.rollout.score(self.prompts, proposals)
 
     def token_log_prob(self, proposals: Proposals) -> Tensor:

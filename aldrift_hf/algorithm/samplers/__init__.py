@@ -6,6 +6,7 @@ from .chains import MetropolisHastings
 from .edited import EditedTop
 from .span import SpanChains
 from .suffix import SuffixChains
+from .twins import TwinArchive
 from .uncorrected import Reweight, Top
 
 SAMPLERS: dict[str, type[Sampler]] = {
@@ -31,4 +32,5 @@ __all__ = [
     "SpanChains",
     "SuffixChains",
     "Top",
+    "TwinArchive",
 ]

@@ -55,12 +55,18 @@ class ArchiveSampler(Sampler):
         return diagnostics.log_z(pool.log_weight(tau))  # the prior's draws are still there: no need to go step by step
 
     def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
-        return pooled_influence(pool.log_weight(tau), draws_of(self._group))
+        every = self.by_draw(pool.log_weight(tau))
+        drawn = draws_of(self._group)
+        return pooled_influence(every, [n * every.shape[-1] // sum(drawn) for n in drawn])
+
+    def by_draw(self, log_weight: Tensor) -> Tensor:
+        """The weight of each independent draw, `[P, N]`, from the pool's, nats."""
+        return log_weight
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
-        log_weight = pool.log_weight(tau)
+        log_weight = self.by_draw(pool.log_weight(tau))
         return {
-            "archive_draws": pool.objective.shape[1],
+            "archive_draws": log_weight.shape[1],
             "archive_ess": diagnostics.effective_sample_size(log_weight).mean().item(),
             "archive_khat": diagnostics.pareto_khat(log_weight).nanmean().item(),
         }

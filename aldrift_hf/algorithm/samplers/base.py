@@ -40,7 +40,8 @@ class Policy(Protocol):
         ...
 
     def log_prob(self, snapshot: Snapshot | None, proposals: Proposals) -> Tensor:
-        """`[P, n]` log-probabilities of draws under a snapshot's model, or the present one (`None`), nats."""
+        """`[P, n]` log-probabilities of draws under a snapshot's model, the prior (`{}`) or the present model (`None`),
+        nats."""
         ...
 
     def token_log_prob(self, proposals: Proposals) -> Tensor:
