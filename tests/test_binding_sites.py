@@ -5,8 +5,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from evaluation.binding import MeasuredSites
 from problems import binding_sites, wheels
-from problems.binding_sites import BindingSiteProblem, scores
+from problems.binding_sites import BindingSiteProblem, reverse_complement, scores
 from problems.wheels import files_of_wheel
 
 TABLE = """8-mer\t8-mer\tE-score\tMedian\tZ-score
@@ -32,6 +33,20 @@ def test_both_strands_have_the_scaled_score(factor):
         **{"AAAAAAAA": 2 / 3, "TTTTTTTT": 2 / 3, "AAAAAAAC": 0.0, "GTTTTTTT": 0.0},
         "ACGTACGT": 1.0,
     }
+
+
+def test_a_measurement_counts_once_for_both_strands(factor):
+    """Where a method knows that they have one score; otherwise each is measured by itself."""
+    site, other = "A A A A A A A C", "G T T T T T T T"
+    assert (reverse_complement(site), reverse_complement(other)) == (other, site)
+    for both, evaluated in ((True, {site}), (False, {site, other})):
+        problem = MeasuredSites(factor, both_strands=both)
+        problem.cost([""] * 3, [site, "A C", site])
+        assert problem.evaluated == {site}
+        problem.cost([""], [other])
+        assert problem.evaluated == evaluated
+        assert problem.known == {site, other}
+    assert MeasuredSites(factor, both_strands=False, evaluated={site}).known == {site}
 
 
 def test_the_cost_is_what_a_site_lacks(factor):

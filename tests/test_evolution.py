@@ -57,6 +57,19 @@ def test_an_oracle_ends_in_the_middle_of_a_batch():
     assert [*oracle.known] == [WANTED, (0,) * 8, (1,) * 8]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_a_twins_score_is_known_and_not_paid_for(method):
+    """Of a sequence and the same one backwards one is evaluated, and a sequence that is its own twin once."""
+    asked = []
+    oracle = Oracle(lambda sequence: asked.append(sequence) or sum(sequence) / 24, 100, lambda sequence: sequence[::-1])
+    METHODS[method](oracle, 0)
+    assert oracle.evaluations == len(asked) == 100
+    assert len({min(sequence, sequence[::-1]) for sequence in asked}) == 100
+    assert {*oracle.known} == {*asked} | {sequence[::-1] for sequence in asked}
+    assert all(score == sum(sequence) / 24 for sequence, score in oracle.known.items())
+
+
 @pytest.mark.parametrize(("expected", "changed"), [(1.0, (1.2, 1.5)), (2.0, (2.0, 2.3))])
 def test_mutations_change_letters(expected, changed):
     """The mean over the binomial of 8 places, with one for none: 8/8 + (7/8)^8 = 1.34, and 2 + (6/8)^8 = 2.1."""

@@ -13,7 +13,7 @@ import logomaker
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from problems.binding_sites import BASES, LENGTH, BindingSiteProblem
+from problems.binding_sites import BASES, LENGTH, BindingSiteProblem, reverse_complement
 from problems.prior import RecipeModelConfig, make_prior
 from transformers import PreTrainedModel
 
@@ -25,14 +25,16 @@ from evaluation.kept_runs import Run
 from evaluation.tables import Comparison, mean_of
 
 TAU_MAX = 40.0
+STRANDS = "+strands"
+"""Ends the name of a method that knows that both strands of a site have one score."""
 STRONG = 0.9
 """Score of a strong binder."""
-OURS = ("defaults", "aldrift")
+OURS = ("defaults", "aldrift", f"aldrift{STRANDS}")
 """ALDRIFT's rows."""
 COLUMNS = {
     "KL(p_T‖q)": ("kl", ".3g", ".2g"),
     "TV": ("tv", ".2f", ""),
-    "strong among those measured": ("found", ",.0f", ".0f"),
+    "strong ones known": ("found", ",.0f", ".0f"),
     "P(strong)": ("strong", ".3f", ".3f"),
     "distinct strong in 4,096 draws": ("distinct", ",.0f", ".0f"),
     "log Z: exact - estimated": ("log_z_gap", ".2f", ".2f"),
@@ -55,17 +57,24 @@ class MeasuredSites(BindingSiteProblem):
     """Binding sites, of which a method has measured some.
 
     Attributes:
-        measured: the sequences.
+        both_strands: whether a measurement is of both strands, and counts once.
+        evaluated: the sequences that were measured; of both strands the one that comes first in the alphabet.
     """
 
-    measured: set[str] = field(default_factory=set, compare=False)
+    both_strands: bool = False
+    evaluated: set[str] = field(default_factory=set, compare=False)
 
     def cost_of(self, text: str) -> float:
         """The cost, which counts as a measurement if the text is a sequence."""
         cost = super().cost_of(text)
         if len(text.split(self.separator)) == LENGTH:
-            self.measured.add(text)
+            self.evaluated.add(min(text, reverse_complement(text)) if self.both_strands else text)
         return cost
+
+    @property
+    def known(self) -> set[str]:
+        """The sequences whose scores are known."""
+        return self.evaluated | ({*map(reverse_complement, self.evaluated)} if self.both_strands else set())
 
 
 class Truth:
@@ -127,11 +136,11 @@ def first_factor(truths: Mapping[str, Truth], runs: Runs) -> Comparison:
 
 
 def every_factor(truths: Mapping[str, Truth], runs: Runs) -> Comparison:
-    """Of each factor: how many strong binders each method found among what it measured, and KL(p_T‖q) of ours."""
+    """Of each factor: how many strong binders each method knows of, and KL(p_T‖q) of ours."""
     (first, *_) = runs.values()
     ours = [method for method in first if method in OURS]
     columns = ["strong", *first, "KL of the prior", *(f"KL of {method}" for method in ours)]
-    table = Comparison(f"strong binders among those measured: {_seeds(runs)}", columns)
+    table = Comparison(f"strong binders whose scores are known: {_seeds(runs)}", columns)
     for factor, truth in truths.items():
         found = [mean_of([run["found"] for run in made], ",.0f") for made in runs[factor].values()]
         prior = f"{kl_divergence(truth.log_target, truth.log_prior):.2f}"

