@@ -206,6 +206,8 @@ def samplers(names):
     plain = {name: trainer.sample(500, chain_length=1).to_pandas() for name, trainer in names["trainers"].items()}
     winners = {name: draws["completion"][draws["objective"] == 0] for name, draws in plain.items()}
     assert winners["top"].nunique() < 0.8 * winners["archive"].nunique()
+    with_twins = list(names["draws"]["objective"]).count(0) / 2000
+    assert with_twins > 0.6, "without twins it is 0.595, with as many proposals"
     edited = names["trainer_with_edits"].sample(500, chain_length=1)["objective"]
     assert list(edited).count(0) / 500 > 0.5, "of the prior's draws it is 0.01"
     # p_T's share is 0.953: long chains reach it although the model itself does not.
