@@ -60,7 +60,7 @@ METHODS = (
 )
 TRL_BATCH = 64
 """Draws per update."""
-PER_RUNG, MOST_RUNGS = 10, 80
+PER_RUNG, MOST_RUNGS = 10, 40
 """Of aldrift+strands: rungs for which the budget would be enough if no draw repeated, and rungs at most."""
 CBAS_ROUNDS = 16
 """Rounds that the budget is laid out for, if no draw repeats."""
@@ -92,9 +92,8 @@ class BindingArguments:
         default_factory=lambda: [0.05, 0.2, 0.4],
         metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
-    updates: int = field(
-        default=60, metadata={"help": "Optimizer updates per round of CbAS, and per rung of aldrift+strands."}
-    )
+    updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
+    rung_updates: int = field(default=120, metadata={"help": "Optimizer updates per rung of aldrift+strands."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
     )
@@ -154,7 +153,7 @@ class Bench(TunedRuns):
             proposals = math.ceil(budget / PER_RUNG)
             # Sites are counted, and not texts.
             given |= {"max_objective_calls": None, "num_rungs": MOST_RUNGS, "num_generations": proposals}
-            given |= {"updates_per_rung": self.options.updates}
+            given |= {"updates_per_rung": self.options.rung_updates}
             sampler, callbacks = TwinArchive(reverse_complement), [Spent(problem, budget, proposals)]
         last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be measured again
