@@ -10,11 +10,11 @@ functions are those that the package pytorch-holo makes for the same V, L, c, k 
 The cost is the logarithm of the value, scaled to [0, 1], so that p_T ∝ L · f^(T / (c log k)). ALDRIFT is run with T and
 the budget alone (defaults), with the archive and maximum likelihood (archive), with chains that redraw spans, at a T of
 their own (span), with such chains whose new states are uniform ones in place of the model's (uniform_span), with
-TOPIFT, the paper's heuristic (top), and with TOPIFT over what the model draws and what a genetic algorithm makes of the
-best (edited). Its peers: a genetic algorithm that starts from draws of the prior, expert
-iteration, and TRL's RLOO and GRPO with beta = 1/T. Each has the setting of its grid that is best on the first function
-and seed: that solves it first, or else comes closest, and earliest. The function's random seed is the run's. Runs are
-kept in OUTPUT_DIR/runs.jsonl, and not made again.
+TOPIFT, the paper's heuristic (top), and with TOPIFT over what the model draws and what is made of the best by mixing,
+shifting and moving their parts, so far as the prior's data has all neighbours of the result (edited). Its peers: a
+genetic algorithm that starts from draws of the prior, expert iteration, and TRL's RLOO and GRPO with beta = 1/T. Each
+has the setting of its grid that is best on the first function and seed: that solves it first, or else comes closest,
+and earliest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
@@ -62,6 +62,8 @@ SEARCH: dict[str, dict[str, Any]] = {
 """Settings of the span chains."""
 EDITED = {"num_generations": 48, "per_device_train_batch_size": 64}
 """Settings of edited."""
+FEASIBLE, TRIES = 10_000, 300
+"""Of edited: sequences whose neighbours are known to be feasible, and children that are tried for an edit."""
 MOST_MOVES = 256
 """States per rung of each of the two chains of uniform_span."""
 TRL_BATCH = 64
@@ -162,7 +164,7 @@ class Bench(TunedRuns):
                 given |= {"chain_length": length, "num_generations": 2 * length}
                 sampler = SpanChains(length, alphabet(problem, self.model_config))
         elif method == "edited":  # a search for which T is nothing but a number
-            sampler = EditedTop(state_edits(problem))
+            sampler = EditedTop(state_edits(problem), newest_first=True)  # the value has few levels
             given = {"sampler": "top", "tau_step": self.options.tau_max, "num_rungs": budget, **EDITED} | learning
         elif method != "defaults":
             given = {
@@ -212,17 +214,37 @@ def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: 
 
 
 def state_edits(problem: MeasuredEhrlich) -> Edit:
-    """The genetic algorithm's children: each state from one of two parents, and one of them changed."""
+    """Children of two sequences, without neighbours that the prior's data has nowhere: each state from one of the two
+    and one of them changed; or one state left out, and one put in elsewhere; or a part of the other, at another place.
+    """
+    data = problem.random_texts(FEASIBLE, np.random.default_rng(0))
+    seen = {pair for text in data for pair in itertools.pairwise(text.split(problem.separator))}
 
     def edit(texts: list[str], rng: random.Random) -> Iterator[str]:
-        words, separator = problem.words, problem.separator
-        for pair in zip(texts[::2], texts[1::2]):
-            states = [rng.choice(both) for both in zip(*(text.split(separator) for text in pair))]
-            if states:
-                states[rng.randrange(len(states))] = rng.choice(words)
-                yield separator.join(states)
+        parents = [each for each in (text.split(problem.separator) for text in texts) if len(each) == problem.length]
+        for _ in range(TRIES if len(parents) > 1 else 0):
+            child = changed(*rng.sample(parents, 2), problem.words, rng)
+            if seen.issuperset(itertools.pairwise(child)):
+                yield problem.separator.join(child)
 
     return edit
+
+
+def changed(one: list[str], other: list[str], words: list[str], rng: random.Random) -> list[str]:
+    """A child of two sequences of one length, which it has as well."""
+    states, length = [*one], len(one)
+    kind = rng.randrange(3)
+    if kind == 0:
+        states = [rng.choice(both) for both in zip(one, other)]
+        states[rng.randrange(length)] = rng.choice(words)
+    elif kind == 1:
+        del states[rng.randrange(length)]
+        states.insert(rng.randrange(length), rng.choice(words))
+    else:
+        size = rng.randrange(2, length // 2)
+        to, begin = (rng.randrange(length - size + 1) for _ in range(2))
+        states[to : to + size] = other[begin : begin + size]
+    return states
 
 
 def alphabet(problem: MeasuredEhrlich, model_config: RecipeModelConfig) -> list[int]:

@@ -80,6 +80,17 @@ def test_the_best_are_distinct_and_in_order_and_stay_from_rung_to_rung():
     assert not again.state_dict()
 
 
+def test_of_equal_costs_the_newest_come_first_where_that_is_asked_for():
+    """A text is as old as when it was first met, though it is drawn or made again; a checkpoint keeps the order."""
+    sampler = EditedTop(lambda texts, rng: ["ab"], edits_per_draw=1, newest_first=True)
+    moved = Letters().rung(sampler, ["ba", "c", "aab", "b"])
+    assert Letters().decode(moved.pool.completions) == ["ab", "b", "aab", "ba", "c"]
+    again = EditedTop(lambda texts, rng: ["aaab"], edits_per_draw=1, newest_first=True)
+    again.load_state_dict(sampler.state_dict())
+    moved = Letters().rung(again, ["ba", "aaba"])
+    assert Letters().decode(moved.pool.completions) == ["aaab", "aaba", "ab", "b", "aab", "ba", "c"]
+
+
 def test_what_the_prior_excludes_comes_last():
     letters, sampler = Letters(), EditedTop(lambda texts, rng: ["a"], edits_per_draw=1)
     moved = letters.rung(sampler, ["dd", "ddbbb", "dbcd"])

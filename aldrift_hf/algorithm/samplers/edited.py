@@ -46,6 +46,8 @@ class EditedTop(Sampler):
         edit: makes new texts out of good ones.
         edits_per_draw: edits for each of the model's draws.
         remembered: best texts per prompt that are kept. With more the search is slower, and its texts differ more.
+        newest_first: how texts of equal cost are ranked: by the time when they were met, newest first, so that a search
+            on a plateau drifts on; otherwise by the prior. Take it for costs of few values.
 
     Raises:
         ValueError: if there would be no edits, or nothing would be kept; and on the first rung, if no edit is a text
@@ -55,10 +57,11 @@ class EditedTop(Sampler):
     corrects: ClassVar[bool] = False
     redraws: ClassVar[bool] = True
 
-    def __init__(self, edit: Edit, edits_per_draw: int = 5, remembered: int = 100) -> None:
+    def __init__(self, edit: Edit, edits_per_draw: int = 5, remembered: int = 100, newest_first: bool = False) -> None:
         if edits_per_draw < 1 or remembered < 1:
             raise ValueError("EditedTop: edits_per_draw and remembered must be at least 1; without edits use Top")
         self.edit, self.edits_per_draw, self.remembered = edit, edits_per_draw, remembered
+        self.newest_first = newest_first
         self._best = KeptDraws("best")
         self._size, self._usable = 0, 0.0
 
@@ -112,14 +115,17 @@ class EditedTop(Sampler):
 
     def _ranked(self, old: Proposals | None, new: Proposals) -> Proposals:
         """`[1, m]`, the distinct texts of one prompt, best first; what the prior excludes comes last."""
-        every = new if old is None else join_rungs([old, new])
-        cost = torch.where(every.log_prior.isfinite(), every.objective, math.inf)
-        tokens = [*map(tuple, every.completions.tokens())]
-        order = top(cost, every.log_prior, len(tokens))[0].tolist()
-        first: dict[tuple[int, ...], int] = {}
-        for row in order:
-            first.setdefault(tokens[row], row)
-        return every.select(torch.tensor([[*first.values()][: self.remembered]]))
+        every, known = (new, 0) if old is None else (join_rungs([old, new]), len(old))
+        cost = torch.where(every.log_prior.isfinite(), every.objective, math.inf)[0].tolist()
+        if self.newest_first:  # what is kept is in this order already
+            behind = [float(row if row < known else -row) for row in range(len(cost))]
+        else:
+            behind = (-every.log_prior[0]).tolist()
+        first: dict[tuple[int, ...], int] = {}  # a text is as old as its first row
+        for row, tokens in enumerate(every.completions.tokens()):
+            first.setdefault(tuple(tokens), row)
+        order = sorted(first.values(), key=lambda row: (cost[row], behind[row]))
+        return every.select(torch.tensor([order[: self.remembered]]))
 
     def _edited(self, best: Sequence[Proposals], count: int, rng: random.Random) -> tuple[list[list[int]], int]:
         """The tokens of `count` edits for each prompt, and how many are edits: the best text fills what is missing."""
