@@ -241,7 +241,7 @@ def changed(one: list[str], other: list[str], words: list[str], rng: random.Rand
         del states[rng.randrange(length)]
         states.insert(rng.randrange(length), rng.choice(words))
     else:
-        size = rng.randrange(2, length // 2)
+        size = rng.randint(1, max(1, length // 2))
         to, begin = (rng.randrange(length - size + 1) for _ in range(2))
         states[to : to + size] = other[begin : begin + size]
     return states

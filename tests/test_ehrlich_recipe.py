@@ -1,6 +1,7 @@
 """The recipe of Ehrlich functions, on one that is quickly solved."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -52,6 +53,25 @@ def test_each_evaluation_counts_once_and_draws_do_not():
     assert draws["solutions"] == len({best, texts[0]}) if problem.value_of(texts[0]) == 1 else 1
     assert draws["mean_value"] == (2 + problem.value_of(texts[0])) / 4
     assert len(problem.values) == count
+
+
+def test_edits_keep_to_the_neighbours_of_the_data_and_to_the_length(recipe_module):
+    """All three kinds of children are made; what is no sequence is no parent."""
+    recipe, problem = recipe_module("ehrlich"), MeasuredEhrlich(16, 8, 2, 2, 0)
+    texts = problem.random_texts(8, np.random.default_rng(0))
+    edit = recipe.state_edits(problem)
+    made = [*edit(["x", *texts, texts[0][:3], ""], random.Random(0))]
+    assert 20 < len(made) < recipe.TRIES
+    assert all(map(problem.is_feasible, made))
+    assert len({*made} - {*texts}) > 10
+    assert not [*edit(texts[:1], random.Random(0))]
+    one, other = list("aaaaaa"), list("bbbbbb")
+    children = {"".join(recipe.changed(one, other, ["c"], random.Random(seed))) for seed in range(300)}
+    assert {len(child) for child in children} == {6}
+    assert "aacaaa" in children, "a state for another"
+    assert "abbaaa" in children, "a part of the other"
+    assert any({*child} == {*"abc"} for child in children), "mixed and changed"
+    assert one == list("aaaaaa")
 
 
 def test_the_best_value_after_each_evaluation():
