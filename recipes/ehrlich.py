@@ -123,7 +123,7 @@ class Bench(TunedRuns):
         if method == "uniform_span":  # learning does not help its moves, so it may be fast
             return ["30 0.001"]
         if method == "edited":
-            return [f"4 {rate:g}" for rate in (3e-4, 1e-3)]
+            return [f"4 {rate:g}" for rate in options.learning_rates]
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method in TRL:

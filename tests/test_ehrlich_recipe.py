@@ -22,7 +22,7 @@ def test_the_comparison(run_recipe, capsys):
     for method in METHODS:
         made = [run for run in runs if run["method"] == method]
         # Where several settings are tried: each on the first seed, and the best one on the other.
-        assert len(made) == {"genetic_algorithm": 2, "edited": 2, "span": 6}.get(method, 1) + 1
+        assert len(made) == {"genetic_algorithm": 2, "span": 6}.get(method, 1) + 1
         for run in made:
             assert 0 < run["calls"] <= 128
             assert run["best"] == run["rises"][-1][1]
