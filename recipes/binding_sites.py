@@ -60,8 +60,8 @@ METHODS = (
 )
 TRL_BATCH = 64
 """Draws per update."""
-PER_RUNG, MOST_RUNGS = 10, 40
-"""Of aldrift+strands: rungs for which the budget would be enough if no draw repeated, and rungs at most."""
+STRAND_RUNGS = 10
+"""Rungs of aldrift+strands for which the budget would be enough if no draw repeated."""
 CBAS_ROUNDS = 16
 """Rounds that the budget is laid out for, if no draw repeats."""
 
@@ -93,6 +93,7 @@ class BindingArguments:
         metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
     updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
+    rungs: int = field(default=40, metadata={"help": "Rungs of aldrift+strands, at most."})
     rung_updates: int = field(default=120, metadata={"help": "Optimizer updates per rung of aldrift+strands."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
@@ -112,9 +113,11 @@ class Bench(TunedRuns):
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
         options = self.options
-        method = method if method == f"aldrift{STRANDS}" else method.removesuffix(STRANDS)
-        if method in ("defaults", f"aldrift{STRANDS}"):
+        if method == "defaults":
             return [""]
+        if method == f"aldrift{STRANDS}":
+            return [f"{options.rungs} {options.rung_updates}"]
+        method = method.removesuffix(STRANDS)
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method == "adalead":
@@ -144,17 +147,19 @@ class Bench(TunedRuns):
         return spent | extra | ({} if model is None else truth.measures(model, seed))
 
     def aldrift(
-        self, problem: MeasuredSites, truth: Truth, rate: list[float], budget: int, seed: int
+        self, problem: MeasuredSites, truth: Truth, numbers: list[float], budget: int, seed: int
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """ALDRIFT's model, and what it says of log Z and of the mass that its draws miss."""
-        given: dict[str, Any] = {"learning_rate": rate[0]} if rate else {}
+        given: dict[str, Any] = {}
         sampler, callbacks = None, list[TrainerCallback]()
         if problem.both_strands:
-            proposals = math.ceil(budget / PER_RUNG)
+            proposals, (rungs, updates) = math.ceil(budget / STRAND_RUNGS), map(int, numbers)
             # Sites are counted, and not texts.
-            given |= {"max_objective_calls": None, "num_rungs": MOST_RUNGS, "num_generations": proposals}
-            given |= {"updates_per_rung": self.options.rung_updates}
+            given = {"max_objective_calls": None, "num_generations": proposals}
+            given |= {"num_rungs": rungs, "updates_per_rung": updates}
             sampler, callbacks = TwinArchive(reverse_complement), [Spent(problem, budget, proposals)]
+        elif numbers:
+            given = {"learning_rate": numbers[0]}
         last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be measured again
         config = left_open(last, TAU_MAX, budget, seed, **given)
