@@ -27,8 +27,8 @@ class TwinArchive(ArchiveSampler):
     equally often. Where the model draws a known text's twin, the objective is asked for it all the same.
 
     Args:
-        twin: makes a text's twin; of the twin, the text; and of a text that has none, the text itself. One that the
-            tokenizer cannot write within the longest completion counts as none.
+        twin: makes a text's twin; of the twin, the text; and of a text that has none, the text itself. A draw that was
+            cut at the longest completion has none, nor has one whose twin the tokenizer cannot write within that.
         window, pareto_smoothing: as for [`ArchiveSampler`].
 
     Raises:
