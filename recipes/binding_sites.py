@@ -47,7 +47,7 @@ from problems.binding_sites import BASES, FACTORS, LENGTH, reverse_complement
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
-from transformers import PreTrainedModel, TrainerCallback
+from transformers import PreTrainedModel
 from trl import TrlParser
 
 from aldrift_hf import TwinArchive
@@ -151,21 +151,21 @@ class Bench(TunedRuns):
     ) -> tuple[PreTrainedModel, dict[str, float]]:
         """ALDRIFT's model, and what it says of log Z and of the mass that its draws miss."""
         given: dict[str, Any] = {}
-        sampler, callbacks = None, list[TrainerCallback]()
+        sampler, proposals = None, math.ceil(budget / STRAND_RUNGS)
         if problem.both_strands:
-            proposals, (rungs, updates) = math.ceil(budget / STRAND_RUNGS), map(int, numbers)
-            # Sites are counted, and not texts.
+            rungs, updates = map(int, numbers)
+            # Sites are counted, and not texts: see Spent.
             given = {"max_objective_calls": None, "num_generations": proposals}
             given |= {"num_rungs": rungs, "updates_per_rung": updates}
-            sampler, callbacks = TwinArchive(reverse_complement), [Spent(problem, budget, proposals)]
+            sampler = TwinArchive(reverse_complement)
         elif numbers:
             given = {"learning_rate": numbers[0]}
         last = self.folder / "last_run"
         shutil.rmtree(last, ignore_errors=True)  # the costs kept there would not be measured again
         config = left_open(last, TAU_MAX, budget, seed, **given)
         trainer = make_trainer(problem, config, self.model_config, sampler)
-        for callback in callbacks:
-            trainer.add_callback(callback)
+        if problem.both_strands:
+            trainer.add_callback(Spent(problem, budget, proposals))
         trainer.remove_callback(ReportWriter)
         trainer.add_callback(ReportWriter(logo_image))
         trainer.train()
