@@ -10,6 +10,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    GPT2LMHeadModel,
     GPTNeoXConfig,
     GraniteConfig,
     JambaConfig,
@@ -99,6 +100,31 @@ def test_probabilities_sum_to_one(model):
 
 def test_scores_are_those_of_the_models_own_logits(model):
     """Token by token, without padding or batch: what the model says, its last touch to the logits included."""
+    assert_own_logits(model)
+    assert projection._known[model] is not None, "scored from whole batches of logits"
+
+
+class Ruled(GPT2LMHeadModel):
+    """A model in which one token hardly ever follows a certain other."""
+
+    before = 0
+
+    def forward(self, input_ids, **inputs):
+        output = super().forward(input_ids, **inputs)
+        output.logits[..., 2] -= 8.0 * (input_ids == self.before)
+        return output
+
+
+@pytest.mark.parametrize("before", range(VOCABULARY))
+def test_what_a_model_does_to_its_logits_may_depend_on_the_token_before(before):
+    torch.manual_seed(0)
+    model = Ruled(CONFIGS["gpt2"]()).eval()
+    model.before = before
+    assert_own_logits(model)
+    assert projection._known[model] is None
+
+
+def assert_own_logits(model):
     completions = every_completion()
     for prompt in PROMPTS:
         scores = log_probs(model, prompt, completions)
@@ -108,7 +134,6 @@ def test_scores_are_those_of_the_models_own_logits(model):
                 logits = model(input_ids=torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
             by_hand = logits.double().log_softmax(-1)[range(len(tokens)), tokens].sum().item()
             assert scores[row].item() == pytest.approx(by_hand, abs=2e-5)
-    assert projection._known[model] is not None, "scored from whole batches of logits"
 
 
 def test_draws_meet_their_scores(model):

@@ -33,6 +33,9 @@ Finish = Callable[[Tensor], Tensor]
 Statistic = Callable[[Tensor, Tensor], Tensor]
 """What is wanted of logits `[N, vocabulary]` and targets `[N]`: `[N, …]`, each row of its own logits."""
 
+PROBED = 32
+"""Most tokens that a model is tried on, to find out what it does to its logits: that may depend on the token before."""
+
 _known: WeakKeyDictionary[nn.Module, Finish | None] = WeakKeyDictionary()
 
 
@@ -176,11 +179,12 @@ def contiguous_input(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
-    """Which of [`_finishes`] this model applies, found by trying them on one token; `None` if none fits."""
+    """Which of [`_finishes`] this model applies, found by trying them on some tokens; `None` if none fits."""
     raw: list[Tensor] = []
-    handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output))
+    # A copy: the model may change its logits where they are.
+    handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output.clone()))
     try:
-        logits = model(input_ids=targets[:1, None], use_cache=False).logits
+        logits = model(input_ids=targets.unique()[:PROBED, None], use_cache=False).logits
     finally:
         handle.remove()
     for finish in _finishes(model.config.get_text_config()):
