@@ -14,7 +14,12 @@ TOPIFT, the paper's heuristic (top), and with TOPIFT over what the model draws a
 shifting and moving their parts, so far as the prior's data has all neighbours of the result (edited). Its peers: a
 genetic algorithm that starts from draws of the prior, expert iteration, and TRL's RLOO and GRPO with beta = 1/T. Each
 has the setting of its grid that is best on the first function and seed: that solves it first, or else comes closest,
-and earliest. The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+and earliest.
+
+METHOD+rules knows the rules that the prior's data keeps to, the length and the neighbours that occur: its prior, and so
+its model, gives all other sequences probability 0, and the genetic algorithm drops such children unevaluated.
+
+The function's random seed is the run's. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
@@ -51,6 +56,8 @@ METHODS = (
     *("defaults", "archive", "top", "span", "uniform_span", "edited"),
     *("genetic_algorithm", "expert_iteration", *TRL),
 )
+RULES = "+rules"
+"""Ends the name of a method that knows the length, and which neighbours the prior's data has."""
 SEARCH_TAU_MAX = 200.0
 """T of the span chains, which search: so steep that a chain rarely goes back."""
 SEARCH: dict[str, dict[str, Any]] = {
@@ -62,8 +69,8 @@ SEARCH: dict[str, dict[str, Any]] = {
 """Settings of the span chains."""
 EDITED = {"num_generations": 48, "per_device_train_batch_size": 64}
 """Settings of edited."""
-FEASIBLE, TRIES = 10_000, 300
-"""Of edited: sequences whose neighbours are known to be feasible, and children that are tried for an edit."""
+TRIES = 300
+"""Children that are tried for an edit."""
 MOST_MOVES = 256
 """States per rung of each of the two chains of uniform_span."""
 TRL_BATCH = 64
@@ -82,7 +89,9 @@ class EhrlichArguments:
     budgets: list[int] = field(
         default_factory=lambda: [5248, 10000, 5248], metadata={"help": "Evaluations of a run, for each function."}
     )
-    methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
+    methods: list[str] = field(
+        default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}; each also as METHOD{RULES}."}
+    )
     tau_max: float = field(default=40.0, metadata={"help": "T."})
     rungs: int = field(default=20, metadata={"help": "Rungs of archive and top, and rounds of expert iteration."})
     updates: list[int] = field(
@@ -115,7 +124,7 @@ class Bench(TunedRuns):
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
-        options = self.options
+        options, method = self.options, method.removesuffix(RULES)
         if method == "defaults":
             return [""]
         if method == "span":
@@ -137,8 +146,8 @@ class Bench(TunedRuns):
 
     def measure(self, function: str, method: str, setting: str, budget: int, seed: int) -> dict[str, Any]:
         """Make a run."""
-        problem = MeasuredEhrlich(*numbers_of(function), seed)
-        numbers = [*map(float, setting.split())]
+        problem = MeasuredEhrlich(*numbers_of(function), seed, rules_known=method.endswith(RULES))
+        numbers, method = [*map(float, setting.split())], method.removesuffix(RULES)
         began = time.process_time()
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), numbers[1], budget, seed)
@@ -206,10 +215,15 @@ class Bench(TunedRuns):
 def evolve(problem: MeasuredEhrlich, population: int, mutations: float, budget: int, seed: int) -> None:
     """Run the genetic algorithm, from feasible sequences."""
     oracle = Oracle(lambda codes: problem.value_of(problem.texts(np.array([codes]))[0]), budget)
+    words, pairs = problem.words, problem.neighbours
+
+    def has_known_neighbours(codes: tuple[int, ...]) -> bool:
+        return pairs.issuperset(itertools.pairwise(words[code] for code in codes))
+
     start = problem.function.sequences(population, problem.length, np.random.default_rng(seed))
     genetic_algorithm(
         oracle, problem.states, problem.length, population=population, mutations=mutations, seed=seed,
-        start=map(tuple, start.tolist()),
+        start=map(tuple, start.tolist()), allowed=has_known_neighbours if problem.rules_known else None,
     )  # fmt: skip
 
 
@@ -217,14 +231,12 @@ def state_edits(problem: MeasuredEhrlich) -> Edit:
     """Children of two sequences, without neighbours that the prior's data has nowhere: each state from one of the two
     and one of them changed; or one state left out, and one put in elsewhere; or a part of the other, at another place.
     """
-    data = problem.random_texts(FEASIBLE, np.random.default_rng(0))
-    seen = {pair for text in data for pair in itertools.pairwise(text.split(problem.separator))}
 
     def edit(texts: list[str], rng: random.Random) -> Iterator[str]:
         parents = [each for each in (text.split(problem.separator) for text in texts) if len(each) == problem.length]
         for _ in range(TRIES if len(parents) > 1 else 0):
             child = changed(*rng.sample(parents, 2), problem.words, rng)
-            if seen.issuperset(itertools.pairwise(child)):
+            if problem.neighbours.issuperset(itertools.pairwise(child)):
                 yield problem.separator.join(child)
 
     return edit
@@ -265,7 +277,7 @@ def numbers_of(function: str) -> list[int]:
 
 def main() -> None:
     options, model_config = TrlParser((EhrlichArguments, RecipeModelConfig)).parse_args_and_config()
-    if unknown := sorted(set(options.methods) - set(METHODS)):
+    if unknown := sorted({method.removesuffix(RULES) for method in options.methods} - {*METHODS}):
         sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
     for function in options.functions:
         if re.fullmatch(r"\d+-\d+-\d+-\d+", function) is None:

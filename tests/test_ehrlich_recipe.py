@@ -11,7 +11,10 @@ QUICK = {
     "functions": "8-6-1-2", "budgets": 128, "rungs": 4, "updates": 5, "learning_rates": 3e-3, "populations": "8 16",
     "mutations": 1, "seeds": "0 1", "prior_steps": 100,
 }  # fmt: skip
-METHODS = ("archive", "top", "span", "uniform_span", "edited", "genetic_algorithm", "expert_iteration", "rloo")
+METHODS = (
+    *("archive", "top", "span", "uniform_span", "edited", "genetic_algorithm", "expert_iteration", "rloo"),
+    *("edited+rules", "genetic_algorithm+rules", "rloo+rules"),
+)
 
 
 @pytest.mark.slow
@@ -22,13 +25,13 @@ def test_the_comparison(run_recipe, capsys):
     for method in METHODS:
         made = [run for run in runs if run["method"] == method]
         # Where several settings are tried: each on the first seed, and the best one on the other.
-        assert len(made) == {"genetic_algorithm": 2, "span": 6}.get(method, 1) + 1
+        assert len(made) == {"genetic_algorithm": 2, "span": 6}.get(method.removesuffix("+rules"), 1) + 1
         for run in made:
             assert 0 < run["calls"] <= 128
             assert run["best"] == run["rises"][-1][1]
             assert (run["solved_at"] is None) == (run["best"] < 1)
-            assert ("feasible" in run) == (method != "genetic_algorithm")
-            assert 0.5 < run.get("feasible", 1) <= 1
+            assert ("feasible" in run) == (not method.startswith("genetic_algorithm"))
+            assert (1 if method.endswith("+rules") else 0.5) <= run.get("feasible", 1) <= 1
     assert any(run["solved_at"] is not None for run in runs)
     written = (folder / "ehrlich.md").read_text()
     assert "| top 5 0.003 | " in written

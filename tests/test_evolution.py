@@ -1,5 +1,7 @@
 """Evolution of sequences: what a method may do, and that it climbs."""
 
+import itertools
+
 import numpy as np
 import pytest
 from evaluation.evolution import Oracle, adalead, genetic_algorithm, mutated, one_hot, random_sequences, recombined
@@ -93,3 +95,21 @@ def test_children_are_read_from_both_parents():
 
 def test_indicators():
     assert one_hot(np.array([[0, 2]]), 3).tolist() == [[1, 0, 0, 0, 0, 1]]
+
+
+def test_children_that_are_not_allowed_are_never_evaluated():
+    """They cost nothing, and the search goes on: no neighbours may be the same."""
+
+    def allowed(sequence):
+        return all(one != other for one, other in itertools.pairwise(sequence))
+
+    oracle, start = Oracle(matches, 300), [(*WANTED[1:], 0), (0, 1) * 4]
+    genetic_algorithm(
+        oracle, LETTERS, LENGTH, population=16, mutations=1.0, seed=0, start=start, allowed=allowed,
+    )  # fmt: skip
+    first, *others = oracle.known
+    assert not allowed(first)
+    assert first == start[0], "the first generation is taken as it is"
+    assert all(map(allowed, others))
+    assert oracle.evaluations == 300
+    assert max(map(matches, others)) == 7 / 8, "the best without equal neighbours"

@@ -184,7 +184,7 @@ def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
     # A copy: the model may change its logits where they are.
     handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output.clone()))
     try:
-        logits = model(input_ids=targets.unique()[:PROBED, None], use_cache=False).logits
+        logits = model(input_ids=torch.unique(targets)[:PROBED, None], use_cache=False).logits
     finally:
         handle.remove()
     for finish in _finishes(model.config.get_text_config()):

@@ -65,6 +65,7 @@ def genetic_algorithm(
     mutations: float,
     seed: int,
     start: Iterable[Sequence] | None = None,
+    allowed: Callable[[Sequence], bool] | None = None,
 ) -> None:
     """Each generation, the best sequences so far are the parents of as many children.
 
@@ -79,6 +80,7 @@ def genetic_algorithm(
         mutations: letters of a child that are changed, on average.
         seed: random seed.
         start: the first generation; `None` draws `population` sequences, all with equal probability.
+        allowed: which children are evaluated; `None` for all.
     """
     rng = np.random.default_rng(seed)
     oracle.evaluate(random_sequences(population, letters, length, rng) if start is None else start)
@@ -89,7 +91,8 @@ def genetic_algorithm(
         for child in mutated(children, letters, mutations, rng):
             while tuple(child.tolist()) in oracle.known:
                 child = mutated(child[None], letters, 1.0, rng)[0]
-            oracle.evaluate([tuple(child.tolist())])
+            if allowed is None or allowed(tuple(child.tolist())):
+                oracle.evaluate([tuple(child.tolist())])
 
 
 def adalead(

@@ -17,13 +17,18 @@ from functools import cached_property
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from problems.feasible import with_rules
 from problems.text_problem import TextProblem
 
 BAND = 0.4
 """Pairs of a state with this share of the states to each side, in an order drawn for each, are allowed."""
 SHARPNESS = 2.0
 """The logits of allowed transitions are standard normal numbers times this."""
+
+FEASIBLE = 10_000
+"""Sequences whose neighbours are known to be feasible."""
 
 Codes = NDArray[np.int64]
 
@@ -128,6 +133,7 @@ class EhrlichProblem(TextProblem):
     Attributes:
         states, length, motifs, size: V, L, c and k, as in [`holo`].
         function_seed: the random seed of the function.
+        rules_known: whether all sequences of the prior have the length, and only neighbours that its data has.
     """
 
     states: int = 32
@@ -135,6 +141,7 @@ class EhrlichProblem(TextProblem):
     motifs: int = 2
     size: int = 4
     function_seed: int = 0
+    rules_known: bool = False
 
     @cached_property
     def function(self) -> Ehrlich:
@@ -159,6 +166,18 @@ class EhrlichProblem(TextProblem):
     def random_texts(self, count: int, rng: np.random.Generator) -> list[str]:
         """Draw feasible sequences, by the function's transitions."""
         return self.texts(self.function.sequences(count, self.length, rng))
+
+    @cached_property
+    def neighbours(self) -> frozenset[tuple[str, str]]:
+        """The pairs of neighbours in the first sequences of the prior's data; all are feasible."""
+        data = self.random_texts(FEASIBLE, np.random.default_rng(0))
+        return frozenset(pair for text in data for pair in itertools.pairwise(text.split(self.separator)))
+
+    def prior_from(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The model, which writes only sequences that keep to the data's rules where these are known."""
+        if not self.rules_known:
+            return model
+        return with_rules(model, tokenizer, self.words, self.neighbours, self.length)
 
     def texts(self, codes: Codes) -> list[str]:
         """Sequences as texts."""

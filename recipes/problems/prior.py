@@ -73,6 +73,7 @@ def make_prior(
     steps = model_config.prior_steps
     if model_config.model_name_or_path is None:
         model, tokenizer = small_prior(problem.words, problem.separator, problem.random_texts, model_config.small_prior)
+        model = problem.prior_from(model, tokenizer)
         if peft_config is not None:
             peft_config.fan_in_fan_out = True  # GPT-2 stores its weights transposed
         return model, tokenizer, peft_config

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TextProblem(ABC):
@@ -54,6 +55,12 @@ class TextProblem(ABC):
     def completions(self, prompt: str) -> Iterator[str]:
         """Every well-formed completion of a prompt."""
         return self.all_texts()
+
+    def prior_from(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        """The prior, from the small model that was trained on the problem's strings: the model itself, unless a problem
+        overrides this.
+        """
+        return model
 
     def cost(self, prompts: list[str], completions: list[str]) -> list[float]:
         """The objective, as the trainer calls it."""
