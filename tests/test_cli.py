@@ -1,5 +1,6 @@
 """The command `aldrift`, as a user meets it."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -31,10 +32,11 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 
 from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
 from aldrift_hf.cli import env, runs
+from aldrift_hf.cli.functions import load_function
 from aldrift_hf.cli.parser import GROUPS, RunParser
-from aldrift_hf.cli.task import load_objective
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.record import RunRecord
+from aldrift_hf.reporting.report import write_report
 from aldrift_hf.toy import word_tokenizer
 
 pytestmark = pytest.mark.versions
@@ -135,7 +137,7 @@ def test_objectives_by_module_and_by_file(here, name):
 @pytest.mark.parametrize("name", ["random.py", "costs-of.v2.py"])
 def test_a_file_hides_no_module_and_may_have_any_name(here, name):
     Path(name).write_text("def one(prompts, completions):\n    return [1.0 for _ in completions]\n")
-    assert load_objective(f"{name}:one")([], ["a"]) == [1.0]
+    assert load_function(f"{name}:one", "--objective")([], ["a"]) == [1.0]
     assert sys.modules["random"] is random
 
 
@@ -182,7 +184,7 @@ def test_a_run_from_python_with_an_adapter_of_another_name(here, capsys):
     policy = get_peft_model(model, lora_config(model), adapter_name="mine")
     settings = {"tau_max": 1.5, "objective_range": 3.0, "max_completion_length": 3, "updates_per_rung": 4}
     args = ALDRIFTConfig(output_dir="out", learning_rate=1e-2, num_rungs=1, report_to="none", use_cpu=True, **settings)
-    trainer = ALDRIFTTrainer(policy, load_objective("costs:not_a"), args)
+    trainer = ALDRIFTTrainer(policy, load_function("costs:not_a", "--objective"), args)
     trainer.train()
     trainer.save_model()
     expected = log_probs(base_model(trainer.model), [EOS], every_completion())
@@ -299,6 +301,44 @@ def test_report_of_a_run(run, capsys):
         cli.main(["report"])
 
 
+PICTURES = """
+def counts(completions, weights):
+    return f"<b>{len(completions)} texts, {sum(weights):.2f} of weight</b>"
+
+
+def broken(completions, weights):
+    return {}["a"]
+
+
+def no_text(completions, weights):
+    return len(completions)
+"""
+
+
+@pytest.mark.slow
+def test_report_with_pictures(run, monkeypatch):
+    """As the user's function draws them; what is wrong with it is said, and the report that is there stays."""
+    monkeypatch.setattr("aldrift_hf.cli.report.write_report", write_report)  # which `here` has replaced
+    Path("pictures.py").write_text(PICTURES)
+    report = Path("out/report.html")
+    cli.main(["report", "out"])
+    plain = report.read_text()
+    cli.main(["report", "--picture", "pictures.py:counts", "out"])
+    shown = report.read_text()
+    texts = [*map(int, re.findall(r"<b>(\d+) texts, 1.00 of weight</b>", shown))]
+    assert sum(number > 1 for number in texts) == 2, "of the model, and of the target"
+    assert 1 in texts, "beside a text"
+    assert "of weight" not in plain
+    for function, words in {
+        "broken": r"aldrift report: --picture pictures.py:broken: KeyError\('a'\)",
+        "no_text": "aldrift report: --picture pictures.py:no_text returns int; it must return HTML or SVG as a string",
+        "count": r"aldrift report: --picture pictures.py:count: .* did you mean counts\?",
+    }.items():
+        with pytest.raises(SystemExit, match=words):
+            cli.main(["report", "out", "--picture", f"pictures.py:{function}"])
+    assert report.read_text() == shown
+
+
 def test_env_lists_versions(capsys):
     cli.main(["env"])
     out = capsys.readouterr().out
@@ -308,12 +348,14 @@ def test_env_lists_versions(capsys):
 
 @pytest.mark.parametrize("command", ["env", "report"])
 def test_commands_without_options_explain_themselves(command, capsys):
-    cli.main([command, "--help"])
+    with contextlib.suppress(SystemExit):
+        cli.main([command, "--help"])
     assert capsys.readouterr().out.startswith(f"usage: aldrift {command}")
     with pytest.raises(SystemExit) as stop:
         cli.main([command, "--no_such_option"])
     assert stop.value.code == 2
-    assert capsys.readouterr().out.startswith(f"usage: aldrift {command}")
+    said = "".join(capsys.readouterr())
+    assert said.startswith(("usage: aldrift env", "aldrift report: the following arguments are required: RUN"))
 
 
 # ---- Help and errors ------------------------------------------------------------------------------------------------

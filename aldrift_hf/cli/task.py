@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib.util
-import operator
 import os
 import re
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
@@ -23,55 +18,10 @@ from ..models.loading import is_adapter
 from ..objective.protocol import CostFunction
 from ..trainer.config import ALDRIFTConfig
 from ..trainer.trainer import ALDRIFTTrainer
+from .functions import load_function
 from .parser import AdapterConfig, TaskArguments
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-
-
-def load_objective(name: str) -> CostFunction:
-    """The cost function `MODULE:FUNCTION` or `FILE.py:FUNCTION`; a module may also be in the working directory.
-
-    Raises:
-        ValueError: if the name is wrong; the message says which part. Errors inside the module are not caught.
-    """
-    source, colon, attribute = name.rpartition(":")
-    if not colon or not source or not attribute:
-        raise ValueError(f"--objective {name}: write MODULE:FUNCTION or FILE.py:FUNCTION")
-    module = _load_file(source) if source.endswith(".py") else _load_module(source)
-    try:
-        function = operator.attrgetter(attribute)(module)
-    except AttributeError:
-        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        similar = difflib.get_close_matches(attribute, known, n=1)
-        hint = f"did you mean {similar[0]}?" if similar else f"its functions: {', '.join(known) or 'none'}."
-        raise ValueError(f"--objective {name}: {source} has no function {attribute!r}; {hint}") from None
-    if not callable(function):
-        raise ValueError(f"--objective {name}: {attribute} is not a function, but {type(function).__name__}")
-    return cast(CostFunction, function)
-
-
-def _load_file(path: str) -> ModuleType:
-    """Import a file under a unique name, so that a `random.py` does not replace the module `random`."""
-    if not os.path.isfile(path):
-        raise ValueError(f"--objective {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"objective:{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(cast(Any, spec))
-    sys.modules[module.__name__] = module
-    cast(Any, spec).loader.exec_module(module)
-    return module
-
-
-def _load_module(name: str) -> ModuleType:
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and one that it imports does not
-        raise ValueError(
-            f"--objective {name}: there is no module {error.name!r}, neither installed nor in {os.getcwd()}"
-        ) from None
 
 
 def load_prompts(task: TaskArguments) -> Dataset | None:
@@ -112,7 +62,7 @@ def make_trainer(
     """
     if model.model_name_or_path is None:
         raise ValueError("--model_name_or_path is missing: the id or path of a causal language model, the prior")
-    objectives = [load_objective(name) for name in task.objective]
+    objectives: list[CostFunction] = [load_function(name, "--objective") for name in task.objective]
     dataset = load_prompts(task)
     kwargs = {
         "revision": model.model_revision,

@@ -22,7 +22,7 @@ from rdkit import Chem, RDLogger
 from rdkit.Chem import Crippen, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.DataStructs import TanimotoSimilarity
 
-from aldrift_hf.cli.task import load_objective
+from aldrift_hf.cli.functions import load_function
 from aldrift_hf.toy import SmallPriorConfig
 from problems.prior import RecipeModelConfig
 from problems.text_problem import TextProblem
@@ -136,7 +136,7 @@ def own_score(name: str) -> Score:
     Raises:
         ValueError: if there is no such function, or it does not return numbers in [0, 1].
     """
-    function: Any = load_objective(name)
+    function: Any = load_function(name, "--objective")
     for smiles in zinc()[0][:10]:
         value = function(smiles)
         if not isinstance(value, (int, float)) or not 0 <= value <= 1:
