@@ -11,7 +11,8 @@ ALDRIFT is run with T, D and that budget alone (defaults), and with a learning r
 with as many measurements: a genetic algorithm, AdaLead (evolution guided by a random forest), CbAS (the same small
 model, conditioned by adaptive sampling), and TRL's RLOO and GRPO with beta = 1/T. The name of a method followed by
 +strands is the method where a measurement is of a site: its two strands, read in opposite directions, have one score,
-and count once. ALDRIFT then learns from both (TwinArchive), and makes more updates per rung. Each method has the
+and count once. ALDRIFT then learns from both (TwinArchive), makes more updates per rung, and in the end learns p_T of
+all sites that it measured once more, with a share of the prior (recipes/evaluation/unseen.py). Each method has the
 setting of its grid that is best on the first factor and seed: by KL(p_T‖q) where there is a model q, otherwise by the
 strong binders whose scores it knows. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 
@@ -43,6 +44,7 @@ from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
 from evaluation.kept_runs import Run, TunedRuns
 from evaluation.tables import publish
+from evaluation.unseen import learn_with_prior
 from problems.binding_sites import BASES, FACTORS, LENGTH, reverse_complement
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
@@ -93,8 +95,13 @@ class BindingArguments:
         metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
     updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
-    rungs: int = field(default=40, metadata={"help": "Rungs of aldrift+strands, at most."})
+    rungs: int = field(default=80, metadata={"help": "Rungs of aldrift+strands, at most."})
     rung_updates: int = field(default=120, metadata={"help": "Optimizer updates per rung of aldrift+strands."})
+    prior_shares: list[float] = field(
+        default_factory=lambda: [0.02],
+        metadata={"help": "Tried for aldrift+strands: share of the prior in what it learns last; 0 learns no more."},
+    )
+    last_updates: int = field(default=1000, metadata={"help": "Optimizer updates in which it does."})
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Random seeds; settings are chosen on the first one."}
     )
@@ -116,7 +123,7 @@ class Bench(TunedRuns):
         if method == "defaults":
             return [""]
         if method == f"aldrift{STRANDS}":
-            return [f"{options.rungs} {options.rung_updates}"]
+            return [f"{options.rungs} {options.rung_updates} {share:g}" for share in options.prior_shares]
         method = method.removesuffix(STRANDS)
         if method == "genetic_algorithm":
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
@@ -153,7 +160,7 @@ class Bench(TunedRuns):
         given: dict[str, Any] = {}
         sampler, proposals = None, math.ceil(budget / STRAND_RUNGS)
         if problem.both_strands:
-            rungs, updates = map(int, numbers)
+            rungs, updates = map(int, numbers[:2])
             # Sites are counted, and not texts: see Spent.
             given = {"max_objective_calls": None, "num_generations": proposals}
             given |= {"num_rungs": rungs, "updates_per_rung": updates}
@@ -169,6 +176,12 @@ class Bench(TunedRuns):
         trainer.remove_callback(ReportWriter)
         trainer.add_callback(ReportWriter(logo_image))
         trainer.train()
+        if problem.both_strands and numbers[2]:
+            learn_with_prior(
+                trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, problem,
+                {text: problem.cost_of(text) for text in sorted(problem.known)},
+                tau=TAU_MAX, share=numbers[2], updates=self.options.last_updates, seed=seed,
+            )  # fmt: skip
         rung = trainer.record.rungs[-1]
         figures = {"log_z_gap": truth.log_z - rung["log_z"], "missing_mass": rung["missing_mass"]}
         return base_model(trainer.model), figures
