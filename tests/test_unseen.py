@@ -18,7 +18,7 @@ TAU = 5.0
 
 
 @pytest.fixture
-def learner(priors, tmp_path):
+def learner(priors):
     """A model with an adapter that is not the prior any more, and its tokenizer."""
     config = SmallPriorConfig(steps=150, width=32)
     model, tokenizer = small_prior(PROBLEM.words, PROBLEM.separator, PROBLEM.random_texts, config, priors)
