@@ -104,6 +104,17 @@ def test_scores_are_those_of_the_models_own_logits(model):
     assert projection._known[model] is not None, "scored from whole batches of logits"
 
 
+def test_every_forward_pass_has_a_mask(model):
+    """Without one, transformers warns of tokens that pad; and a completion may have such tokens."""
+    masks = []
+    model.register_forward_pre_hook(
+        lambda model, args, inputs: masks.append(inputs.get("attention_mask")), with_kwargs=True
+    )
+    log_probs(model, PROMPTS[0], every_completion())
+    assert len(masks) >= 2
+    assert all(mask is not None for mask in masks)
+
+
 class Ruled(GPT2LMHeadModel):
     """A model in which one token hardly ever follows a certain other."""
 

@@ -183,8 +183,9 @@ def _finish_of(model: PreTrainedModel, targets: Tensor) -> Finish | None:
     raw: list[Tensor] = []
     # A copy: the model may change its logits where they are.
     handle = model.get_output_embeddings().register_forward_hook(lambda head, args, output: raw.append(output.clone()))
-    try:
-        logits = model(input_ids=torch.unique(targets)[:PROBED, None], use_cache=False).logits
+    tokens = torch.unique(targets)[:PROBED, None]
+    try:  # with a mask: of a token that pads, too, its own logits are wanted
+        logits = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False).logits
     finally:
         handle.remove()
     for finish in _finishes(model.config.get_text_config()):

@@ -155,7 +155,8 @@ def in_step(model: PreTrainedModel) -> Iterator[bool]:
     finally:
         handle.remove()
     while any(gather_object([False])):
-        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False)
+        token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+        model(input_ids=token, attention_mask=torch.ones_like(token), use_cache=False)
 
 
 @contextlib.contextmanager
