@@ -175,6 +175,7 @@ class Proposals:
         as_scored: whether `log_model` is also what the scorer gives for the model that drew them. Otherwise the two
             differ by the rounding of whatever drew them.
         token_log_model: `[P·n, width]`, the part of each token in `log_model`; `None` where it is no longer needed.
+        texts_per_draw: how many in a row are one independent draw, of one cost: 2 where its twin is beside each draw.
     """
 
     rows: Tensor
@@ -185,6 +186,7 @@ class Proposals:
     texts: list[str] | None = None
     as_scored: bool = True
     token_log_model: Tensor | None = None
+    texts_per_draw: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -219,7 +219,9 @@ def test_loss_and_ladder_follow_from_the_sampler_unless_they_are_set():
     [
         (None, 1, 1, 1024),
         (None, 16, 8, 64),
-        (None, 5000, 1, 1),
+        (None, 5000, 1, 2),  # from one draw for a prompt no error can be told
+        (8 * 600, 600, 1, 2),
+        (8 * 600 - 1, 600, 1, 1),
         (None, 5000, 8, 8),  # one chain
         (5120, 1, 1, 512),
         (5120, 7, 8, 72),

@@ -43,6 +43,37 @@ def test_close_to_the_target_on_two_rungs_running(rungs, close):
         assert reason.startswith("The model is close to p_T: on 2 rungs running")
 
 
+UNKNOWN = rung(ess=0.6, missing=math.nan, error=math.nan)
+APART = [rung(ess=0.6, missing=missing) for missing in (0.3, -0.3)]
+
+
+@pytest.mark.parametrize(
+    ("rungs", "groups", "close"),
+    [
+        ([CLOSE, CLOSE], 24, False),  # 22 groups of prompts have not been drawn for
+        ([CLOSE] * 23, 24, False),
+        ([CLOSE] * 24, 24, True),
+        ([CLOSE] * 3, 3, False),
+        ([CLOSE] * 4, 3, True),
+        ([CLOSE, *[UNKNOWN] * 23], 24, True),
+        ([UNKNOWN] * 24, 24, False),
+        ([UNKNOWN, UNKNOWN], 1, False),
+        ([CLOSE, UNKNOWN], 1, True),
+        (APART * 2, 4, True),  # right on average: each alone would be far by luck
+        ([CLOSE, CLOSE, rung(ess=0.3, missing=0.0), CLOSE], 4, False),
+        ([CLOSE] * 3 + [{**CLOSE, "tau": 1.0}], 4, False),
+    ],
+)
+def test_close_for_all_groups_of_prompts(rungs, groups, close):
+    assert (done(rungs, 0.5, groups) is not None) == close
+
+
+def test_on_two_rungs_running_means_one_after_the_other():
+    """Where T is found rung by rung, it may have risen in between."""
+    between = {**CLOSE, "tau_max": T + 1, "ess": 0.1}
+    assert done([CLOSE, between, CLOSE], 0.5) is None
+
+
 def falling(step, count=8, kl=1.0, **figures):
     return [rung(kl=kl - step * k, **figures) for k in range(count)]
 

@@ -6,8 +6,8 @@ Deterministic-mixture importance sampling (Owen and Zhou, 2000; adaptive multipl
     w(s) = L(s)·exp(-τ·d(s)) / Σ_k α_k q_k(s),    α_k = n_k / N,
 
 whichever model it came from. Language models are normalised, so no partition function is needed, and the mean of the
-weights estimates `Z_τ`. The first rung's model is the prior, and it always stays in the mixture: with its share `α_0`
-the weights are bounded, `w ≤ exp(-τ·d) / α_0`.
+weights estimates `Z_τ`. The first rung's model is the prior, in a run that begins with it, and always stays in the
+mixture: with its share `α_0` the weights are bounded, `w ≤ exp(-τ·d) / α_0`.
 
 Draws may come from another law `r_k` than the scorer's `q_k`: that of an engine with its own rounding, which is known
 for its own draws alone. Then a draw of the k-th law has the weight `w(s)·q_k(s)/r_k(s)`. This is exact, because the
@@ -21,8 +21,9 @@ archive over the new draws; known log-probabilities are never computed again. `w
 rung after the first is dropped, draws and model together (a draw whose own model has left the mixture would get a wrong
 weight).
 
-Where rungs draw for groups of prompts in turn ([`aldrift_hf.algorithm.prompt_groups`]), all of this holds for each
-group by itself: the mixture of a prompt's draws is that of the models which drew for it. The window counts all rungs.
+Where rungs draw for groups of prompts in turn ([`aldrift_hf.algorithm.prompt_groups`]), the mixture of a prompt's draws
+is that of the models which drew for it. Only the first group's holds the prior: what all models have lost that drew for
+another is missing from its estimates, and its first rung's missing mass is not known. The window counts all rungs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ reduce the last dimension. Both `L` and `q` are normalised over sequences, so `Z
 expectation of `exp ℓ`, without an unknown constant.
 
 None of these can see a region in which `q` has almost no mass: judged by its own draws, a model that has collapsed onto
-three sequences looks perfect. [`missing_mass`] is the exception, because it compares with an estimate from elsewhere.
+three sequences looks perfect. [`missing_mass`] is the exception, where it compares with an estimate from elsewhere: the
+prior's draws, or those of other rungs.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,10 +20,13 @@ class Influence:
     Attributes:
         own: `[P, n]`, the weight of each of the rung's own proposals in `log Z`, to first order.
         earlier: `[P]`, the variance of `log Z` that is due to draws of earlier rungs.
+        sees_missing_mass: whether `log Z` accounts for what the proposals' model has lost. It does not if it is the
+            estimate from these draws alone, unless they are the prior's.
     """
 
     own: Tensor
     earlier: Tensor
+    sees_missing_mass: bool = True
 
     def error(self, less: Tensor | float = 0.0) -> Tensor:
         """`[P]`, the standard error of `log Z` less an estimate from the rung's own proposals; NaN for a single one.
@@ -37,6 +41,11 @@ def variance_of_sum(influence: Tensor) -> Tensor:
     """The variance of an estimate from `n` independent draws with these influences, `[..., n]`; NaN if `n` is 1."""
     n = influence.shape[-1]
     return n * (influence - influence.mean(-1, keepdim=True)).square().sum(-1) / (n - 1)
+
+
+def by_draw(log_weight: Tensor, texts: int) -> Tensor:
+    """The log-weights of independent draws, the mean weight of the texts of each: `[P, n·texts]` to `[P, n]`, nats."""
+    return log_weight.view(len(log_weight), -1, texts).logsumexp(-1) - math.log(texts)
 
 
 def pooled_influence(log_weight: Tensor, drawn: Sequence[int]) -> Influence:

@@ -99,7 +99,8 @@ class Goal(ABC):
             return math.inf
         _, influence, slope = self.figure(pool, tau)
         steepness = abs(slope.mean().item())
-        return mean_error(variance_of_sum(influence).sqrt()) / steepness if steepness else math.inf
+        of_draws = influence.view(len(influence), -1, pool.texts_per_draw).sum(-1)
+        return mean_error(variance_of_sum(of_draws).sqrt()) / steepness if steepness else math.inf
 
 
 class TargetCost(Goal):

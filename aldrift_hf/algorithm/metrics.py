@@ -85,7 +85,8 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     """A rung's figures; means over prompts.
 
     The target's distance from the prior is `KL(p_τ‖L) = -τ·E[d] - log Z_τ`, where `E[d]` is the weighted mean of the
-    pool, or of the proposals if the sampler has moved the pool's draws: then they no longer have a known density.
+    pool, or of the proposals if the sampler has moved the pool's draws: then they no longer have a known density. The
+    missing mass is NaN where the draws themselves are all that `log Z` is known by.
 
     Args:
         rung: the rung.
@@ -96,6 +97,10 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
     chosen = pool.flat(rung.selection.index)
     log_weight = proposals.log_weight(tau)
     weighted = proposals if rung.redrawn else pool
+    missing, missing_error = math.nan, math.nan
+    if rung.influence.sees_missing_mass:
+        missing = diagnostics.missing_mass(log_z, log_weight).mean().item()
+        missing_error = mean_error(rung.influence.error(log_weight.softmax(-1)))
     target_objective = (weighted.log_weight(tau).softmax(-1) * weighted.objective).sum(-1).mean().item()
     excluded = (proposals.log_prior == -math.inf).double().mean().item()
     return {
@@ -107,8 +112,8 @@ def rung_metrics(rung: Rung, threshold: float) -> dict[str, float]:
         "log_z_increment": (log_z - rung.before.log_z).mean().item(),
         "log_z": log_z.mean().item(),
         "log_z_error": mean_error(rung.after.log_z_error),
-        "missing_mass": diagnostics.missing_mass(log_z, log_weight).mean().item(),
-        "missing_mass_error": mean_error(rung.influence.error(log_weight.softmax(-1))),
+        "missing_mass": missing,
+        "missing_mass_error": missing_error,
         "kl_to_target": diagnostics.reverse_kl(log_weight, log_z).mean().item(),
         "kl_to_target_error": mean_error(rung.influence.error(log_weight / log_weight.shape[-1])),
         "distinct_proposals": proposals.distinct_share(),

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
 
+import numpy as np
 import torch
 from scipy import stats
 from torch import Tensor
@@ -203,7 +204,7 @@ def learning(subject: Subject) -> Distance:
         (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
         for log_q in (subject.before, *(policy_scores(run, subject.completions) for run in subject.runs.values()))
     )
-    return Distance(max(learned), MAX_KL_SHARE * prior)
+    return Distance(float(np.max(learned)), MAX_KL_SHARE * prior)
 
 
 def log_z(subject: Subject) -> Distance:
@@ -218,7 +219,7 @@ def log_z(subject: Subject) -> Distance:
         for run in subject.runs.values()
         for estimate in (sum(run.record.log_z) / len(subject.prompts), run.record.metrics["log_z"])
     ]
-    return Distance(max(abs(estimate - exact) for estimate in estimates), MAX_LOG_Z_ERROR)
+    return Distance(float(np.max(np.abs(np.subtract(estimates, exact)))), MAX_LOG_Z_ERROR)
 
 
 def archive(subject: Subject) -> Distance:

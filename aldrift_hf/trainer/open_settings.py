@@ -10,6 +10,8 @@ from .validation import COUNT
 
 RUNGS_PER_BUDGET = 10
 """Rungs that the budget of objective calls is laid out for, if no draw repeats."""
+FEWEST_RUNGS = 4
+"""Rungs of two draws per prompt that the budget must pay for; otherwise rungs make one."""
 DRAWS_PER_RUNG = 1024
 """Proposals per rung over all prompts, without a budget; with one, per prompt, at most."""
 ROWS_PER_UPDATE = 128
@@ -31,7 +33,9 @@ def proposals_per_prompt(budget: int | None, prompts: int, chain_length: int | N
             `n = m³`.
     """
     draws = DRAWS_PER_RUNG if budget is None else budget // RUNGS_PER_BUDGET
-    n = max(1, min(DRAWS_PER_RUNG, draws // prompts))
+    # One draw for a prompt has no error, and no run would know when it is done.
+    least = 2 if budget is None or budget >= 2 * prompts * FEWEST_RUNGS else 1
+    n = max(least, min(DRAWS_PER_RUNG, draws // prompts))
     if chain_length is None:
         return int((n + 0.5) ** (1 / 3)) ** 3
     return max(chain_length, n // chain_length * chain_length)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...types import Proposals
 from ..diagnostics import effective_sample_size
+from ..errors import by_draw
 from ..prompt_groups import num_groups
 from .base import Ladder, LadderSettings, LadderState
 
@@ -65,7 +66,8 @@ class AdaptiveLadder(Ladder):
     Args:
         ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1. At least
             `LEAST_DRAWS` in any case.
-        proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole.
+        proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole; of a smaller one
+            (chains begin at few whole texts) its own.
         prompts_per_rung: most prompts that a rung draws for; `None` for all.
     """
 
@@ -84,8 +86,15 @@ class AdaptiveLadder(Ladder):
             highest = LEAP * max(state.tau, 1 / (pool.objective.max().item() or 1.0))
         if state.tau >= highest:
             return highest
-        least = max(self.ess_threshold * self.proposals, min(LEAST_DRAWS, MOST_SHARE * pool.objective.shape[1]))
-        return adaptive_tau(pool.log_weight(0.0), pool.objective, state.tau, highest, least)
+        log_ratio = by_draw(pool.log_weight(0.0), pool.texts_per_draw)
+        objective = pool.objective[:, :: pool.texts_per_draw]
+        rung = min(self.proposals, objective.shape[1])
+        if objective.numel() == 1:
+            return state.tau
+        if objective.shape[1] == 1:  # worth one whatever it weighs: all prompts' draws are judged together
+            log_ratio, objective, rung = log_ratio.view(1, -1), objective.view(1, -1), objective.numel()
+        least = max(self.ess_threshold * rung, min(LEAST_DRAWS, MOST_SHARE * objective.shape[1]))
+        return adaptive_tau(log_ratio, objective, state.tau, highest, least)
 
     def stop_reason(self, state: LadderState) -> str | None:
         patience = PATIENCE * num_groups(len(state.prompt_tau), self.prompts_per_rung)

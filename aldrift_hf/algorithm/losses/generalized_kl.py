@@ -35,7 +35,8 @@ class GeneralizedKL(Loss):
         log_tilted, own_log_z = pool.log_target(tau), diagnostics.log_z(pool.log_weight(tau))
         return {
             "log_target": log_tilted - log_z[:, None],
-            # rows are resampled by the pool's own weights, whatever is known of Z from elsewhere
+            # Rows are resampled by the pool's own weights, whatever is known of Z from elsewhere. With Pareto smoothing
+            # the largest are resampled less often than this says: their gradients weigh less, no minimum moves.
             "log_reference": log_reference(log_tilted - own_log_z[:, None], pool.log_model),
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from ...types import Proposals
 from .. import diagnostics
 from ..archive import Archive, Entry, draws_of, mixture
-from ..errors import Influence, pooled_influence
+from ..errors import Influence, by_draw, pooled_influence
 from ..ladders.base import LadderState
 from .base import Policy, Sampler, SamplerSettings, Selection
 from .kernels import systematic_resample
@@ -52,19 +53,15 @@ class ArchiveSampler(Sampler):
         return Selection(systematic_resample(log_weight, size, generator))
 
     def log_z(self, pool: Proposals, state: LadderState, tau: float) -> Tensor:
-        return diagnostics.log_z(pool.log_weight(tau))  # the prior's draws are still there: no need to go step by step
+        return diagnostics.log_z(pool.log_weight(tau))  # of all models that drew for these prompts, not step by step
 
     def influence(self, pool: Proposals, state: LadderState, tau: float) -> Influence:
-        every = self.by_draw(pool.log_weight(tau))
-        drawn = draws_of(self._group)
-        return pooled_influence(every, [n * every.shape[-1] // sum(drawn) for n in drawn])
-
-    def by_draw(self, log_weight: Tensor) -> Tensor:
-        """The weight of each independent draw, `[P, N]`, from the pool's, nats."""
-        return log_weight
+        drawn = [texts // pool.texts_per_draw for texts in draws_of(self._group)]
+        influence = pooled_influence(by_draw(pool.log_weight(tau), pool.texts_per_draw), drawn)
+        return replace(influence, sees_missing_mass=len(drawn) > 1 or not self._group[0].snapshot)
 
     def metrics(self, pool: Proposals, tau: float) -> dict[str, float]:
-        log_weight = self.by_draw(pool.log_weight(tau))
+        log_weight = by_draw(pool.log_weight(tau), pool.texts_per_draw)
         return {
             "archive_draws": log_weight.shape[1],
             "archive_ess": diagnostics.effective_sample_size(log_weight).mean().item(),

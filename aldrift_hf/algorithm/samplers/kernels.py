@@ -33,7 +33,7 @@ def metropolis_hastings(log_weight: Tensor, generator: torch.Generator) -> Chain
 
     Args:
         log_weight: `[..., m, M]`, nats, up to a constant per chain. `-inf` marks a proposal that the target excludes; a
-            chain leaves such a state at the first proposal that is not excluded.
+            chain leaves such a state at the first proposal that is not excluded, and stays there if all are.
         generator: source of the acceptance variates, on the device of `log_weight`.
 
     Returns:
@@ -119,6 +119,8 @@ def suffix_move(
 def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
     """The `m` proposals of lowest cost; ties go to the higher prior (TOPIFT, the paper's heuristic).
 
+    What the prior excludes comes last, whatever it costs.
+
     Args:
         objective: `[..., n]`, costs.
         log_prior: `[..., n]`, `log L`, nats.
@@ -130,6 +132,7 @@ def top(objective: Tensor, log_prior: Tensor, m: int) -> Tensor:
     if not 1 <= m <= objective.shape[-1]:
         raise ValueError(f"cannot keep the {m} best of {objective.shape[-1]} proposals")
     # A lexicographic sort: by the second key first, then stably by the first.
+    objective = torch.where(log_prior > -torch.inf, objective, torch.inf)
     by_prior = log_prior.argsort(dim=-1, descending=True, stable=True)
     by_cost = objective.gather(-1, by_prior).argsort(dim=-1, stable=True)
     return by_prior.gather(-1, by_cost)[..., :m]

@@ -9,7 +9,7 @@ import torch
 
 from ...types import Proposals
 from .base import Moved, Redraw, Selection
-from .chains import MetropolisHastings
+from .chains import MetropolisHastings, stand_ins
 from .kernels import suffix_move
 
 
@@ -27,8 +27,8 @@ def suffix_chains(start: Proposals, steps: int, tau: float, redraw: Redraw, gene
         generator: the source of the positions and of the acceptance variates.
 
     Returns:
-        The chains' last states (all of them are selected), their acceptance rate (NaN if M = 1), and the `M - 1`
-        proposals of each chain.
+        The chains' last states (see [`aldrift_hf.algorithm.samplers.chains.stand_ins`]), their acceptance rate (NaN if
+        M = 1), and the `M - 1` proposals of each chain.
     """
     state, redrawn, accepted = start, [], []
     for step in range(1, steps):
@@ -46,8 +46,8 @@ def suffix_chains(start: Proposals, steps: int, tau: float, redraw: Redraw, gene
         redrawn.append(proposed)
         accepted.append(moves.double().mean().item())
     rate = sum(accepted) / len(accepted) if accepted else math.nan
-    prompts, chains = state.objective.shape
-    return Moved(state, Selection(torch.arange(chains).expand(prompts, -1), rate), tuple(redrawn))
+    # A chain that began at an excluded draw, and has never left it, has no state of its own.
+    return Moved(state, Selection(stand_ins(state.log_prior == -math.inf, generator), rate), tuple(redrawn))
 
 
 class SuffixChains(MetropolisHastings):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from ...types import Completions, Proposals, join_rungs
 from ..archive import mixture
+from ..errors import by_draw
 from .archive import ArchiveSampler
 from .base import Policy
 
@@ -60,10 +60,7 @@ class TwinArchive(ArchiveSampler):
             lambda earlier, draws: _of_either(policy.log_prob(earlier, draws)),
             _of_either(pairs.log_prior),
         )
-        return mixture(self._group)
-
-    def by_draw(self, log_weight: Tensor) -> Tensor:
-        return _mean_of_pairs(log_weight)
+        return replace(mixture(self._group), texts_per_draw=2)
 
     def _twins(self, completions: Completions, policy: Policy) -> Completions:
         """The twin of each draw, or the draw itself."""
@@ -83,9 +80,4 @@ class TwinArchive(ArchiveSampler):
 
 def _of_either(log_q: Tensor) -> Tensor:
     """`log q̄` of each, from `log q` of `[P, 2n]` texts of which every two are a pair."""
-    return _mean_of_pairs(log_q).repeat_interleave(2, -1)
-
-
-def _mean_of_pairs(log_values: Tensor) -> Tensor:
-    """`[P, n]` logarithms of the means of every two values, `[P, 2n]` logarithms."""
-    return log_values.view(len(log_values), -1, 2).logsumexp(-1) - math.log(2)
+    return by_draw(log_q, 2).repeat_interleave(2, -1)
