@@ -77,18 +77,37 @@ def test_adaptive_step_looks_at_the_mean_of_all_prompts():
     assert share.mean().item() == pytest.approx(0.9, abs=1e-4)
 
 
+def of_the_prior(prompts, n):
+    """Draws of the prior with costs between 0 and 1."""
+    cost = torch.rand(prompts, n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nothing, rows = torch.zeros_like(cost), torch.arange(prompts).repeat_interleave(n)
+    completions = Completions(torch.zeros(prompts * n, 1, dtype=torch.long), torch.ones(prompts * n).long())
+    return Proposals(rows, completions, cost, nothing, nothing)
+
+
 @pytest.mark.parametrize(("rungs", "n", "least"), [(1, 4, 3.6), (2, 4, 7.2), (3, 4, 8.0), (9, 4, 8.0), (1, 100, 50.0)])
 def test_few_draws_do_not_pass_for_half_of_the_target(rungs, n, least):
     """The best of four draws look like two effective ones, however far the target is."""
-    prompts, drawn = 50, rungs * n
-    cost = torch.rand(prompts, drawn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    nothing = torch.zeros_like(cost)
-    rows = torch.arange(prompts).repeat_interleave(drawn)
-    completions = Completions(torch.zeros(prompts * drawn, 1, dtype=torch.long), torch.ones(prompts * drawn).long())
-    pool = Proposals(rows, completions, cost, nothing, nothing)
-    tau = AdaptiveLadder(0.5, n).next_tau(LadderState.start(prompts, 1000.0), pool)
+    pool = of_the_prior(50, rungs * n)
+    tau = AdaptiveLadder(0.5, n).next_tau(LadderState.start(50, 1000.0), pool)
     assert 0 < tau < 1000
-    assert drawn * effective_sample_size(-tau * cost).mean().item() == pytest.approx(least, rel=1e-3)
+    assert rungs * n * effective_sample_size(-tau * pool.objective).mean().item() == pytest.approx(least, rel=1e-3)
+
+
+def test_one_draw_for_each_prompt_is_judged_by_those_of_all():
+    """Whatever it weighs, a single draw is worth one."""
+    pool = of_the_prior(600, 1)
+    tau = AdaptiveLadder(0.5, 1).next_tau(LadderState.start(600, 1000.0), pool)
+    assert 600 * effective_sample_size(-tau * pool.objective[:, 0]).item() == pytest.approx(300, rel=1e-3)
+    alone = of_the_prior(1, 1)
+    assert AdaptiveLadder(0.5, 1).next_tau(LadderState.start(1, 1000.0), alone) == 0
+
+
+def test_of_few_whole_texts_the_threshold_is_a_share():
+    """Chains of eight proposals begin at one whole text each: an eighth of them is never worth half of all."""
+    pool = of_the_prior(1, 64)
+    tau = AdaptiveLadder(0.5, 8 * 64).next_tau(LadderState.start(1, 1000.0), pool)
+    assert effective_sample_size(-tau * pool.objective).item() == pytest.approx(0.5, rel=1e-3)
 
 
 def test_it_gives_up_when_every_prompt_had_its_rungs():

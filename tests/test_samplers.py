@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from aldrift_hf.algorithm.samplers.chains import run_chains
 from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings, suffix_move, systematic_resample, top
 from aldrift_hf.selftest.exact import chi_square_p
 
@@ -75,6 +76,23 @@ def test_an_excluded_start_is_left_at_the_first_chance():
     assert metropolis_hastings(weights, torch.Generator()).last.tolist() == [2]
 
 
+@pytest.mark.parametrize("kernel", [metropolis_hastings, isir])
+def test_a_chain_of_excluded_proposals_ends_where_another_does(kernel):
+    """A third of all chains: their states are those of the prompt's other chains, each as often."""
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.zeros(2000, 3 * 4).double()
+    weights[:, 4:8] = -math.inf
+    selection = run_chains(weights, 3, generator, kernel)
+    first, second, third = selection.index.T
+    assert (weights.gather(1, selection.index) == 0).all()
+    assert bool(((second == first) | (second == third)).all())
+    assert 0.45 < (second == first).double().mean().item() < 0.55
+    assert (first < 4).all() and (third >= 8).all()  # noqa: PT018
+    assert selection.acceptance_rate == (1.0 if kernel is metropolis_hastings else pytest.approx(0.75, abs=0.03))
+    with pytest.raises(ValueError, match="excludes every proposal of a prompt"):
+        run_chains(torch.full((1, 4), -math.inf), 2, generator, kernel)
+
+
 def test_one_step_makes_no_move():
     chains = metropolis_hastings(torch.zeros(2, 4, 1), torch.Generator())
     assert chains.last.tolist() == [[0] * 4] * 2
@@ -128,6 +146,10 @@ def test_top_takes_the_lowest_costs_and_then_the_likeliest(rows, data):
     chosen = top(cost, log_prior, m)
     by_hand = sorted(range(len(rows)), key=lambda i: (rows[i][0], -rows[i][1], i))[:m]
     assert chosen.tolist() == by_hand
+
+
+def test_what_the_prior_excludes_is_not_top():
+    assert top(torch.tensor([0.0, 3.0, 2.0]), torch.tensor([-math.inf, -1.0, -2.0]), 2).tolist() == [2, 1]
 
 
 def test_top_cannot_keep_more_than_there_are():

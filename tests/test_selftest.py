@@ -243,6 +243,24 @@ def test_a_broken_kernel_fails(subject):
     assert not checks.detailed_balance(subject, [half_the_weight, isir]).passed
 
 
+@pytest.mark.parametrize("lost", ["metropolis_hastings", "archive"])
+def test_nan_of_one_run_fails(lost, monkeypatch):
+    """Whichever it is: Python's max() keeps a NaN in the first place alone."""
+    log_target = torch.tensor([[0.0, -1.0, -2.0]]).double()
+    exact = log_target.logsumexp(-1).mean().item()
+    runs = {}
+    for name in ("metropolis_hastings", "archive"):
+        log_z = math.nan if name == lost else exact
+        record = types.SimpleNamespace(log_z=[log_z], metrics={"log_z": log_z})
+        law = log_target.log_softmax(-1) * (math.nan if name == lost else 1.0)
+        runs[name] = types.SimpleNamespace(record=record, law=law)
+    monkeypatch.setattr(checks, "policy_scores", lambda run, completions: run.law)
+    uniform = torch.full_like(log_target, 1 / 3).log()
+    subject = types.SimpleNamespace(log_target=log_target, before=uniform, prompts=[0], runs=runs, completions=None)
+    assert not checks.log_z(subject).passed
+    assert not checks.learning(subject).passed
+
+
 class Nothing(MaximumLikelihood):
     """A loss without a gradient."""
 

@@ -9,7 +9,9 @@ from conftest import EOS, ALDRIFTTrainer, count_a, log_probs, lora_config, tiny_
 from aldrift_hf import TwinArchive
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import mixture
-from aldrift_hf.algorithm.ladders import LadderState
+from aldrift_hf.algorithm.goals import TargetCost
+from aldrift_hf.algorithm.ladders import AdaptiveLadder, LadderState
+from aldrift_hf.algorithm.samplers import ArchiveSampler
 from aldrift_hf.models import snapshots
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.types import Completions, Proposals
@@ -108,6 +110,29 @@ def test_errors_of_log_z_against_the_spread_of_thousands_of_runs():
     assert influence.error().square().mean().sqrt().item() == pytest.approx(log_z.std().item(), rel=tolerance)
     exact = (MODELS[0] * torch.exp(-COST)).sum().log().item()
     assert log_z.mean().item() == pytest.approx(exact, abs=0.005)
+
+
+def test_a_pair_is_one_draw_for_the_ladder_and_for_the_error_of_t():
+    """Where no text has a twin, everything is as in the archive."""
+    proposals = drawn(0, MODELS[0], torch.multinomial(MODELS[0], 200, True, generator=torch.Generator().manual_seed(0)))
+    seen = []
+    for sampler in (ArchiveSampler(), TwinArchive(lambda text: text)):
+        pool, state = sampler.pool(proposals, Policy()), LadderState.start(1, 50.0)
+        aimed = TargetCost(0.5).aim(LadderState.start(1, None), pool)
+        seen.append((AdaptiveLadder(0.5, 200).next_tau(state, pool), aimed.tau_max, aimed.tau_max_error))
+    assert 0 < seen[0][0] < 50
+    assert seen[1] == pytest.approx(seen[0], rel=1e-6)
+
+
+def test_the_error_of_t_is_the_spread_of_its_estimates():
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(1000):
+        proposals = drawn(0, MODELS[0], torch.multinomial(MODELS[0], 200, True, generator=generator))
+        pool = TwinArchive(TWINS.__getitem__).pool(proposals, Policy())
+        state = TargetCost(0.5).aim(LadderState.start(1, None), pool)
+        found.append((state.tau_max, state.tau_max_error))
+    estimates, errors = torch.tensor(found).T
+    assert errors.square().mean().sqrt().item() == pytest.approx(estimates.std().item(), rel=0.08)
 
 
 def test_a_twin_of_a_twin_that_is_another_text_is_an_error():
