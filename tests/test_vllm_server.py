@@ -1,5 +1,6 @@
 """The server engine against a stand-in of a vLLM server, and, where vLLM is installed, against vLLM itself."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -184,17 +185,21 @@ def vllm_at(tmp_path_factory):
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **settings})
     address = f"http://127.0.0.1:{port}"
     try:
-        for _ in range(240):
+        for _ in range(900):  # it takes a minute, and many where much else runs
             assert process.poll() is None, (folder / "log").read_text()[-3000:]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
             except OSError:
                 time.sleep(1)
+        else:
+            pytest.fail(f"the server does not answer after 15 minutes:\n{(folder / 'log').read_text()[-3000:]}")
         yield address
     finally:
         process.terminate()
-        process.wait(60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(60)
+        process.kill()
 
 
 @needs_vllm
