@@ -5,8 +5,9 @@
 All methods run in one process, with the same priors, costs and numbers of proposals. The learning rate of each method
 is tuned on the first seed, over the same grid; "defaults" is ALDRIFT with T, D and a budget of objective calls, and
 nothing tuned. The problems can be enumerated, so the distances from p_T to the models are exact. The optimum of TRL's
-RLOO and GRPO, which maximise E[-d] - KL/T, is p_T as well. They are also run with a multiple of the largest budget
-(--longer) that takes them as much time as the archive. Every run is kept in OUTPUT_DIR/runs.jsonl and not repeated.
+RLOO, which maximises E[-d] - KL/T, is p_T as well, and GRPO's nearly. They are also run with a multiple of the largest
+budget (--longer) that takes them as much time as the archive. Every run is kept in OUTPUT_DIR/runs.jsonl and not
+repeated.
 
 The whole benchmark takes long (see recipes/README.md); run parts of it with --problems, --methods, --budgets, --seeds
 and --learning_rates.

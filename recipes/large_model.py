@@ -50,7 +50,7 @@ class LargeModelArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "Linear layers in NF4, as QLoRA has them."})
     proposals: int = field(default=256, metadata={"help": "Proposals of the rung."})
     tokens: int = field(default=512, metadata={"help": "Tokens of each completion."})
-    batch_size: int = field(default=8, metadata={"help": "Completions per micro-batch of an update, eight of which."})
+    batch_size: int = field(default=8, metadata={"help": "Completions per micro-batch; an update has eight."})
     updates: int = field(default=2, metadata={"help": "Updates."})
     output_dir: str = field(default="out/large_model", metadata={"help": "Folder of the table."})
 

@@ -67,15 +67,16 @@ class ALDRIFTConfig(GenerationSettings):
         num_rungs (`int`, *optional*):
             Number of rungs, exactly: a ladder repeats its last rung at T if this is more than it has, and stops before
             T if it is fewer. `None` climbs to T and stays there, drawing and learning, until the model is close to
-            `p_T` (see `target_ess`), no longer comes closer (KL(model‖p_T) on average over four rungs, against the four
-            before), or a budget is spent (`max_objective_calls`, `max_rungs`); [`RunRecord.ended_by`] says which.
-            Samplers without a correction end where the ladder ends.
+            `p_T` (see `target_ess`), no longer comes closer (KL(model‖p_T) over the last third of the rungs at T, at
+            least four, against as many before), or a budget is spent (`max_objective_calls`, `max_rungs`);
+            [`RunRecord.ended_by`] says which. Samplers without a correction end where the ladder ends.
         max_rungs (`int`, *optional*):
             Largest number of rungs where `num_rungs` is `None`. `None` is 200; or twice as many as the ladder has to
             T, or as many as it has and two epochs over the prompts, if that is more.
         target_ess (`float`, *optional*, defaults to `0.5`):
             The model is close to `p_T` when, on two rungs running, the effective sample size of its draws at T is at
-            least this share of them, and the missing mass is within its standard error of 0, which is at most 0.2 nats.
+            least this share of them, and the missing mass is within its standard error of 0, which is at most 0.2 nats;
+            with `prompts_per_rung`, on both halves of an epoch, on average.
 
         **Parameters that control the correction**
 
