@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora_config, perturb, tiny_gpt2
+from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, perturb, tiny_gpt2
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 
@@ -94,6 +94,15 @@ def test_a_run_is_loaded_and_described_by_any_name(name, config, tokenizer, tmp_
     card = ModelCard((saved / "README.md").read_text()).text
     assert f'subfolder="{name}"' in card
     assert f'subfolder="{trainer.record.settings["prior_adapter"]}"' in card
+
+
+def test_a_run_of_another_prior_is_not_loaded(config, tokenizer, tmp_path):
+    trainer = run(named("mine"), config(), tokenizer)
+    trainer.save_model()
+    other = lora(tiny_gpt2(seed=5))
+    again = ALDRIFTTrainer(other, count_a, config(output_dir=str(tmp_path / "again")), processing_class=tokenizer)
+    with pytest.raises(ValueError, match="was written with another prior: log-probabilities of short rows differ"):
+        again.load_run(trainer.args.output_dir)
 
 
 def test_a_best_checkpoint_that_is_gone_does_not_end_a_run(config, tokenizer, caplog):

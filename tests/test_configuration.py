@@ -144,6 +144,11 @@ def test_settings_that_contradict_each_other_are_refused(config, settings, messa
     [
         ({"num_train_epochs": 0.5}, "num_train_epochs=0.5 has no meaning here.*Set num_rungs, the number of rungs"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size=True .* Set per_device_train_batch_size"),
+        ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha=5.0 adds noise to the embeddings.*Leave it out"),
+        (
+            {"metric_for_best_model": "kl", "eval_strategy": "epoch", "target_cost": 0.5, "tau_max": None},
+            "metric_for_best_model='kl' has no value before T is found.*Set tau_max",
+        ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 .* Leave it at 0"),
         ({"label_smoothing_factor": math.nan}, "label_smoothing_factor=nan"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "Leave it off"),

@@ -130,6 +130,15 @@ def make(config, tokenizer):
     return make
 
 
+def test_while_t_is_not_known_nothing_is_evaluated(make, caplog):
+    """No draw of the first rung costs as little as is asked for, and the run goes on."""
+    settings = {"num_generations": 16, "updates_per_rung": 1, "max_rungs": 2}
+    trainer = make(target_cost=0.001, eval_strategy="epoch", eval_on_start=True, **settings)
+    trainer.train()
+    assert len(trainer.record.rungs) == 2
+    assert "an evaluation is skipped: T is not known yet" in caplog.text
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("ladder", [{}, {"ladder": "linear", "tau_step": 0.5}], ids=["adaptive", "linear"])

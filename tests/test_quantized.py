@@ -1,5 +1,6 @@
 """QLoRA on the CPU: bitsandbytes' NF4 under a Llama and under a GPT-2, whose weights are transposed (`Conv1D`)."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,6 +9,7 @@ from conftest import EOS, ALDRIFTTrainer, count_a, every_completion, log_probs, 
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
+from aldrift_hf.models.loading import check_trainable
 from aldrift_hf.models.prior import base_model, keep_four_bit_weights
 from aldrift_hf.models.scoring import inference
 from aldrift_hf.selftest.exact import chi_square_p
@@ -167,6 +169,16 @@ def test_gradient_checkpointing_changes_nothing(folder, config, tokenizer, tmp_p
         adapters.append({name: tensor for name, tensor in trainer.model.state_dict().items() if "lora_" in name})
     for name, tensor in adapters[0].items():
         assert torch.allclose(adapters[1][name], tensor, atol=1e-5), name
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_8_bits_with_outlier_columns_of_the_batch_are_refused(by_name):
+    """Their log-probabilities would depend on later tokens; without outliers 8 bits are as good as any."""
+    for threshold, message in ((6.0, "LLM.int8 chooses outlier columns by the whole batch"), (0.0, "")):
+        how = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+        given = {"quantization_config": how.to_dict() if by_name else how}
+        with pytest.raises(ValueError, match=message) if message else contextlib.nullcontext():
+            check_trainable(GPT2Config(), given, True)
 
 
 def test_fine_tuning_in_full_is_refused(folder, config, tokenizer, monkeypatch):

@@ -189,6 +189,24 @@ def test_a_damaged_checkpoint_is_refused_and_a_good_one_offered(config, tokenize
         trainer.train(resume_from_checkpoint=str(newest))
 
 
+def test_a_checkpoint_without_the_optimizer_is_refused(config, tokenizer):
+    trainer = trainer_of("adapter-off", config(save_strategy="epoch", save_only_model=True), tokenizer)
+    trainer.train()
+    with pytest.raises(
+        ValueError, match="checkpoint-12 cannot be resumed from: it was saved with save_only_model=True"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_the_folder_may_be_a_path_and_nothing_else(config, tokenizer):
+    trainer = trainer_of("adapter-off", config(save_strategy="epoch"), tokenizer)
+    trainer.train()
+    earlier = Path(trainer.args.output_dir, "checkpoint-8")
+    assert checkpoints.to_resume_from(earlier, str(trainer.args.output_dir)) == str(earlier)
+    with pytest.raises(TypeError, match="must be a checkpoint's folder, True or False, got 8"):
+        trainer.train(resume_from_checkpoint=8)
+
+
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(config, tokenizer, monkeypatch):
     trainer = trainer_of("adapter-off", config(save_strategy="steps", save_steps=4), tokenizer)
     seen = []

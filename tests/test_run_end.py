@@ -84,6 +84,51 @@ def test_the_budget_of_calls_is_never_exceeded(sampler, whole, num_rungs, make, 
     assert reason.startswith("The budget is spent")
 
 
+@pytest.mark.parametrize(("budget", "evaluated"), [(70, True), (40, False)])
+def test_evaluation_within_a_run_is_paid_from_the_budget(budget, evaluated, make, caplog):
+    asked = set()
+
+    def cost(prompts, completions, **columns):
+        asked.update(completions)
+        return count_a(prompts, completions)
+
+    settings = {**LONGER, "num_generations": 32, "updates_per_rung": 1, "tau_step": 0.1, "eval_strategy": "epoch"}
+    trainer = make(cost, max_objective_calls=budget, **settings)
+    trainer.train()
+    measured = [log for log in trainer.state.log_history if "eval_objective" in log]
+    assert bool(measured) == evaluated
+    assert len(asked) == trainer.objective_calls <= budget
+    assert evaluated or "an evaluation is skipped" in caplog.text
+    assert trainer.evaluate()["eval_draws"] == 32, "after the run nothing limits it"
+
+
+def test_what_a_callback_stops_is_recorded_as_it_was(make):
+    """After two of a rung's ten updates."""
+    trainer = make(num_generations=64, updates_per_rung=10, max_steps=12, num_rungs=3, logging_steps=1)
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log and "rung" not in log]
+    rung = trainer.record.rungs[-1]
+    assert (rung["rung"], rung["updates"]) == (1, 2)
+    assert rung["loss"] == pytest.approx(sum(losses[10:12]) / 2, rel=1e-3)
+    assert said(trainer) == "Training was stopped after update 12, by max_steps or a callback."
+
+
+def test_an_evaluation_of_any_name_leaves_the_result_alone(make):
+    trainer = make(num_generations=64, num_rungs=1)
+    trainer.train()
+    result, draws = dict(trainer.record.metrics), list(trainer.record.draws)
+    trainer.evaluate(["b b"], metric_key_prefix="final")
+    assert (trainer.record.metrics, trainer.record.draws) == (result, draws)
+
+
+def test_a_schedule_over_an_unknown_number_of_updates_is_told(make, caplog):
+    for settings, said in ({"warmup_steps": 0.1}, "a warm-up over a share"), ({"warmup_steps": 10}, ""):
+        caplog.clear()
+        make(num_generations=64, num_rungs=None, max_rungs=1, learning_rate=1e-3, **settings).train()
+        assert ("is not known beforehand" in caplog.text) == bool(said)
+        assert said in caplog.text
+
+
 @pytest.mark.parametrize(("budget", "measured"), [(104, True), (36, False)])
 def test_the_final_model_is_measured_with_what_is_left(make, budget, measured):
     """On 32 draws at least; one rung has left fewer calls of 36."""

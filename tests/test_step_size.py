@@ -72,6 +72,17 @@ def test_an_update_changes_log_probabilities_by_so_many_nats(kind, make):
     assert trainer.record.rungs[-1]["learning_rate"] == state.learning_rate
 
 
+def test_a_long_warm_up_leads_to_the_same_rate(make):
+    """The rate is sought while it is a small share of what it will be."""
+    rates = {}
+    for warmup in (0, 60):
+        trainer, _ = make(lr_scheduler_type="constant_with_warmup", warmup_steps=warmup)
+        trainer.train()
+        assert not trainer.run.state.seeks_rate
+        rates[warmup] = trainer.lr_scheduler.base_lrs[0]
+    assert rates[60] == pytest.approx(rates[0], rel=1.0)
+
+
 def test_rungs_of_one_update_compare_each_rungs_own_samples(make, monkeypatch):
     """The rest of an epoch is skipped, and nothing is scored there."""
     monkeypatch.setattr(setup, "updates_per_rung", lambda draws, rows: 1)

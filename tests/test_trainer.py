@@ -524,9 +524,11 @@ def test_an_adapter_costs_no_second_copy_of_the_weights(make):
         (Dataset.from_dict({"text": ["a"]}), ValueError, "no column 'prompt'.*rename_column"),
         (Dataset.from_dict({"prompt": []}), ValueError, "train_dataset is empty"),
         ([], ValueError, "train_dataset is empty"),
+        ([{"role": "user", "content": "a"}], ValueError, r"is one conversation.*Pass a list of conversations: \[\["),
         ({"train": []}, TypeError, "must be a datasets.Dataset"),
         (Dataset.from_dict({"prompt": [3]}), ValueError, "prompt 0 is neither text nor a list of messages"),
-        (Dataset.from_dict({"prompt": ["a " * 14]}), ValueError, "exceeds the model's context of 16"),
+        (Dataset.from_dict({"prompt": ["a " * 14]}), ValueError, "context of 16. Lower max_completion_length to 1 or"),
+        (Dataset.from_dict({"prompt": ["a " * 20]}), ValueError, "context of 16. Shorten the prompt, or leave it out"),
         (Dataset.from_dict({"prompt": [[{"role": "user", "content": "a"}]]}), ValueError, "no chat template"),
         (Dataset.from_dict({"prompt": ["a"], "other": [1]}), TypeError, r"Add \*\*columns"),
     ],
@@ -582,6 +584,14 @@ def test_a_model_without_a_known_tokenizer_asks_for_one(make):
 def test_model_init_kwargs_need_a_model_to_load(make):
     with pytest.raises(ValueError, match="Drop it"):
         make(settings={"model_init_kwargs": {"dtype": "float32"}})
+
+
+@pytest.mark.parametrize("name", ["dtype", "torch_dtype"])
+def test_a_models_precision_may_have_its_older_name(name, make, tmp_path):
+    tiny_gpt2().save_pretrained(tmp_path / "model")
+    settings = {"model_init_kwargs": {name: "bfloat16"}}
+    trainer = make(model=str(tmp_path / "model"), peft_config=lora_config(tiny_gpt2()), settings=settings)
+    assert trainer.model.get_base_model().dtype == torch.bfloat16
 
 
 def test_other_arguments_are_refused(tokenizer):

@@ -48,7 +48,8 @@ def load_model(model_id: str, init_kwargs: InitKwargs, adapter: bool) -> PreTrai
         ValueError: if it cannot be loaded with `model_init_kwargs`, or if a part of it would not be loaded, but made at
             random.
     """
-    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **mapping_of(init_kwargs)}
+    asked = {"dtype" if name == "torch_dtype" else name: value for name, value in mapping_of(init_kwargs).items()}
+    kwargs = {"dtype": "float32", **NO_FOREIGN_CODE, **asked}  # transformers would prefer our dtype to a torch_dtype
     if "quantization_config" in kwargs:
         kwargs.setdefault("device_map", own_device())
     try:
@@ -161,7 +162,15 @@ def check_trainable(config: PreTrainedConfig, init_kwargs: InitKwargs, adapter: 
             "load of the experts and pulls the model away from p_T, so it is not part of the loss here: set "
             "output_router_logits=False, in model.config or in model_init_kwargs."
         )
-    if not adapter and (settings.get("quantization_config") or getattr(config, "quantization_config", None)):
+    quantized = settings.get("quantization_config") or getattr(config, "quantization_config", None)
+    how: dict[str, Any] = cast(Any, quantized).to_dict() if hasattr(quantized, "to_dict") else quantized or {}
+    if (how.get("load_in_8bit") or how.get("_load_in_8bit")) and how.get("llm_int8_threshold", 6.0):
+        raise ValueError(
+            "LLM.int8 chooses outlier columns by the whole batch, so that log-probabilities depend on other texts and "
+            "on later tokens. Load the model in 4 bits (load_in_4bit), or pass BitsAndBytesConfig(load_in_8bit=True, "
+            "llm_int8_threshold=0.0)."
+        )
+    if not adapter and quantized:
         raise ValueError(
             "a quantized model cannot be fine-tuned in full. Pass a peft_config: its adapter is trained, and the "
             "quantized model is the prior."

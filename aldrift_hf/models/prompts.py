@@ -42,10 +42,12 @@ def encode_prompts(
     token_ids = [encode_prompt(row["prompt"], index, tokenizer, row) for index, row in enumerate(rows)]
     for index, ids in enumerate(token_ids):
         if context_length is not None and len(ids) + max_completion_length > context_length:
+            room = context_length - max(map(len, token_ids))
+            lower = f"lower max_completion_length to {room} or less, or " if room > 0 else ""
+            remedy = f"{lower}shorten the prompt, or leave it out."
             raise ValueError(
                 f"prompt {index} has {len(ids)} tokens; with max_completion_length={max_completion_length} that "
-                f"exceeds the model's context of {context_length}. Lower max_completion_length to "
-                f"{max(0, context_length - max(map(len, token_ids)))} or less, or shorten the prompt."
+                f"exceeds the model's context of {context_length}. {remedy[0].upper()}{remedy[1:]}"
             )
     check_prompts(token_ids, tokenizer, vocabulary)
     _say_what_has_no_effect(rows, tokenizer)

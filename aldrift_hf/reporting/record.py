@@ -53,6 +53,8 @@ class RunRecord:
             prompt, nats.
         log_z_error: its standard error, likewise.
         prompt_tau: that τ, likewise; 0 for a prompt that no rung has drawn for.
+        prior_row_scores: log-probabilities of a few short rows under the prior, nats, by which it is known again.
+            `None` if they could not be computed.
         prior_costs: costs of the first rung's proposals, which are the prior's draws, at most [`MAX_DRAWS`].
         prompt_metrics: metrics of the newest draws, one record per prompt, for the [`MAX_PROMPTS`] prompts with the
             largest `kl`: `prompt`, `objective` (mean cost), `success`, `ess`, `distinct` (shares), `log_z`, `kl`
@@ -92,6 +94,7 @@ class RunRecord:
     log_z: list[float] = field(default_factory=list)
     log_z_error: list[float] = field(default_factory=list)
     prompt_tau: list[float] = field(default_factory=list)
+    prior_row_scores: list[float] | None = None
     prior_costs: list[float] = field(default_factory=list)
     prompt_metrics: list[dict[str, Any]] = field(default_factory=list)
     rungs: list[dict[str, Any]] = field(default_factory=list)

@@ -51,13 +51,17 @@ MUST_AGREE = (
 """Settings that must be the same when a run is resumed; others may change."""
 
 
-def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
+def to_resume_from(asked: str | os.PathLike[str] | bool | None, output_dir: str) -> str | None:
     """The checkpoint's folder that `resume_from_checkpoint` means; `None` where nothing is to be resumed.
 
     Raises:
+        TypeError: if it is neither a folder nor a truth value.
         ValueError: if the last checkpoint is asked for and there is none, or if the checkpoint is damaged; the message
             names the newest undamaged one beside it.
     """
+    asked = os.fspath(asked) if isinstance(asked, os.PathLike) else asked
+    if not isinstance(asked, (str, bool, type(None))):
+        raise TypeError(f"resume_from_checkpoint must be a checkpoint's folder, True or False, got {asked!r}")
     # From the command line, where the option is text, "True" and "False" are meant as they are in Python.
     meant = {"true": True, "false": False}.get(asked.lower(), asked) if isinstance(asked, str) else asked
     if not meant:
@@ -78,7 +82,8 @@ def to_resume_from(asked: str | bool | None, output_dir: str) -> str | None:
 
 
 def damage(folder: str) -> str | None:
-    """What is wrong with a checkpoint's files, compared with the manifest that was written last; `None` if nothing."""
+    """Why no run can be resumed from a checkpoint, by its files and the manifest that was written last; `None` if one
+    can."""
     path = Path(folder)
     try:
         manifest = json.loads((path / MANIFEST_FILE).read_text())
@@ -94,6 +99,8 @@ def damage(folder: str) -> str | None:
             return f"{name} is missing"
         if _digest(files[name]) != digest:
             return f"{name} has changed since it was written"
+    if json.loads((path / STATE_FILE).read_text())["save_only_model"]:
+        return "it was saved with save_only_model=True, and so without the optimizer"
     return None
 
 
@@ -171,13 +178,13 @@ class Checkpointer:
         shutil.rmtree(os.path.join(self.output_dir, STAGING), ignore_errors=True)
         path, run = Path(folder), self.run
         path.mkdir(parents=True, exist_ok=True)
-        scores = run.rollout.prior.row_scores
         about = {
             "settings": self._must_agree(),
             "adapter_name": run.record.settings["adapter_name"],
-            "prior_row_scores": None if scores is None else scores.tolist(),
+            "prior_row_scores": run.record.prior_row_scores,
             "updates_per_rung": run.updates_per_rung,
             "rows_per_update": run.rows_per_update,
+            "save_only_model": run.args.save_only_model,
         }
         (path / STATE_FILE).write_text(json.dumps({**run.to_json(), **about}))
         if run.samples.samples is not None:
@@ -206,7 +213,7 @@ class Checkpointer:
                 "same ones, or start again in another output_dir."
             )
         check_same_prior(run.rollout.prior, run.rollout.policy(), scores, folder)
-        updates, rows = values.pop("updates_per_rung"), values.pop("rows_per_update")
+        updates, rows, _ = (values.pop(key) for key in ("updates_per_rung", "rows_per_update", "save_only_model"))
         if (updates, rows) != (run.updates_per_rung, run.rows_per_update):
             raise ValueError(
                 f"{folder} was written for {updates} updates per rung on {rows} training rows each; this run has "

@@ -80,6 +80,11 @@ def _rows_are_dicts(dataset: Dataset, name: str) -> Dataset:
 
 
 def _check_columns(columns: list[str], name: str) -> None:
+    if {"role", "content"} <= {*columns}:
+        raise ValueError(
+            f"{name} is one conversation, and its messages would each be a prompt. Pass a list of conversations: "
+            "[[{'role': 'user', 'content': …}], …]."
+        )
     if "prompt" not in columns:
         rename = next((column for column in ("prompts", "text", "messages") if column in columns), columns[0])
         raise ValueError(

@@ -145,15 +145,22 @@ class Run:
     def end_rung(self) -> None:
         """Complete the rung's record with what was learned, and log it."""
         state = self.state
-        loss = torch.tensor(state.loss_sum / state.planned, device=self.args.device)
+        made = max(1, min(state.updates, state.planned))  # fewer than planned where a callback has stopped the run
+        loss = torch.tensor(state.loss_sum / made, device=self.args.device)
         metrics = state.rungs[-1]
         metrics["loss"] = cast(Tensor, reduce(loss, "mean")).item()
         metrics["seconds_learn"] = state.learn_seconds
-        metrics["learning_rate"], metrics["updates"] = state.learning_rate, state.planned
+        metrics["learning_rate"], metrics["updates"] = state.learning_rate, made
         state.phase = Phase.LEARNED
         self.update_record()
         self.log({key: value for key, value in metrics.items() if math.isfinite(value)})
         self.tell("on_rung_learned")
+
+    def finish(self, updates: int) -> None:
+        """Say that training has ended, after so many optimizer updates."""
+        self.record.finished = True
+        if not self.record.ended_by:
+            self.record.ended_by = f"Training was stopped after update {updates}, by max_steps or a callback."
 
     def take_up(self, record: RunRecord) -> None:
         """The model is that of another run: its ladder's log Z holds here, too, for the same prompts and objective."""
@@ -261,19 +268,27 @@ class Run:
         """Epochs for the `Trainer`."""
         if resumed and self.stop_reason() is not None and self.has_learned:
             return self.state.rung + 1  # the run ended with the checkpoint's rung: nothing is left to do
-        if self.args.num_rungs is None and not (has_cycles(self.args) or self.args.lr_scheduler_type == "constant"):
+        if self.args.num_rungs is None and (wide := self._laid_out_over_the_run()):
             logger.warning(
-                "the number of rungs is not known beforehand: lr_scheduler_type="
-                f"{SchedulerType(self.args.lr_scheduler_type).value} is laid out over {self._most_rungs()} rungs, and "
-                "the run may end before. Set num_rungs, or leave lr_scheduler_type out."
+                f"the number of rungs is not known beforehand: {wide} is laid out over {self._most_rungs()} rungs, and "
+                "the run may end before. Set num_rungs, or leave it out (warmup_steps may be a number of updates)."
             )
         return self._most_rungs()
 
-    def measurable(self) -> int:
-        """Draws per prompt that the final model is measured on: as calls are left; 0 if too few, or without a T."""
+    def measurable(self, prompts: int) -> int:
+        """Draws for each of so many prompts to measure the model by, as calls are left; 0 if too few or without a T."""
         n, known = self.args.proposals, math.isfinite(self.state.ladder.tau_max)
-        draws = min(n, self._draws_left()) if known else 0
+        draws = min(n, self._draws_left(prompts)) if known else 0
         return draws if draws >= min(n, LEAST_MEASURED) else 0
+
+    def _laid_out_over_the_run(self) -> str:
+        """What of the learning rate's course depends on the number of updates; empty for nothing."""
+        args = self.args
+        if args.get_warmup_steps(1000) != args.get_warmup_steps(2000):
+            return f"a warm-up over a share of all updates (warmup_steps={args.warmup_steps:g})"
+        if has_cycles(args) or args.lr_scheduler_type in ("constant", "constant_with_warmup"):
+            return ""
+        return f"lr_scheduler_type={SchedulerType(args.lr_scheduler_type).value}"
 
     def _affordable(self) -> int:
         """Proposals per prompt of the next rung, each of which may be a call of the objective.
@@ -282,18 +297,17 @@ class Run:
         left for measuring it; 0 then, as after a rung that was the last (its draws may have repeated, so that it left
         calls). The first rung has what there is.
         """
-        n, left = self.args.proposals, self._draws_left()
+        n, left = self.args.proposals, self._draws_left(len(self.on_prompts.group(self.state.rung + 1)))
         if self.state.rungs and self.state.rungs[-1]["draws"] < self.sampler.whole_texts(n):
             return 0
         step = self.args.steps_per_chain if self.sampler.uses_chains else 1
         most = next((size for size in range(n, 0, -step) if self.sampler.draws_for(size) <= left), 0)
         return most if 2 * most >= n or self.state.rung < 0 else 0
 
-    def _draws_left(self) -> int:
-        """Draws per prompt, each of which may be a call of the objective, for which there are calls left."""
+    def _draws_left(self, prompts: int) -> int:
+        """Draws for each of so many prompts, each of which may be a call of the objective, for which calls are left."""
         limit = self.args.max_objective_calls
-        here = len(self.on_prompts.group(self.state.rung + 1))
-        return MAX_COUNT if limit is None else (limit - self.objective.calls) // here
+        return MAX_COUNT if limit is None else (limit - self.objective.calls) // prompts
 
     def _most_rungs(self) -> int:
         """The largest number of rungs that the run may have."""

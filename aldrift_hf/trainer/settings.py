@@ -96,7 +96,8 @@ def _fingerprint(values: list[Any]) -> str:
 
 
 def _tuning(model: nn.Module) -> str:
-    bits = " on a base model in 4 bits" if getattr(base_model(model), "is_loaded_in_4bit", False) else ""
+    widths = (bits for bits in (4, 8) if getattr(base_model(model), f"is_loaded_in_{bits}bit", False))
+    bits = next((f" on a base model in {width} bits" for width in widths), "")
     if not isinstance(model, PeftModel):
         return "all parameters"
     config = model.peft_config[model.active_adapter]

@@ -99,7 +99,10 @@ def make_run(
         samples=RungSamples(most * rows_per_update, prompts.token_ids),
         updates_per_rung=most,
         ordinary_updates=updates,
-        record=RunRecord(settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named)),
+        record=RunRecord(
+            settings_of(args, policy, prior, objective.names, prompts, inputs.tokenizer, **named),
+            prior_row_scores=None if prior.row_scores is None else prior.row_scores.tolist(),
+        ),
         tell=tell,
         log=log,
         state=RunState.start(len(prompts), args.tau_max, args.objective_range),

@@ -65,7 +65,9 @@ class StepSize(TrainerCallback):
         if not change > 0:  # a warm-up's first rate is 0; gradients are 0 where all costs are equal
             return
         run.state.rate_trials += 1
-        factor = min(LARGEST_CHANGE, max(1 / LARGEST_CHANGE, UPDATE_NATS / change))
+        warmup = args.get_warmup_steps(state.max_steps)
+        warm = min(1.0, (state.global_step - 1) / warmup) if warmup else 1.0  # this update's share of the rate
+        factor = min(LARGEST_CHANGE, max(1 / LARGEST_CHANGE, UPDATE_NATS * warm / change))
         if 1 / CLOSE_ENOUGH <= factor <= CLOSE_ENOUGH or run.state.rate_trials == MOST_TRIALS:
             run.state.seeks_rate, self.before = False, None
         scale_learning_rate(factor, optimizer, lr_scheduler)

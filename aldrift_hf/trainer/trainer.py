@@ -20,13 +20,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainerControl,
-    set_seed,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_utils import TrainOutput
 
@@ -114,8 +108,6 @@ class ALDRIFTTrainer(HookedTrainer):
     """
 
     _tag_names = ["aldrift"]
-    args: ALDRIFTConfig
-    control: TrainerControl
 
     def __init__(
         self,
@@ -181,7 +173,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self.checkpointer = Checkpointer(self.run, str(args.output_dir), args.save_total_limit)
         self._loop.attach(self.run)
         self._step_size.attach(self.run)
-        self._sample_calls = 0
+        self._sample_calls, self._evaluated = 0, dict[str, float]()
         self.prompt_metrics: Dataset | None = None
 
     def _make_run(self, parts: Parts, engine: Engine | None) -> Run:
@@ -262,10 +254,10 @@ class ALDRIFTTrainer(HookedTrainer):
                     "resume_from_checkpoint=True."
                 )
                 return output
-            run.record.finished = True
-            if draws := run.measurable():
-                which = run.on_prompts.group(run.state.rung + 1)
-                output.metrics.update(self._measure(self.inputs.prompts, "final", draws, which))
+            run.finish(self.state.global_step)
+            which = run.on_prompts.group(run.state.rung + 1)
+            if draws := run.measurable(len(which)):
+                output.metrics.update(self._measure(self.inputs.prompts, "final", draws, which, is_result=True))
             run.update_record()
             self.rollout.journal.clear()
             self.events.tell("on_run_end")
@@ -281,10 +273,11 @@ class ALDRIFTTrainer(HookedTrainer):
             folder: the run's output directory, with a saved model.
 
         Raises:
-            ValueError, OSError, RuntimeError: if there is no run, or no model of this trainer's kind.
+            ValueError, OSError, RuntimeError: if there is no run, or no model of this trainer's kind, or another prior.
         """
         record = RunRecord.read(str(folder))
         policy = cast(PreTrainedModel, self._unwrapped())
+        fidelity.check_same_prior(self.prior, policy, record.prior_row_scores, str(folder))
         loading.load_trained(policy, Path(folder), record.settings.get("adapter_name"))
         self.run.take_up(record)
 
@@ -309,6 +302,9 @@ class ALDRIFTTrainer(HookedTrainer):
     ) -> dict[str, float]:
         """How close the model is to `p_T`, from `num_generations` fresh draws per prompt.
 
+        Within [`train`] its calls count towards `max_objective_calls`. Where too few are left, or while T is not known,
+        it is skipped there, with a warning, and returns what it returned before.
+
         Args:
             eval_dataset: prompts; `None` takes the trainer's `eval_dataset`, or else its `train_dataset`.
             ignore_keys: has no meaning here.
@@ -325,19 +321,24 @@ class ALDRIFTTrainer(HookedTrainer):
         """
         prompts = self.inputs.eval_prompts if eval_dataset is None else self.inputs.encode(eval_dataset, "eval_dataset")
         self.objective.check_signature(prompts.columns)
-        metrics = self._measure(prompts, metric_key_prefix, self.args.proposals)
+        draws = self.run.measurable(len(prompts)) if self.is_in_train else self.args.proposals
+        if not draws:
+            logger.warning("an evaluation is skipped: T is not known yet, or max_objective_calls leaves too few calls")
+            return dict(self._evaluated)
+        self._evaluated = metrics = self._measure(prompts, metric_key_prefix, draws)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
+        return dict(metrics)
 
-    def _measure(self, prompts: Prompts, prefix: str, per_prompt: int, which: Tensor | None = None) -> dict[str, float]:
+    def _measure(
+        self, prompts: Prompts, prefix: str, per_prompt: int, which: Tensor | None = None, is_result: bool = False
+    ) -> dict[str, float]:
         """The metrics of [`evaluate`] from `per_prompt` draws for these prompts (`None`: all), logged and told."""
         start = time.time()
         with self.objective.open():
-            step, keep = self.state.global_step, prefix == "final"
-            measured = measure(self.run, prompts, step, per_prompt, which, keep)
+            measured = measure(self.run, prompts, self.state.global_step, per_prompt, which, keep=is_result)
         metrics, self.prompt_metrics = measured.metrics, Dataset.from_list(measured.by_prompt)
         metrics["runtime"] = time.time() - start
-        if prefix == "final":
+        if is_result:
             self.record.metrics = dict(metrics)
             self.record.take_draws(measured.proposals, prompts, self.run.tau_max)
             self.record.prompt_metrics = measured.by_prompt[:MAX_PROMPTS]

@@ -70,6 +70,8 @@ _SILENT_BREAKAGE = {
     "auto_find_batch_size": "changes the number of updates in the middle of a rung. Set per_device_train_batch_size.",
     "dataloader_persistent_workers": "keeps serving the first rung's samples on every later rung. Leave it off.",
     "label_smoothing_factor": "changes the distribution that the loss is minimised by. Leave it at 0.",
+    "neftune_noise_alpha": "adds noise to the embeddings, so that log q in training is not the one that is scored. "
+    "Leave it out.",
     "remove_unused_columns": "removes columns that the loss needs. Leave it off.",
     "bf16_full_eval": "casts the trained model's weights whenever it is evaluated. Use bf16=True (autocast).",
     "fp16_full_eval": "casts the trained model's weights whenever it is evaluated. Use fp16=True (autocast).",
@@ -286,6 +288,11 @@ def check_trainer_settings(settings: TrainingArguments) -> None:
             "per_device_train_batch_size by the number of processes."
         )
     metric = settings.metric_for_best_model
+    if metric is not None and settings.eval_strategy != "no" and chooses_target(settings):
+        raise ValueError(
+            f"metric_for_best_model={metric!r} has no value before T is found ({', '.join(GOALS)}). Set tau_max, or "
+            "leave it out."
+        )
     if metric is not None and settings.eval_strategy != "no" and metric.removeprefix("eval_") not in METRICS:
         raise ValueError(
             f"metric_for_best_model must be one of {', '.join(METRICS)}, which evaluate() measures; got {metric!r}"
