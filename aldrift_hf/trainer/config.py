@@ -91,7 +91,7 @@ class ALDRIFTConfig(GenerationSettings):
         num_generations (`int`, *optional*):
             n, the number of proposals per prompt per rung; `sampler="suffix"` makes n - n/M more, M being
             `chain_length`. `None` spreads `max_objective_calls` over ten rungs, with at most 1,024 per prompt; without
-            it, 1,024 over the prompts of a rung.
+            it, 1,024 over the prompts of a rung. At least 2 per prompt, where that leaves four rungs.
         prompts_per_rung (`int`, *optional*):
             Number of prompts that a rung draws for, at most. They are dealt out to groups at random, of which each rung
             takes one: each epoch over the prompts takes every group once, in a new order. `None` draws for all.

@@ -46,4 +46,6 @@ class Reweight(_Uncorrected):
     def select(
         self, pool: Proposals, tau_before: float, tau: float, size: int, generator: torch.Generator
     ) -> Selection:
-        return Selection(systematic_resample(-(tau - tau_before) * pool.objective, self._kept(pool), generator))
+        log_weight = -(tau - tau_before) * pool.objective
+        log_weight = torch.where(pool.log_prior > -torch.inf, log_weight, -torch.inf)
+        return Selection(systematic_resample(log_weight, self._kept(pool), generator))
