@@ -82,8 +82,13 @@ def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerB
     Args:
         words: the vocabulary. Any other word becomes `UNKNOWN`.
         separator: the text between words. If it is empty, a text is cut from the left into the longest words.
+
+    Raises:
+        ValueError: for a word that would be cut, because it has the separator, a space or a `▁` in it.
     """
     mark = "▁" if separator else ""  # precedes every word, so that decoding knows where the separator belongs
+    if mark and (cut := [word for word in words if any(part in word for part in (separator, " ", mark))]):
+        raise ValueError(f"words must be without {separator!r}, ' ' and {mark!r}, which would cut them: got {cut[0]!r}")
     tokens = [END, UNKNOWN, *(mark + word for word in words)]
     tokenizer = Tokenizer(models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=UNKNOWN))
     if separator:

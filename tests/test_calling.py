@@ -225,6 +225,38 @@ def waiting_for_ever():
     return cost, state
 
 
+class TimedOut(BaseException):
+    """As some libraries' time-outs and panics: not an `Exception`."""
+
+
+@pytest.mark.parametrize("kind", [TimedOut, KeyboardInterrupt])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_is_no_exception_ends_the_evaluation_too(kind, is_async):
+    """And does not hang it: a `KeyboardInterrupt` in the function's thread is of the function's own making."""
+
+    def cost(prompts, completions):
+        raise kind("not in time")
+
+    async def later(prompts, completions):
+        cost(prompts, completions)
+
+    if is_async and kind is KeyboardInterrupt:
+        pytest.skip("asyncio itself ends with the program then")
+    with pytest.raises(ObjectiveError, match=f"raised {kind.__name__}: not in time"):
+        evaluated(later if is_async else cost, overlap=True)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_function_may_ask_for_the_threads_event_loop(overlap):
+    def cost(prompts, completions):
+        async def lengths():
+            return [len(text) for text in completions]
+
+        return asyncio.get_event_loop().run_until_complete(lengths())
+
+    assert evaluated(cost, overlap=overlap) == [1, 2]
+
+
 def test_an_interrupt_cancels_what_async_functions_are_doing():
     cost, state = waiting_for_ever()
 

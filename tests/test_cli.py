@@ -32,7 +32,8 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
 from aldrift_hf.cli import env, runs
 from aldrift_hf.cli.functions import load_function
-from aldrift_hf.cli.parser import GROUPS, RunParser
+from aldrift_hf.cli.parser import GROUPS, RunParser, TaskArguments
+from aldrift_hf.cli.task import load_prompts
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.reporting.report import write_report
@@ -150,6 +151,27 @@ def test_several_objectives_are_summed(here):
     assert RunRecord.read("out").settings["objective_weights"] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("name", ["prompts[1].jsonl", "prompts?.jsonl"])
+def test_a_file_of_prompts_is_the_one_that_is_named(here, name):
+    for file, prompt in ((name, "mine"), ("prompts1.jsonl", "another")):
+        (here / file).write_text(json.dumps({"prompt": prompt}))
+    assert load_prompts(TaskArguments(objective=["a:b"], dataset_name=name))["prompt"] == ["mine"]
+
+
+def test_a_file_of_costs_may_import_what_lies_beside_it(here, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (here / "sub").mkdir()
+    (here / "sub" / "beside.py").write_text("WEIGHT = 2.0")
+    (here / "sub" / "my_costs.py").write_text("from beside import WEIGHT\ncost = lambda prompts, completions: WEIGHT")
+    assert load_function("sub/my_costs.py:cost", "--objective")(None, None) == 2.0
+
+
+def test_config_may_be_given_with_an_equals_sign(here):
+    (here / "mine.yaml").write_text("tau_max: 3.0")
+    *_, config, _ = RunParser("aldrift train", "", "").parse(["--objective", "a:b", "--config=mine.yaml"])
+    assert config.tau_max == 3.0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "prompt"])
 def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
@@ -249,6 +271,13 @@ def test_sample_takes_other_options(run, here, capsys):
     assert not capsys.readouterr().out
     draws = [json.loads(text) for text in (here / "draws.jsonl").read_text().splitlines()]
     assert [draw["prompt"] for draw in draws] == ["a b", "a b"]
+
+
+def test_the_output_of_sample_is_checked_before_anything_is_drawn(run, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "make_trainer", lambda *a: pytest.fail("a model was loaded"))
+    assert "No such file or directory: 'new/draws.jsonl'" in refused(
+        capsys, ["sample", "out", "-n", "2", "--output", "new/draws.jsonl"]
+    )
 
 
 def test_evaluate_knows_the_ladders_log_z(run, capsys):
@@ -470,6 +499,11 @@ def test_options_of_a_run_do_not_let_foreign_code_in(run, here, monkeypatch, cap
     monkeypatch.setattr(runs, "snapshot_download", lambda name: str(run))
     message = refused(capsys, ["sample", "somebody/model", "-n", "1"])
     assert "required: --objective" in message, "a downloaded file does not say which code is run"
+    engine = {"engine": "vllm", "engine_kwargs": {"model": "evil/model", "trust_remote_code": True}}
+    (run / "run.yaml").write_text(yaml.safe_dump(saved | engine))
+    argv = ["somebody/model", "--objective", "costs:not_a"]
+    _, (_, config, _) = runs.parse(RunParser("aldrift sample", "", ""), argv, str(here / "scratch"))
+    assert (config.engine, config.engine_kwargs) == ("transformers", None)
 
 
 @pytest.mark.slow

@@ -390,7 +390,8 @@ def test_the_docstring_and_the_help_know_every_setting():
 
 
 def test_copies_are_alike_and_keep_secrets(config):
-    settings = config(hub_token="hf_word", model_init_kwargs='{"token": "hf_word", "dtype": "float32"}', tau_max=3.0)
+    loading, engine = '{"token": "hf_word", "dtype": "float32"}', '{"api_key": "hf_word", "timeout": 3}'
+    settings = config(hub_token="hf_word", model_init_kwargs=loading, engine_kwargs=engine, tau_max=3.0)
     changed = dataclasses.replace(settings, tau_max=2.0)
     assert (changed.tau_max, settings.tau_max) == (2.0, 3.0)
     shallow = copy.copy(settings)
@@ -399,6 +400,7 @@ def test_copies_are_alike_and_keep_secrets(config):
     for each in (settings, changed, shallow):
         assert each.hub_token == "hf_word"
         assert each.model_init_kwargs == {"token": "hf_word", "dtype": "float32"}
+        assert each.engine_kwargs == {"api_key": "hf_word", "timeout": 3}
         assert "hf_word" not in repr(each) + str(each.to_dict()) + each.to_json_string()
     stored = pickle.dumps(settings)
     assert b"hf_word" not in stored

@@ -213,8 +213,10 @@ def test_a_token_is_neither_shown_nor_pickled(config):
 
     parser = RunParser("aldrift train", "", "")
     kwargs = json.dumps({"token": TOKEN, "revision": "v1"})
-    parser.parse(["--objective", "a:b", "--hub_token", TOKEN, "--model_init_kwargs", kwargs])
+    server = ["--engine_kwargs", json.dumps({"api_key": TOKEN, "timeout": 3})]
+    parser.parse(["--objective", "a:b", "--hub_token", TOKEN, "--model_init_kwargs", kwargs, *server])
     assert parser.given["model_init_kwargs"] == {"revision": "v1"}  # what goes into run.yaml
+    assert parser.given["engine_kwargs"] == {"timeout": 3}
     assert TOKEN not in str(parser.given)
 
 

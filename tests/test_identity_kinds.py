@@ -1,16 +1,20 @@
 """Costs of every kind, and costs made at random, are known by their content, in any process."""
 
+import asyncio
+import contextlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cost_grammar
 import cost_kinds
 import cost_values
+import httpx
 import pytest
 import torch
 import transformers
@@ -111,6 +115,28 @@ def test_using_a_cost_does_not_make_it_another(make, use):
     before = identity(cost)
     use(cost)
     assert identity(cost) == before
+
+
+async def _waited(semaphore):
+    async def wait():
+        async with semaphore:
+            await asyncio.sleep(0)
+
+    await asyncio.gather(*(wait() for _ in range(3)))
+
+
+def test_what_a_process_has_of_a_semaphore_a_pool_or_a_client_changes_no_cost():
+    semaphore, pool, client = asyncio.Semaphore(1), ThreadPoolExecutor(1), httpx.Client(base_url="http://localhost:1")
+    costs = [cost_kinds.closing_over(each) for each in (semaphore, pool, client)]
+    before = [*map(identity, costs)]
+    asyncio.run(_waited(semaphore))
+    pool.submit(int).result()
+    with contextlib.suppress(httpx.TransportError):
+        client.get("/")
+    assert [*map(identity, costs)] == before
+    other = cost_kinds.closing_over(httpx.Client(base_url="http://localhost:2"))
+    assert identity(other) != before[2], "another service may have other costs"
+    pool.shutdown()
 
 
 def test_a_model_is_the_same_wherever_it_was_loaded_from(tmp_path):

@@ -271,6 +271,16 @@ def test_cost_against_kl(record):
     assert len(model) == 8
 
 
+def test_messages_of_all_kinds_are_shown(record, no_figures):
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "你好"}}}
+    parts = [{"type": "text", "text": "What of"}, {"type": "text", "text": "the weather?"}]
+    for each in record.draws:
+        each["prompt"] = [{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [call]}]
+    page = render(record)
+    assert "What of\nthe weather?" in page
+    assert "你好" in page
+
+
 def test_messages_that_all_prompts_share_are_shown_once(record, no_figures):
     for number, each in enumerate(record.draws):
         each["prompt"] = [CHAT[0], {"role": "user", "content": f"Riddle {number % 5}"}]

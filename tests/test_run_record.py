@@ -238,3 +238,10 @@ def test_a_run_under_way_is_not_blamed_for_being_short_of_its_end():
     assert health.run_warnings(record(finished=False, tau=0.5)) == []
     assert health.run_warnings(RunRecord(SETTINGS)) == []
     assert outcome.outcome(RunRecord(SETTINGS)) == "The first rung is still running."
+
+
+def test_the_share_that_is_covered():
+    """However far the ladder's log Z lies below that of the model's draws; unknown where the missing mass is."""
+    assert [outcome.covered_share(nats) for nats in (-5000.0, 0.0)] == [1.0, 1.0]
+    assert outcome.covered_share(math.log(2)) == pytest.approx(0.5)
+    assert math.isnan(outcome.covered_share(math.nan))

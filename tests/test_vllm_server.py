@@ -12,6 +12,7 @@ import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
+import httpx
 import pytest
 import torch
 from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, free_port, lora_config, perturb, tiny_llama
@@ -32,6 +33,8 @@ class StandIn(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Answers)
         self.asked, self.failures, self.status = [], 0, 503
         self.reason = "stop"
+        self.loaded: set[str] = set()
+        self.tells_tokens = True
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -49,8 +52,19 @@ class Answers(BaseHTTPRequestHandler):
         if self.server.failures:
             self.server.failures -= 1
             return self.answer(self.server.status, {"error": "out of order"})
+        name, loaded = body.get("lora_name"), self.server.loaded
+        if self.path == "/v1/load_lora_adapter":
+            if name in loaded:
+                return self.answer(400, {"error": f"The lora adapter '{name}' has already been loaded."})
+            loaded.add(name)
+        if self.path == "/v1/unload_lora_adapter":
+            if name not in loaded:
+                return self.answer(404, {"error": f"The lora adapter '{name}' cannot be found."})
+            loaded.remove(name)
         logprobs = {"token_logprobs": [-0.5, -1.25]}
         choice = {"token_ids": [3, EOS], "logprobs": logprobs, "finish_reason": self.server.reason}
+        if not self.server.tells_tokens:
+            del choice["token_ids"]
         return self.answer(200, {"choices": [choice]})
 
     def answer(self, status, content):
@@ -120,6 +134,31 @@ def test_a_busy_server_is_asked_again(server):
     server.failures = 2
     engine.sync(policy_of())
     assert server.paths() == ["/v1/load_lora_adapter"] * 3
+
+
+def test_an_answer_that_was_lost_and_a_server_that_was_restarted_are_no_errors(server, monkeypatch):
+    policy, engine = policy_of(), engine_at(server.address)
+    post, lost = engine._client.post, [True]
+
+    def losing(path, **given):
+        answer = post(path, **given)
+        return httpx.Response(504) if lost and lost.pop() else answer
+
+    monkeypatch.setattr(engine._client, "post", losing)
+    engine.sync(policy)
+    assert server.paths() == ["/v1/load_lora_adapter"] * 2
+    server.loaded.clear()
+    engine.sync(policy)
+    assert server.paths()[2:] == ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"]
+    assert len(server.loaded) == 1
+
+
+def test_a_server_that_does_not_tell_tokens_is_told_so(server):
+    server.tells_tokens = False
+    engine = engine_at(server.address)
+    engine.sync(policy_of())
+    with pytest.raises(RuntimeError, match=r"does not tell the tokens that it drew \(return_token_ids\)"):
+        engine.generate([[1]], (7,), range(1))
 
 
 @pytest.mark.parametrize(("status", "asked"), [(503, 3), (400, 1)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -24,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     )
     with tempfile.TemporaryDirectory() as scratch:
         _, trainer = load(parser, argv, scratch)
-        metrics = trainer.evaluate()
+        with contextlib.redirect_stdout(sys.stderr):  # a cost may print
+            metrics = trainer.evaluate()
         if trainer.is_world_process_zero():
             by_prompt = [] if trainer.prompt_metrics is None else trainer.prompt_metrics.to_list()
             worst = {"worst_prompts": by_prompt[:NUM_WORST]} if len(by_prompt) > 1 else {}

@@ -44,6 +44,8 @@ def _load_file(path: str, option: str) -> ModuleType:
     if not os.path.isfile(path):
         raise ValueError(f"{option} {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(f"{option.lstrip('-')}:{Path(path).stem}", path)
+    if (beside := str(Path(path).resolve().parent)) not in sys.path:
+        sys.path.append(beside)  # last, so that its modules hide no others
     module = importlib.util.module_from_spec(cast(Any, spec))
     sys.modules[module.__name__] = module
     cast(Any, spec).loader.exec_module(module)

@@ -12,6 +12,7 @@ from trl import ModelConfig
 
 from ..command_line import Parser
 from ..trainer.config import ALDRIFTConfig
+from ..trainer.secret import SECRETS
 
 
 @dataclass
@@ -138,6 +139,7 @@ class RunParser(Parser):
         Raises:
             SystemExit: after one line that says what is wrong.
         """
+        argv = [part for text in argv for part in (text.split("=", 1) if text.startswith("--config=") else [text])]
         if argv[-1:] == ["--config"]:
             self.error("--config needs the path of a YAML file")
         try:
@@ -156,8 +158,9 @@ class RunParser(Parser):
             if name not in _NOT_SAVED and value != self._defaults[name]
         }
         config = next(options for options in parsed if isinstance(options, ALDRIFTConfig))
-        if isinstance(kwargs := config.model_init_kwargs, dict):  # which may hold a token
-            self.given["model_init_kwargs"] = {key: value for key, value in kwargs.items() if key != "token"}
+        for name, secret in SECRETS.items():
+            if isinstance(kwargs := getattr(config, name), dict):
+                self.given[name] = {key: value for key, value in kwargs.items() if key != secret}
         return tuple(parsed)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -26,27 +28,33 @@ OPTIONS_FILE = "run.yaml"
 
 _OWN_SETTINGS = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
 HUB_OPTIONS = {
-    *(_OWN_SETTINGS - {"model_init_kwargs", "objective_cache_key"}),
+    *(_OWN_SETTINGS - {"model_init_kwargs", "objective_cache_key", "engine", "engine_kwargs"}),
     *("model_name_or_path", "model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type"),
     *("use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split", "bf16", "fp16", "seed"),
 }
 """Options that are taken from a run on the Hub: those that describe it, and name no code or file of this machine."""
 
 
-def load(parser: RunParser, argv: Sequence[str], scratch: str) -> tuple[list[Any], ALDRIFTTrainer]:
+def load(
+    parser: RunParser, argv: Sequence[str], scratch: str, check: Callable[[Any], None] = lambda own: None
+) -> tuple[list[Any], ALDRIFTTrainer]:
     """The command's own options, and a trainer with the model that a run trained.
 
     Args:
         parser: the command's.
         argv: the run, and options that replace its own.
         scratch: a folder for whatever the trainer writes.
+        check: called with each class of the command's own options, before anything is loaded.
 
     Raises:
         SystemExit: after one line that says what is wrong.
     """
     folder, (*own, task, config, model) = parse(parser, argv, scratch)
-    with parser.errors_in_one_line(ValueError, TypeError, OSError):
-        trainer = make_trainer(task, config, model, folder)
+    with parser.errors_in_one_line(OSError):
+        for options in own:
+            check(options)
+    with contextlib.redirect_stdout(sys.stderr), parser.errors_in_one_line(ValueError, TypeError, OSError):
+        trainer = make_trainer(task, config, model, folder)  # a module of costs may print
     print_to_stderr(trainer.callback_handler.callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.load_run(folder)
@@ -107,6 +115,7 @@ def _saved_options(folder: Path) -> dict[str, Any]:
     else:
         raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")
     # A file must not allow a model's own code to run: the user decides that, every time.
-    if isinstance(saved.get("model_init_kwargs"), dict):
-        saved["model_init_kwargs"].pop("trust_remote_code", None)
+    for name in ("model_init_kwargs", "engine_kwargs"):
+        if isinstance(saved.get(name), dict):
+            saved[name].pop("trust_remote_code", None)
     return {name: value for name, value in saved.items() if name not in ("env", "trust_remote_code")}

@@ -40,14 +40,21 @@ def main(argv: Sequence[str]) -> None:
         [SampleArguments],
     )
     with tempfile.TemporaryDirectory() as scratch:
-        (options,), trainer = load(parser, argv, scratch)
+        (options,), trainer = load(parser, argv, scratch, _check_output)
         corrected = options.correction != "none"
-        draws = trainer.sample(
-            options.num_samples,
-            chain_length=None if corrected else 1,
-            correction=options.correction if corrected else "metropolis_hastings",
-        )
+        with contextlib.redirect_stdout(sys.stderr):  # a cost may print
+            draws = trainer.sample(
+                options.num_samples,
+                chain_length=None if corrected else 1,
+                correction=options.correction if corrected else "metropolis_hastings",
+            )
         if trainer.is_world_process_zero():
             output = options.output
             with contextlib.nullcontext(sys.stdout) if output is None else open(output, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(finite(draw), ensure_ascii=False) + "\n" for draw in draws)
+
+
+def _check_output(options: SampleArguments) -> None:
+    """Find out that a file cannot be written before draws are paid for."""
+    if options.output is not None:
+        open(options.output, "a", encoding="utf-8").close()

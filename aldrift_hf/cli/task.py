@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 from pathlib import Path
@@ -37,7 +38,7 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
         if suffix not in _READERS:
             raise ValueError(f"--dataset_name {name}: the name of a file of prompts ends in {', '.join(_READERS)}")
         with quiet.reading_files():
-            dataset = load_dataset(_READERS[suffix], data_files=name, split="train")
+            dataset = load_dataset(_READERS[suffix], data_files=glob.escape(name), split="train")
         return cast(Dataset, dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset)
     if suffix in _READERS:
         raise ValueError(f"--dataset_name {name}: there is no such file")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import inspect
 import threading
@@ -48,10 +49,23 @@ def call_functions(calls: Sequence[tuple[CostFunction, Arguments]]) -> list[Any]
 
 def _call(function: CostFunction, arguments: Arguments) -> Any:
     """What a function returns. If it needs a running event loop (`asyncio.gather` in a function that is not async), an
-    awaitable that calls it on the loop."""
+    awaitable that calls it on the loop; or, if it runs the thread's loop itself, in a thread with a loop of its own."""
+
+    def with_its_own_loop() -> Any:
+        asyncio.set_event_loop(loop := asyncio.new_event_loop())
+        try:
+            return function(**arguments)
+        finally:
+            asyncio.set_event_loop(None)
+            loop.close()
 
     async def on_the_loop() -> Any:
-        result = function(**arguments)
+        try:
+            result = function(**arguments)
+        except RuntimeError as error:
+            if "already running" not in str(error):
+                raise
+            result = await asyncio.to_thread(with_its_own_loop)
         return await result if inspect.isawaitable(result) else result
 
     try:
@@ -86,10 +100,19 @@ def _hint() -> str:
 
 @contextlib.contextmanager
 def _named_errors(function: CostFunction, batch: str, hint: str = "") -> Iterator[None]:
-    """Turns any exception into an [`ObjectiveError`] that says which function raised it, and for which batch."""
+    """Turns any exception into an [`ObjectiveError`] that says which function raised it, and for which batch.
+
+    Some libraries raise exceptions that are no `Exception` (time-outs, panics in Rust). Only what ends the program, or
+    the function, is passed on.
+    """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
+        in_main = threading.current_thread() is threading.main_thread()
+        if isinstance(error, (SystemExit, GeneratorExit, asyncio.CancelledError)):
+            raise
+        if isinstance(error, KeyboardInterrupt) and in_main:
+            raise
         raise ObjectiveError(
             f"objective {name_of(function)!r} raised {type(error).__name__}: {error} on {batch}{hint}"
         ) from error

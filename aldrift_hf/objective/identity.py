@@ -16,13 +16,17 @@ and what the modules of installed packages refer to. `objective_cache_key` is th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
+import threading
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
+import httpx
 import torch
 from datasets.fingerprint import Hasher
 from torch import nn
@@ -168,6 +172,13 @@ def _model(value: Any) -> Parts | None:
     return Parts(hashed("model"), [type(value), state, hooks, weights, buffers, modules, code])
 
 
+_WHILE_RUNNING = (
+    *(asyncio.AbstractEventLoop, asyncio.Future, asyncio.Lock, asyncio.Semaphore, asyncio.Event, asyncio.Condition),
+    *(asyncio.Queue, Executor, threading.Thread),
+)
+"""What holds the state of a process and changes no cost: the loop that a semaphore waits on, the threads of a pool."""
+
+
 def _other(value: Any) -> Parts | None:
     """Objects that pickle stores differently each time, or not at all."""
     if isinstance(value, torch.Generator):
@@ -176,6 +187,10 @@ def _other(value: Any) -> Parts | None:
         return Parts(hashed("weak"), [value()])
     if isinstance(value, (weakref.WeakKeyDictionary, weakref.WeakValueDictionary, weakref.WeakSet)):
         return Parts(hashed("weak", type_name(value)))  # a cache
+    if isinstance(value, (httpx.Client, httpx.AsyncClient)):
+        return Parts(hashed("client", type_name(value)), [str(value.base_url), dict(value.headers)])
+    if isinstance(value, _WHILE_RUNNING):
+        return Parts(hashed("running", type_name(value)))
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, PreTrainedTokenizerBase) or package in ("regex", "_regex", "spacy", "tiktoken"):
         return Parts(hashed("data", type_name(value), Hasher.hash(value)))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import functools
 import logging
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -305,7 +305,9 @@ class Objective:
                 costs = self._evaluate_or_fail(begun, batch)
                 self.store.add(costs)
                 begun.evaluated += len(costs)
-            except (Exception, SystemExit, asyncio.CancelledError) as error:  # finish raises it on all processes
+            except BaseException as error:  # finish raises it on all processes
+                if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+                    raise
                 begun.error = error
 
     def _evaluate_or_fail(self, begun: _Begun, batch: Batch) -> list[tuple[Key, Costs]]:

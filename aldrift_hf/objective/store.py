@@ -86,6 +86,7 @@ class CostStore(Mapping[Key, Costs]):
         self.identity = broadcast_object_list([self.identity])[0]
         state = PartialState()
         paths = [] if self.folder is None else sorted(self.folder.glob("*.sqlite"))
+        paths = [path for path in paths if path.stem.isdecimal()]  # not one that was moved away under another name
         # Each process reads its own file and, after a start with more processes, its share of the remaining files.
         mine = [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
         items: list[tuple[Key, Costs]] = []

@@ -15,6 +15,9 @@ from .callbacks import RunCallback
 from .numbers import COLUMNS, cell, with_error
 from .record import RunRecord
 
+CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control codes as they are written, so that a completion cannot steer the terminal."""
+
 _METRICS = {
     "objective": ("mean cost {}", ".4g"),
     "success": ("success {}", ".3f"),
@@ -138,6 +141,7 @@ class CompletionsTable(RunCallback):
         for label, i in (("best", best), ("random", random)):
             cells = [str(prompts.rows[int(proposals.rows[i])]["prompt"]), texts[i]]
             numbers = [proposals.objective.flatten()[i].item(), weights[i].item()]
-            # escape(): rich would take square brackets in a completion for markup.
-            table.add_row(label, *map(escape, cells), *(f"{number:.4g}" for number in numbers))
+            # escape(): rich would take square brackets in a completion for markup, and a terminal its control codes.
+            shown = [escape(cell.translate(CONTROL)) for cell in cells]
+            table.add_row(label, *shown, *(f"{number:.4g}" for number in numbers))
         self.console.print(table)

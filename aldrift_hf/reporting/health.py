@@ -99,7 +99,7 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
             "estimates of log Z are unreliable. Train more per rung (updates_per_rung), or draw more proposals "
             "(num_generations)."
         )
-    effective = metrics["ess"] * metrics["draws"]
+    effective = metrics.get("ess", math.nan) * metrics.get("draws", math.nan)
     if effective < MIN_EFFECTIVE_DRAWS:
         found["ess"] = (
             f"By their weights, a rung's proposals are worth {effective:.1f} independent draws per prompt. Take "

@@ -74,4 +74,4 @@ def success_in_words(record: Run) -> str:
 
 def covered_share(missing_mass: float) -> float:
     """The share of the target that the model's draws cover, `exp(-missing_mass)`, at most 1."""
-    return min(1.0, math.exp(-missing_mass))
+    return 1.0 if missing_mass <= 0 else math.exp(-missing_mass)

@@ -105,5 +105,5 @@ class ProgressBars(RunCallback):
         else:
             description, total, done = "rungs", num_rungs, rung
         if self._ladder is None:
-            self._ladder = self._display.add_task(description)
+            self._ladder = self._display.add_task(description, total=total)  # update() takes None for no change
         self._display.update(self._ladder, description=description, total=total, completed=done)

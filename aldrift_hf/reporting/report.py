@@ -194,10 +194,18 @@ def _messages(prompt: Any) -> list[tuple[str, str]]:
     """A prompt as `(role, text)` pairs; plain text has no role."""
     if isinstance(prompt, str):
         return [("", prompt)]
-    return [
-        (turn["role"], turn["content"] if isinstance(turn["content"], str) else json.dumps(turn["content"], indent=1))
-        for turn in prompt
-    ]
+    return [(turn["role"], _content(turn)) for turn in prompt]
+
+
+def _content(turn: dict[str, Any]) -> str:
+    """What a message says: its text, also in parts; or what else it has, as JSON."""
+    content = turn.get("content")
+    if isinstance(content, list) and all(part.get("type") == "text" for part in content):
+        content = "\n".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    other = content or {name: value for name, value in turn.items() if name not in ("role", "content") and value}
+    return json.dumps(other, indent=1, ensure_ascii=False)
 
 
 def _shared(prompts: list[list[tuple[str, str]]]) -> list[tuple[str, str]]:

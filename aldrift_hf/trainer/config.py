@@ -12,7 +12,7 @@ from ..algorithm.losses import LOSSES
 from ..algorithm.samplers import SAMPLERS
 from .generation_settings import GenerationSettings
 from .open_settings import ladder_name, loss_name, proposals_per_prompt, settle_batches
-from .secret import Secret
+from .secret import Secret, hide, masked
 from .validation import (
     MORE_IS_BETTER,
     Count,
@@ -354,8 +354,7 @@ class ALDRIFTConfig(GenerationSettings):
         sampler = SAMPLERS[self.sampler]
         self.fills_batches = settle_batches(self, sampler)
         super().__post_init__()
-        if isinstance(self.model_init_kwargs, dict) and isinstance(token := self.model_init_kwargs.get("token"), str):
-            self.model_init_kwargs = {**self.model_init_kwargs, "token": Secret(token)}
+        hide(self)
         # Connects the processes, before anything asks Accelerate for their number and fixes the answer at one.
         _ = self.world_size
         check_trainer_settings(self)
@@ -372,10 +371,7 @@ class ALDRIFTConfig(GenerationSettings):
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values without tokens: what trackers receive and write to their files."""
-        settings: dict[str, Any] = super().to_dict()
-        if isinstance(kwargs := settings["model_init_kwargs"], dict) and "token" in kwargs:
-            settings["model_init_kwargs"] = {**kwargs, "token": "<TOKEN>"}
-        return settings
+        return masked(super().to_dict())
 
     def proposals_for(self, prompts: int) -> int:
         """n, the number of proposals per prompt of a rung that draws for so many prompts."""

@@ -65,8 +65,11 @@ class Inputs:
         return ends
 
 
-def check_writable(output_dir: str) -> None:
+def check_writable(output_dir: str) -> str:
     """Create the output directory and try to write to it.
+
+    Returns:
+        Its absolute path: a cost may change the working directory.
 
     Raises:
         OSError: naming it and the remedy.
@@ -79,6 +82,7 @@ def check_writable(output_dir: str) -> None:
         raise OSError(
             f"output_dir {output_dir!r} cannot be written: {error}. Choose another one, or change its permissions."
         ) from error
+    return os.path.abspath(output_dir)
 
 
 def check_inputs(

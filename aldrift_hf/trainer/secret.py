@@ -1,8 +1,11 @@
-"""A token that can be used but is never written down."""
+"""Tokens that can be used but are never written down."""
 
 from __future__ import annotations
 
 from typing import Any
+
+SECRETS = {"model_init_kwargs": "token", "engine_kwargs": "api_key"}
+"""Settings that are mappings, and what they may hold that nobody else should see."""
 
 
 class Secret(str):
@@ -21,3 +24,16 @@ class Secret(str):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Secret:
         return self
+
+
+def hide(settings: Any) -> None:
+    """Make the secrets of settings a [`Secret`]."""
+    for name, key in SECRETS.items():
+        if isinstance(kwargs := getattr(settings, name), dict) and isinstance(kwargs.get(key), str):
+            setattr(settings, name, {**kwargs, key: Secret(kwargs[key])})
+
+
+def masked(plain: dict[str, Any]) -> dict[str, Any]:
+    """Settings as plain values, with `<TOKEN>` in place of secrets."""
+    held = {name: plain[name] for name, key in SECRETS.items() if isinstance(plain[name], dict) and key in plain[name]}
+    return plain | {name: {**kwargs, SECRETS[name]: "<TOKEN>"} for name, kwargs in held.items()}

@@ -129,9 +129,9 @@ class ALDRIFTTrainer(HookedTrainer):
         args = ALDRIFTConfig() if args is None else args
         if not isinstance(args, ALDRIFTConfig):
             raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
-        check_writable(str(args.output_dir))
-        train = check_dataset(train_dataset, "train_dataset")
         args = copy.copy(args)
+        args.output_dir = check_writable(str(args.output_dir))
+        train = check_dataset(train_dataset, "train_dataset")
         args.num_generations = args.proposals_for(min(len(train), args.prompts_per_rung or len(train)))
         parts = parts_of(args, sampler, ladder, loss, engine)
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")

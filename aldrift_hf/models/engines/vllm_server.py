@@ -13,7 +13,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -100,9 +100,11 @@ class VLLMServerEngine(Engine):
         self._name = broadcast_object_list([next(self._names)])[0]
         if PartialState().is_main_process:
             path = save_adapter(policy, parameters, self._folder / self._name)
-            self._post("/v1/load_lora_adapter", {"lora_name": self._name, "lora_path": str(path.resolve())})
+            # After an answer that was lost on the way, the adapter may be there; after a restart, the old one is not.
+            body = {"lora_name": self._name, "lora_path": str(path.resolve())}
+            self._post("/v1/load_lora_adapter", body, lambda answer: "already been loaded" in answer.text)
             if before is not None:
-                self._post("/v1/unload_lora_adapter", {"lora_name": before})
+                self._post("/v1/unload_lora_adapter", {"lora_name": before}, lambda answer: answer.status_code == 404)
                 shutil.rmtree(self._folder / before)
         PartialState().wait_for_everyone()
 
@@ -135,6 +137,11 @@ class VLLMServerEngine(Engine):
         with ThreadPoolExecutor(self.concurrency) as pool:
             answers = list(pool.map(lambda body: self._post("/v1/completions", body), bodies))
         choices = [answer.json()["choices"][0] for answer in answers]
+        if any(choice.get("token_ids") is None for choice in choices):
+            raise RuntimeError(
+                f"the vLLM server at {self._client.base_url} does not tell the tokens that it drew (return_token_ids). "
+                f"{self.remedy}"
+            )
         return draws_of(
             [choice["token_ids"] for choice in choices],
             [choice["logprobs"]["token_logprobs"] for choice in choices],
@@ -142,7 +149,16 @@ class VLLMServerEngine(Engine):
             self.settings,
         )
 
-    def _post(self, path: str, body: dict[str, Any]) -> httpx.Response:
+    def _post(
+        self, path: str, body: dict[str, Any], is_done: Callable[[httpx.Response], bool] = lambda answer: False
+    ) -> httpx.Response:
+        """The answer to a request, made again where the server is busy.
+
+        Args:
+            path: of the request.
+            body: of the request.
+            is_done: whether a refusal says that nothing is left to do.
+        """
         answer = self._try(path, body)
         for pause in PAUSES:
             if isinstance(answer, httpx.Response) and answer.status_code not in BUSY:
@@ -155,7 +171,7 @@ class VLLMServerEngine(Engine):
                 f"{where} does not answer {path} ({answer!r}), asked {1 + len(PAUSES)} times. Start it (vllm serve "
                 "MODEL --enable-lora), or set base_url or timeout in engine_kwargs."
             ) from answer
-        if not answer.is_success:
+        if not answer.is_success and not is_done(answer):
             raise RuntimeError(
                 f"{where} answers {path} with {answer.status_code}: {answer.text[:500]} {self.remedy} To load adapters "
                 "it needs VLLM_ALLOW_RUNTIME_LORA_UPDATING=True."
