@@ -22,7 +22,7 @@ from typing import Any
 from evaluation.baselines import TRL, expert_iteration, policy_gradient
 from evaluation.benchmark import report
 from evaluation.exact_distance import ExactTarget
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, settings_of
 from problems.line_scheduling import LineSchedulingProblem
 from problems.prior import RecipeModelConfig, make_prior
 from problems.round_trips import RoundTripProblem
@@ -102,7 +102,7 @@ class Bench:
 
     def __init__(self, options: BenchmarkArguments, model_config: RecipeModelConfig, path: Path) -> None:
         self.options, self.model_config = options, model_config
-        self.kept = KeptRuns(path, KEY)
+        self.kept = KeptRuns(path, KEY, settings_of(options, model_config, without=("longer",)))
         self.targets: dict[str, ExactTarget] = {}
 
     def tuned(self, problem: str, method: str, budget: int) -> list[dict[str, Any]]:

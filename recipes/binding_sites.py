@@ -42,7 +42,7 @@ from evaluation.binding import (
 )
 from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.evolution import Oracle, adalead, genetic_algorithm
-from evaluation.kept_runs import Run, TunedRuns
+from evaluation.kept_runs import Run, TunedRuns, settings_of
 from evaluation.tables import publish
 from evaluation.unseen import learn_with_prior
 from problems.binding_sites import BASES, FACTORS, LENGTH, reverse_complement
@@ -115,7 +115,8 @@ class Bench(TunedRuns):
         self, options: BindingArguments, model_config: RecipeModelConfig, truths: dict[str, Truth], folder: Path
     ) -> None:
         self.options, self.model_config, self.truths = options, model_config, truths
-        super().__init__(folder, "factor", dict.fromkeys(options.factors, options.budget), options.seeds)
+        settings = settings_of(options, model_config, without=("budget", "rungs", "rung_updates"))
+        super().__init__(folder, "factor", dict.fromkeys(options.factors, options.budget), options.seeds, settings)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""

@@ -21,7 +21,7 @@ from typing import Optional
 
 from benchmark import PROBLEMS as BENCHMARK
 from evaluation.exact_distance import ExactTarget
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, settings_of
 from evaluation.tables import Comparison, mean_of
 from problems.binding_sites import BindingSiteProblem
 from problems.prior import RecipeModelConfig, make_prior
@@ -89,7 +89,7 @@ class Runs:
 
     def __init__(self, folder: Path, model_config: RecipeModelConfig) -> None:
         self.folder, self.model_config = folder, model_config
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY, settings_of(model_config))
         self.targets: dict[str, ExactTarget] = {}
 
     def of(self, name: str, budget: int, setting: tuple[float, int, int], seed: int) -> Run:

@@ -37,7 +37,7 @@ import numpy as np
 from evaluation.baselines import TRL, CountedObjective, drawing_config, drawn_texts, expert_iteration, policy_gradient
 from evaluation.ehrlich import DRAWS, MeasuredEhrlich, draw, draws_measured, table
 from evaluation.evolution import Oracle, genetic_algorithm
-from evaluation.kept_runs import Run, TunedRuns
+from evaluation.kept_runs import Run, TunedRuns, settings_of
 from evaluation.tables import publish
 from peft import PeftModel
 from problems.ehrlich import holo
@@ -90,7 +90,8 @@ class EhrlichArguments:
         default_factory=lambda: [5248, 10000, 5248], metadata={"help": "Evaluations of a run, for each function."}
     )
     methods: list[str] = field(
-        default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}; each also as METHOD{RULES}."}
+        default_factory=lambda: [*METHODS],
+        metadata={"help": f"Of: {', '.join(METHODS)}; also as METHOD{RULES}, but for TRL's."},
     )
     tau_max: float = field(default=40.0, metadata={"help": "T."})
     rungs: int = field(default=20, metadata={"help": "Rungs of archive and top, and rounds of expert iteration."})
@@ -120,7 +121,8 @@ class Bench(TunedRuns):
 
     def __init__(self, options: EhrlichArguments, model_config: RecipeModelConfig, folder: Path) -> None:
         self.options, self.model_config = options, model_config
-        super().__init__(folder, "function", dict(zip(options.functions, options.budgets)), options.seeds)
+        budgets, settings = dict(zip(options.functions, options.budgets)), settings_of(options, model_config)
+        super().__init__(folder, "function", budgets, options.seeds, settings)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
@@ -277,7 +279,8 @@ def numbers_of(function: str) -> list[int]:
 
 def main() -> None:
     options, model_config = TrlParser((EhrlichArguments, RecipeModelConfig)).parse_args_and_config()
-    if unknown := sorted({method.removesuffix(RULES) for method in options.methods} - {*METHODS}):
+    known = {*METHODS, *(f"{method}{RULES}" for method in METHODS if method not in TRL)}
+    if unknown := sorted({*options.methods} - known):
         sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
     for function in options.functions:
         if re.fullmatch(r"\d+-\d+-\d+-\d+", function) is None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 import torch
-from evaluation.kept_runs import KeptRuns
+from evaluation.kept_runs import KeptRuns, settings_of
 from evaluation.tables import Comparison
 from peft import LoraConfig, get_peft_model
 from problems.real_model import real_model
@@ -121,7 +121,7 @@ def main() -> None:
         sys.exit(str(error))
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    kept = KeptRuns(folder / "runs.jsonl", KEY)
+    kept = KeptRuns(folder / "runs.jsonl", KEY, settings_of(options, without=KEY))
     rows = {}
     for length, dtype, engine in itertools.product(options.lengths, options.dtypes, options.engines):
         key = (engine, options.adapter, dtype, length, options.draws)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from evaluation.exact_distance import ExactTarget
-from evaluation.kept_runs import KeptRuns
+from evaluation.kept_runs import KeptRuns, settings_of
 from evaluation.tables import Comparison, mean_of
 from many_prompts import MODEL, RUNGS, TAU_MAX
 from problems.digit_sums import split
@@ -75,7 +75,7 @@ class Bench:
 
     def __init__(self, options: FewDrawsArguments, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY, settings_of(options, without=KEY))
         prior, tokenizer, _ = make_prior(split()[0], MODEL)
         self.targets = [ExactTarget.of(problem, base_model(prior), tokenizer, TAU_MAX) for problem in split()]
         strings = self.targets[0].strings

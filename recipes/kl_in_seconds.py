@@ -22,7 +22,7 @@ from benchmark import PROBLEMS
 from evaluation.baselines import TRL, expert_iteration, policy_gradient
 from evaluation.exact_distance import ExactTarget
 from evaluation.figures import figure, plot_lines
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, settings_of
 from evaluation.tables import Comparison, mean_of
 from problems.prior import RecipeModelConfig, make_prior
 from problems.training import left_open, make_trainer
@@ -99,8 +99,12 @@ class Course(TrainerCallback):
         """Whether the time is spent."""
         return time.process_time() - self.began > max(self.times)
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+    def begin(self) -> None:
+        """The time begins: the prior is loaded."""
         self.began = time.process_time()
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.begin()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if not self.by_rung:
@@ -117,7 +121,8 @@ class Bench:
 
     def __init__(self, options: SecondsArguments, model_config: RecipeModelConfig, folder: Path) -> None:
         self.options, self.model_config, self.folder = options, model_config, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+        settings = settings_of(options, model_config, without=KEY, seconds=options.seconds)
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY, settings)
         self.problem, self.tau_max, _ = PROBLEMS[options.problem]
         prior, tokenizer, _ = make_prior(self.problem, model_config)
         self.target = ExactTarget.of(self.problem, base_model(prior), tokenizer, self.tau_max).likeliest(SHARE)

@@ -20,8 +20,9 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
+from evaluation.kept_runs import check_same
 from trl import TrlParser
 
 METHODS = ("shared", "apart", "rloo")
@@ -127,6 +128,7 @@ def in_a_process(method: str, length: int, proposals: int, options: LongPromptAr
     """The figures of one method: kept ones, or measured in a process of its own."""
     about = (method, length, proposals, options.max_completion_length, options.dtype, options.gradient_checkpointing)
     kept = Path(options.output_dir) / ("_".join(map(str, about)) + ".json")
+    model = {"model_name_or_path": options.model_name_or_path}
     if not kept.exists():
         command = [
             sys.executable, __file__, "--one", f"{method}:{length}:{proposals}", "--dtype", options.dtype,
@@ -138,8 +140,10 @@ def in_a_process(method: str, length: int, proposals: int, options: LongPromptAr
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         if done.returncode:
             sys.exit(f"{method}, {length} tokens: ended with {done.returncode}\n{done.stderr}")
-        kept.write_text(done.stdout.strip().splitlines()[-1])
-    return json.loads(kept.read_text())
+        kept.write_text(json.dumps(json.loads(done.stdout.strip().splitlines()[-1]) | {"settings": model}))
+    figures: dict[str, Any] = json.loads(kept.read_text())
+    check_same(kept, figures.pop("settings", {}), model)
+    return figures
 
 
 def main() -> None:

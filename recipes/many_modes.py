@@ -31,7 +31,7 @@ import numpy as np
 from evaluation.baselines import policy_gradient
 from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.figures import figure
-from evaluation.kept_runs import Run, TunedRuns
+from evaluation.kept_runs import Run, TunedRuns, settings_of
 from evaluation.molecule_search import evolve, graph_edits
 from evaluation.reinvent import reinvent
 from evaluation.tables import Comparison, mean_of, publish
@@ -87,7 +87,8 @@ class Bench(TunedRuns):
 
     def __init__(self, options: ManyModesArguments, model_config: MoleculeModelConfig, folder: Path) -> None:
         self.options, self.model_config = options, model_config
-        super().__init__(folder, "task", dict.fromkeys(options.tasks, options.budget), options.seeds)
+        settings = settings_of(options, model_config, without=("budget",))
+        super().__init__(folder, "task", dict.fromkeys(options.tasks, options.budget), options.seeds, settings)
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""

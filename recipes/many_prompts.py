@@ -23,7 +23,7 @@ from evaluation.baselines import TRL, policy_gradient
 from evaluation.enumeration import kl_divergence
 from evaluation.exact_distance import ExactTarget
 from evaluation.figures import figure, plot_lines
-from evaluation.kept_runs import KeptRuns, Run
+from evaluation.kept_runs import KeptRuns, Run, settings_of
 from evaluation.tables import Comparison, mean_of
 from problems.digit_sums import split
 from problems.prior import RecipeModelConfig, make_prior
@@ -83,7 +83,7 @@ class Bench:
 
     def __init__(self, options: ManyPromptsArguments, folder: Path) -> None:
         self.options, self.folder = options, folder
-        self.kept = KeptRuns(folder / "runs.jsonl", KEY)
+        self.kept = KeptRuns(folder / "runs.jsonl", KEY, settings_of(options, without=KEY))
         self.problems = dict(zip(("seen", "unseen"), split(), strict=True))
         prior, tokenizer, _ = make_prior(self.problems["seen"], MODEL)
         self.targets = {

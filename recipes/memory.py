@@ -24,6 +24,7 @@ from typing import Optional
 
 import psutil
 import torch
+from evaluation.kept_runs import check_same, settings_of
 from evaluation.tables import Comparison
 from peft import LoraConfig
 from problems.real_model import real_model
@@ -174,14 +175,15 @@ def main() -> None:
     rows = {}
     for way in options.ways:
         for gib in options.limits_gib:
-            kept = folder / f"{way}_{gib:g}.json"
+            kept, settings = folder / f"{way}_{gib:g}.json", settings_of(options)
             if not kept.exists():
                 try:
-                    kept.write_text(json.dumps(in_a_child(way, gib, options)))
+                    kept.write_text(json.dumps(in_a_child(way, gib, options) | {"settings": settings}))
                 except OSError as error:
                     print(f"{way}, {gib:g} GiB: {error}")
                     continue
             row = rows[f"{gib:g} GiB, {way}"] = json.loads(kept.read_text())
+            check_same(kept, row.pop("settings", {}), settings)
             print(f"{way}, {gib:g} GiB:", row.get("error") or {name: round(value, 2) for name, value in row.items()})
     names = list(dict.fromkeys(name for row in rows.values() for name in row if name != "error"))
     table = Comparison(f"a rung of {options.proposals} proposals under limits of memory", list(rows))

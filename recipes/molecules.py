@@ -19,7 +19,6 @@ made again.
 """
 
 import itertools
-import math
 import re
 import shutil
 import sys
@@ -30,7 +29,7 @@ from typing import Any, Optional
 
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
 from evaluation.budgets import EvaluationBudget, Spent
-from evaluation.kept_runs import Run, TunedRuns
+from evaluation.kept_runs import Run, TunedRuns, settings_of
 from evaluation.molecule_search import evolve, graph_edits
 from evaluation.molecule_target import Target
 from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
@@ -45,6 +44,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
 from aldrift_hf import EditedTop
+from aldrift_hf.objective.identity import identity_of
 from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", *TRL)
@@ -109,17 +109,24 @@ class Bench(TunedRuns):
         self, options: MoleculeArguments, scores: dict[str, Score], model_config: RecipeModelConfig, folder: Path
     ) -> None:
         self.options, self.scores, self.model_config = options, scores, model_config
-        super().__init__(folder, "objective", dict.fromkeys(scores, options.budget), options.seeds)
+        settings = settings_of(options, model_config, without=("budget",), own=identity_of([*scores.values()]))
+        super().__init__(folder, "objective", dict.fromkeys(scores, options.budget), options.seeds, settings)
 
     def at_sampling_tau(self, objective: str) -> list[Run]:
-        """Of each method, the run with T = `sampling_tau` that came closest to p_T."""
-        made: dict[str, Run] = {}
-        for run in self.kept.runs.values():
-            asked = (objective, self.options.budget) == (run["objective"], run["budget"])
-            at_tau = float(run["setting"].split()[0]) == self.options.sampling_tau
-            if asked and at_tau and "kl" in run and run["kl"] < made.get(run["method"], {"kl": math.inf})["kl"]:
-                made[run["method"]] = run
-        return [made[method] for method in METHODS if method in made]
+        """Of each method, the setting with T = `sampling_tau` that came closest to p_T, on its first seed that is
+        measured."""
+        made: list[Run] = []
+        for method in self.options.methods:
+            at_tau = [
+                text for text in self.grid(method) if text and float(text.split()[0]) == self.options.sampling_tau
+            ]
+            for seed in self.seeds:
+                keys = [(objective, method, setting, self.options.budget, seed) for setting in at_tau]
+                runs = [self.kept.runs[key] for key in keys if "kl" in self.kept.runs.get(key, {})]
+                if runs:
+                    made.append(min(runs, key=lambda run: float(run["kl"])))
+                    break
+        return made
 
     def grid(self, method: str) -> list[str]:
         """The settings that are tried for a method, as words."""
@@ -173,7 +180,7 @@ class Bench(TunedRuns):
 
     def target(self, objective: str) -> Path:
         """The file of p_T's draws."""
-        name = f"{objective}-{self.options.budget}-{self.options.sampling_tau:g}"
+        name = f"{objective}-{self.options.budget}-{self.options.sampling_tau:g}-seed{self.seeds[0]}"
         return self.folder / f"target-{re.sub(r'[^A-Za-z0-9.]+', '-', name)}.json"
 
     def aldrift(

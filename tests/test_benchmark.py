@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 from conftest import log_probs, tiny_gpt2
+from evaluation import baselines
 from evaluation.baselines import CountedObjective, expert_iteration, policy_gradient
 from evaluation.exact_distance import ExactTarget
 from problems.prior import RecipeModelConfig, make_prior
@@ -119,6 +120,36 @@ def test_baselines_lower_the_cost_within_their_budget(method, tmp_path, monkeypa
     target = ExactTarget.of(problem, prior, tokenizer, tau_max=4.0, slack=0.05)
     success = [target.measures(each, 100, 0)["success"] for each in (prior, base_model(model))]
     assert success[1] > 1.3 * success[0]
+
+
+class Tied(RoundTripProblem):
+    """Every text costs the same."""
+
+    def cost_of(self, text):
+        return 1.0
+
+    def cost(self, prompts, completions):
+        return [1.0 for _ in completions]
+
+
+def test_expert_iteration_chooses_among_equal_costs_by_the_order_of_drawing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ALDRIFT_CACHE", str(tmp_path))
+    drawn, learned = [], []
+
+    def texts(policy, tokenizer, config, prompt, count, address):
+        drawn.append([f"{10 * count - number} {address}" for number in range(count)])  # alphabetically from the last on
+        return drawn[-1]
+
+    def fit(policy, tokenizer, rows, *settings):
+        learned.extend(rows(200, np.random.default_rng(0)))
+
+    monkeypatch.setattr(baselines, "drawn_texts", texts)
+    monkeypatch.setattr(baselines, "fit", fit)
+    problem = Tied()
+    prompts = len(problem.prompts)
+    expert_iteration(problem, QUICK, rounds=1, proposals=20 * prompts, updates=1, learning_rate=1e-3, seed=0)
+    first = {problem.separator.join((prompt, text)) for prompt, row in zip(problem.prompts, drawn) for text in row[:2]}
+    assert {*learned} == first
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ QUICK = {
 }  # fmt: skip
 METHODS = (
     *("archive", "top", "span", "uniform_span", "edited", "genetic_algorithm", "expert_iteration", "rloo"),
-    *("edited+rules", "genetic_algorithm+rules", "rloo+rules"),
+    *("edited+rules", "genetic_algorithm+rules", "expert_iteration+rules"),
 )
 
 

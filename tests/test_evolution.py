@@ -53,6 +53,12 @@ def test_a_score_without_a_slope_spends_the_budget_too(method):
     assert not oracle.left
 
 
+def test_of_equal_sequences_the_newest_are_parents():
+    oracle = Oracle(lambda sequence: float(sequence[0] > 1), 100)
+    oracle.evaluate([(2, 0), (0, 1), (3, 3), (1, 1), (2, 2)])
+    assert oracle.best(4).tolist() == [[2, 2], [3, 3], [2, 0], [1, 1]]
+
+
 def test_an_oracle_ends_in_the_middle_of_a_batch():
     oracle = Oracle(matches, 3)
     oracle.evaluate([WANTED, WANTED, WANTED[::-1], (0,) * 8, (1,) * 8])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from evaluation.kept_runs import TunedRuns
 
 
@@ -12,8 +13,8 @@ class Bench(TunedRuns):
 
     COST = {("one", "a"): 2.0, ("one", "b"): 1.0, ("two", "a"): 1.0, ("two", "b"): 2.0}
 
-    def __init__(self, folder):
-        super().__init__(folder, "task", {"one": 10, "two": 20}, seeds=[3, 4])
+    def __init__(self, folder, **settings):
+        super().__init__(folder, "task", {"one": 10, "two": 20}, [3, 4], settings)
         self.made = Counter()
 
     def grid(self, method):
@@ -27,6 +28,15 @@ class Bench(TunedRuns):
     @staticmethod
     def rank(run):
         return run["cost"]
+
+
+def test_a_run_that_was_made_with_other_settings_is_refused(tmp_path):
+    Bench(tmp_path, updates=60, model=None).runs("one", "plain")
+    again = Bench(tmp_path, updates=60, model=None)
+    again.runs("one", "plain")
+    assert not again.made
+    with pytest.raises(SystemExit, match=r"made with updates = 60, not 240\. Choose another --output_dir"):
+        Bench(tmp_path, updates=240, model=None).runs("one", "plain")
 
 
 def test_a_setting_is_chosen_on_the_first_problem_and_seed(tmp_path):

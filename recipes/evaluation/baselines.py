@@ -7,6 +7,7 @@ optimum is `p_T`, as for ALDRIFT.
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -54,6 +55,10 @@ class Watch(Protocol):
     @property
     def is_over(self) -> bool:
         """Whether the run shall end."""
+        ...
+
+    def begin(self) -> None:
+        """What it does before the first round."""
         ...
 
     def look(self, model: PreTrainedModel) -> None:
@@ -176,6 +181,8 @@ def expert_iteration(
 ) -> Learned:
     """Train by expert iteration: each round draws from the model, then fine-tunes it on the best draws of all rounds.
 
+    Those of equal cost are taken in the order in which they were drawn.
+
     Args:
         problem: the problem.
         model_config: the prior, with LoRA.
@@ -189,6 +196,8 @@ def expert_iteration(
     """
     policy, tokenizer, config = with_adapter(problem, model_config, seed)
     objective, prompts = CountedObjective(problem), problem.prompts
+    if watch is not None:
+        watch.begin()
     per_prompt = proposals // (rounds * len(prompts))
     drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for number in range(rounds):
@@ -198,7 +207,7 @@ def expert_iteration(
         best = [
             problem.separator.join(filter(None, (prompt, text)))
             for prompt, rows in drawn.items()
-            for _, text in sorted(rows)[: max(1, round(keep * len(rows)))]
+            for _, text in sorted(rows, key=lambda row: row[0])[: max(1, round(keep * len(rows)))]
         ]
         fit(
             policy,
@@ -274,8 +283,17 @@ def _by_weight(texts: Sequence[str], weights: np.ndarray, count: int, rng: np.ra
 def with_adapter(
     problem: TextProblem, model_config: RecipeModelConfig, seed: int
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, GenerationConfig]:
-    """The prior with a new adapter, its tokenizer, and how it draws completions."""
+    """The prior with a new adapter, its tokenizer, and how it draws completions.
+
+    Raises:
+        SystemExit: where an adapter is not made, or the prior has one.
+    """
     model, tokenizer, peft_config = make_prior(problem, model_config)
+    if peft_config is None:
+        sys.exit(
+            "expert iteration, CbAS and REINVENT train a new adapter on the prior: leave out --no_use_peft, and "
+            "--model_name_or_path of a model that is warmed up first; or leave them out of --methods."
+        )
     torch.manual_seed(seed)
     policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
     return policy, tokenizer, drawing_config(problem, tokenizer)

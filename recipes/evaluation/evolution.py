@@ -52,8 +52,9 @@ class Oracle:
                     self.known[self.twin(sequence)] = self.known[sequence]
 
     def best(self, count: int) -> Codes:
-        """The best sequences so far."""
-        return np.array(sorted(self.known, key=self.known.__getitem__, reverse=True)[:count])
+        """The best sequences so far; of equal ones the newest, so that a search on a plateau drifts."""
+        newest_first = reversed([*self.known])
+        return np.array(sorted(newest_first, key=self.known.__getitem__, reverse=True)[:count])
 
 
 def genetic_algorithm(
@@ -109,7 +110,8 @@ def adalead(
     """AdaLead (Sinai et al. 2020, arXiv 2010.02141, algorithm 1), with a random forest that predicts the score.
 
     Each round, children of the sequences near the best one are mutated for as long as the forest, which is fitted to
-    all evaluations, does not expect them to be worse than before; the best by the forest are evaluated.
+    all evaluations, does not expect them to be worse than at first. Of all mutants those are evaluated that are the
+    best by the forest.
 
     Args:
         oracle: the score; what was evaluated is left in it.
@@ -134,12 +136,12 @@ def adalead(
         for _ in range(length):
             moved = mutated(starts, letters, 1.0, rng)
             scores = forest.predict(one_hot(moved, letters))
+            found = zip(map(tuple, moved.tolist()), scores.tolist())
+            candidates |= {each: score for each, score in found if each not in oracle.known}
             kept = scores >= expected
-            starts, expected = moved[kept], scores[kept]
+            starts, expected = moved[kept], expected[kept]
             if not len(starts):
                 break
-            found = zip(map(tuple, starts.tolist()), expected.tolist())
-            candidates |= {each: score for each, score in found if each not in oracle.known}
         ranked = sorted(candidates, key=candidates.__getitem__, reverse=True)[:batch]
         oracle.evaluate(ranked or map(tuple, mutated(parents, letters, 2.0, rng).tolist()))
 

@@ -62,8 +62,8 @@ class Target:
         return cls(**json.loads(path.read_text())) if path.exists() else None
 
     def measures(self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, draws: Sequence[str]) -> dict[str, float]:
-        """How far a model is from p_T: KL(p_T‖q) in nats, with its standard error, and the share of p_T whose scaffold
-        is among the model's draws.
+        """How far a model is from p_T: KL(p_T‖q) in nats, with its standard error (without that of log Z), and the
+        share of p_T whose scaffold is among the model's draws.
 
         Args:
             model: q.
@@ -75,7 +75,7 @@ class Target:
         own = [None if smiles is None else scaffold(smiles) for smiles in map(canonical_smiles, self.texts)]
         return {
             "kl": float(gap.mean()),
-            "kl_error": float(gap.std() / np.sqrt(min(self.effective, GOLD))),
+            "kl_error": float(gap.std() * np.sqrt(1 / self.effective + 1 / GOLD)),
             "scaffolds_known": sum(each in known for each in own) / len(own),
         }
 
