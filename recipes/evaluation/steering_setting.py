@@ -87,5 +87,7 @@ class Setting:
         return folder / self.task / name.replace(" ", ",").replace("/", "-")
 
     def identity(self) -> dict[str, Any]:
-        """All that the result depends on. Another folder may hold the same prior: gold is compared with it."""
-        return {name: value for name, value in asdict(self).items() if name not in ("model", "threads")}
+        """All that the result depends on. Of the prior's folder its own name: another may hold the same one, and a run
+        compares gold with it."""
+        values = {name: value for name, value in asdict(self).items() if name != "threads"}
+        return values | {"model": Path(self.model).name}

@@ -48,7 +48,7 @@ Group = list[Result]
 
 def label_of(result: Result) -> str:
     """The method, with what was set for it."""
-    return Setting(**result["setting"], model="").label
+    return Setting(**result["setting"]).label
 
 
 def best(results: Sequence[Result]) -> dict[tuple[int, str], Group]:
