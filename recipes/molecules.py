@@ -109,7 +109,9 @@ class Bench(TunedRuns):
         self, options: MoleculeArguments, scores: dict[str, Score], model_config: RecipeModelConfig, folder: Path
     ) -> None:
         self.options, self.scores, self.model_config = options, scores, model_config
-        settings = settings_of(options, model_config, without=("budget",), own=identity_of([*scores.values()]))
+        # An objective of the user's own is known by its content: the file may be edited under the same name.
+        own = None if options.objective is None else identity_of([*scores.values()])
+        settings = settings_of(options, model_config, without=("budget",), own=own)
         super().__init__(folder, "objective", dict.fromkeys(scores, options.budget), options.seeds, settings)
 
     def at_sampling_tau(self, objective: str) -> list[Run]:
