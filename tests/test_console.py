@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -110,7 +111,19 @@ def test_an_adaptive_ladder_shows_its_inverse_temperature(on_terminal):
     trainer, written = on_terminal(ladder="adaptive", tau_step=None, num_generations=256)
     trainer.train()
     assert "inverse temperature" in written.getvalue()
-    assert "of 1.5" in written.getvalue()
+    assert "0.0 of 1.5" in written.getvalue()  # from the first rung on
+
+
+def test_an_inverse_temperature_that_is_yet_to_be_found_has_no_total(on_terminal):
+    trainer, written = on_terminal(
+        ladder="adaptive", tau_step=None, tau_max=None, target_cost=0.01, max_objective_calls=256
+    )
+    trainer.train()
+    text = written.getvalue()
+    assert "rung 0, inverse temperature" in text
+    assert " of 100" not in text
+    assert re.search(r" 0\.0 +\x1b", text)  # the first rung; by the last one T is known
+    assert re.search(r"\d of \d+\.\d{1,3} *\x1b", text)
 
 
 @pytest.mark.parametrize("shown", [True, False])

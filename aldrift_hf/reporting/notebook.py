@@ -115,8 +115,10 @@ class NotebookProgress(RunCallback):
         **kwargs: Any,
     ) -> None:
         """Move the ladder's bar on: in rungs or, if their number is not known, in inverse temperature."""
-        known = num_rungs is not None
-        self._ladder = Bar("rungs", num_rungs, rung) if known else Bar("inverse temperature", tau_max, round(tau, 3))
+        if num_rungs is None:
+            self._ladder = Bar("inverse temperature", tau_max and round(tau_max, 3), round(tau, 3))
+        else:
+            self._ladder = Bar("rungs", num_rungs, rung)
         self._show(at_once=True)
 
     def on_log(

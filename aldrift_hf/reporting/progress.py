@@ -9,7 +9,17 @@ from typing import Any
 
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..types import Advance
@@ -17,6 +27,14 @@ from .callbacks import RunCallback
 
 SECONDS_BETWEEN_LINES = 30.0
 """Without a terminal, a piece of work prints how far it is after this time, and then as often."""
+
+
+class Done(ProgressColumn):
+    """How much of a piece of work is done, and of how much where that is known: T may be yet to be found."""
+
+    def render(self, task: Task) -> Text:
+        """The numbers, as text."""
+        return Text(f"{task.completed:,}" if task.total is None else f"{task.completed:,} of {task.total:,}")
 
 
 class ProgressBars(RunCallback):
@@ -40,7 +58,7 @@ class ProgressBars(RunCallback):
         self._display = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:,} of {task.total:,}"),
+            Done(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
@@ -101,7 +119,8 @@ class ProgressBars(RunCallback):
         if self._display is None:
             return
         if num_rungs is None:
-            description, total, done = f"rung {rung}, inverse temperature", tau_max, round(tau, 3)
+            description, done = f"rung {rung}, inverse temperature", round(tau, 3)
+            total = tau_max and round(tau_max, 3)
         else:
             description, total, done = "rungs", num_rungs, rung
         if self._ladder is None:

@@ -97,6 +97,7 @@ class Run:
         self.on_prompts.per_prompt = self.sampler.whole_texts(self._affordable())
         if self.state.ladder.objective_range is None:
             self._measure_objective_range()
+        self.update_record()
 
     def begin_rung(self) -> None:
         """Propose and correct on the next rung, and lay out its samples (steps 1 and 2 of ALDRIFT)."""
