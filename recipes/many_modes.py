@@ -9,7 +9,8 @@ method which follows the score ends at one of them. So does p_T: the nearer the 
 share, and the shares differ by many nats (the second table).
 
 ALDRIFT is therefore run with a prompt for each ligand (prompts), after which the similarity to that one counts: one
-model, one run and one budget, but a p_T for each prompt. With the same prompts, as a search (edited): the model learns
+model, one run and one budget, but a p_T for each prompt (it is spent on texts, where all others but the defaults count
+molecules). With the same prompts, as a search (edited): the model learns
 from the best of what it draws, and of mutations and crossovers of the best. Beside these: a genetic algorithm on
 molecular graphs for each ligand, with equal shares of the budget (genetic_algorithms); and on the nearest ligand,
 ALDRIFT without prompts (defaults), REINVENT's loss with sigma = T, TRL's RLOO with beta = 1/T, and the genetic
@@ -163,7 +164,9 @@ class Bench(TunedRuns):
         trainer.add_callback(Spent(problem, self.options.budget))
         trainer.train()
         figures = {"ended_by": trainer.record.ended_by, "ess": trainer.record.rungs[-1]["ess"]}
-        return figures | ({"log_z": trainer.record.log_z} if problem.prompted else {})
+        # Of prompts that have not reached T it would be another distribution's.
+        reached = all(tau == config.tau_max for tau in trainer.record.prompt_tau)
+        return figures | ({"log_z": trainer.record.log_z} if problem.prompted and reached else {})
 
     def nearest(self, problem: ManyModesProblem) -> list[int]:
         """Of the molecules that were evaluated, how many are nearest to each reference."""
@@ -192,8 +195,8 @@ def shares(made: dict[str, dict[str, list[Run]]]) -> Comparison:
     comparison = Comparison("p_T without prompts: log Z of each reference alone, nats", [*map(str, range(1, most + 1))])
     for task, by_method in made.items():
         run = by_method["prompts"][0]
-        comparison.rows.append((f"{task}, T = {run['setting']}", [f"{value:.1f}" for value in run["log_z"]]))
-        comparison.rows[-1][1].extend([""] * (most - len(run["log_z"])))
+        known = [f"{value:.1f}" for value in run.get("log_z", [])]
+        comparison.rows.append((f"{task}, T = {run['setting']}", [*known, *[""] * (most - len(known))]))
     return comparison
 
 

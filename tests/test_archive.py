@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, tiny_gpt2
+from conftest import ALDRIFTTrainer, count_a, every_completion, log_probs, lora, lora_config, pool_of, tiny_gpt2
 
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive, mixture
+from aldrift_hf.algorithm.samplers import ArchiveSampler
 from aldrift_hf.algorithm.samplers.kernels import systematic_resample
 from aldrift_hf.models import snapshots
 from aldrift_hf.models.prior import base_model
@@ -340,3 +341,15 @@ def test_smoothing_is_for_the_archive(config):
 def test_a_window_that_is_too_small_is_refused(config):
     with pytest.raises(ValueError, match="archive_window must be between 2 and"):
         config(sampler="archive", archive_window=1)
+
+
+def test_a_rungs_own_prompts_are_not_replayed():
+    class Prior:
+        snapshot = staticmethod(dict)
+        log_prob = staticmethod(lambda snapshot, proposals: proposals.log_prior)
+
+    sampler = ArchiveSampler()
+    for prompt, replayed in ((0, []), (1, [[0]]), (2, [[0], [1]]), (0, [[1], [2]])):
+        one = pool_of(torch.zeros(1, 4, dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64))
+        sampler.pool(replace(one, rows=torch.full((4,), prompt)), Prior())
+        assert [other.prompts.tolist() for other in sampler.replay()] == replayed

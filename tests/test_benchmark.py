@@ -175,6 +175,11 @@ def test_the_recipe_keeps_its_runs(run_recipe, capsys):
     assert (folder / "benchmark.md").read_text() == table
 
 
+def test_a_budget_too_small_for_an_update_is_refused(run_recipe):
+    with pytest.raises(SystemExit, match="--budgets 63: choose at least"):
+        run_recipe("benchmark", budgets=63)
+
+
 @pytest.mark.parametrize(("flag", "value"), [("problems", "karate"), ("methods", "ppo")])
 def test_unknown_names_are_refused(flag, value, run_recipe):
     with pytest.raises(SystemExit, match=f"unknown: {value}. Choose from"):

@@ -92,6 +92,20 @@ def test_an_unknown_method_is_refused(run):
         run(methods="ppo")
 
 
+@pytest.mark.parametrize("budget", [15, 129])
+def test_a_budget_that_no_method_can_spend_is_refused(run, budget):
+    with pytest.raises(SystemExit, match=f"--budget {budget}: choose 16 to 128, half of all sites"):
+        run(budget=budget)
+
+
+def test_what_a_batch_measures_beyond_the_budget_is_not_known():
+    """Of both strands, one is measured."""
+    problem = binding.MeasuredSites("SIX6_REF_R1", both_strands=True)
+    problem.evaluated.update({"A A A A A A A C": None, "A A A A A A A A": None, "A C A C A C A C": None})
+    assert problem.known(2) == {"A A A A A A A C", "G T T T T T T T", "A A A A A A A A", "T T T T T T T T"}
+    assert len(problem.known(9)) == 6
+
+
 @pytest.mark.slow
 def test_an_unknown_factor_is_refused(run, monkeypatch):
     def nothing(wheel, wanted):

@@ -247,6 +247,17 @@ def test_what_is_no_exception_ends_the_evaluation_too(kind, is_async):
 
 
 @pytest.mark.parametrize("overlap", [True, False])
+def test_a_function_whose_own_tasks_are_cancelled_is_named(overlap):
+    """As by a client that gives up: nobody has cancelled the run."""
+
+    async def cancelled(prompts, completions):
+        raise asyncio.CancelledError
+
+    with pytest.raises(ObjectiveError, match=r"objective 'cancelled' raised CancelledError"):
+        evaluated(cancelled, overlap=overlap)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
 def test_a_function_may_ask_for_the_threads_event_loop(overlap):
     def cost(prompts, completions):
         async def lengths():

@@ -172,6 +172,23 @@ def test_config_may_be_given_with_an_equals_sign(here):
     assert config.tau_max == 3.0
 
 
+def test_one_value_of_an_option_with_several_stands_by_itself_in_a_file(here):
+    (here / "mine.yaml").write_text(
+        "objective: costs:not_a\nobjective_weights: 2\nlora_target_modules: all-linear\ntau_max: 3"
+    )
+    task, config, model = RunParser("aldrift train", "", "").parse(["--config", "mine.yaml"])
+    assert task.objective == ["costs:not_a"]
+    assert config.objective_weights == [2]
+    assert model.lora_target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("content", ["", '{"prompt": "a"}\n{"prompt": '])
+def test_a_file_of_prompts_without_prompts_is_named(here, content):
+    (here / "mine.jsonl").write_text(content)
+    with pytest.raises(ValueError, match=r"--dataset_name mine\.jsonl is empty or damaged"):
+        load_prompts(TaskArguments(objective=[], dataset_name="mine.jsonl"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "txt", "prompt"])
 def test_prompts_from_a_file_or_the_command_line(here, kind, capsys):
@@ -226,6 +243,17 @@ def test_resumed_from_the_command_line(here):
     assert [rung["tau"] for rung in RunRecord.read("out").rungs] == [0.5, 1.0, 1.5]
 
 
+def test_what_does_not_begin_leaves_the_options_of_the_run_that_is_there(run, here, monkeypatch):
+    """Its model would be corrected towards another target."""
+    options = (run / "run.yaml").read_text()
+    (here / "costs.py").write_text("def not_a(prompts, completions, **columns):\n    raise OSError('no answer')")
+    sys.modules.pop("costs")
+    for wrong in (("--resume_from_checkpoint", "True"), ()):
+        with pytest.raises((ValueError, RuntimeError), match=r"tau_max = 1\.5, not 9\.0|no answer"):
+            cli.main(line("train", *wrong, tau_max=9, num_rungs=18))
+        assert (run / "run.yaml").read_text() == options
+
+
 @pytest.mark.slow
 def test_under_accelerate_launch(here):
     how = (CONFIGS / "multi_cpu.yaml", "-m", "aldrift_hf.cli")
@@ -278,6 +306,7 @@ def test_the_output_of_sample_is_checked_before_anything_is_drawn(run, capsys, m
     assert "No such file or directory: 'new/draws.jsonl'" in refused(
         capsys, ["sample", "out", "-n", "2", "--output", "new/draws.jsonl"]
     )
+    assert "--num_samples must be at least 1, got 0" in refused(capsys, ["sample", "out", "-n", "0"])
 
 
 def test_evaluate_knows_the_ladders_log_z(run, capsys):

@@ -42,3 +42,9 @@ def test_of_many_pairs_some_are_compared(monkeypatch):
     monkeypatch.setattr(module, "_distance", lambda one, other: seen.append((one, other)) or 0.5)
     assert diversity(proposals([[1, 0], [2, 0], [3, 0]], [[4, 0], [5, 0], [6, 0]])) == 0.5
     assert seen == [([1, 0], [2, 0]), ([4, 0], [5, 0])]
+
+
+def test_the_start_of_a_text_is_no_token():
+    completions = Completions(torch.tensor([[1, 9], [0, 1]]), torch.tensor([1, 2]))
+    zeros = torch.zeros(1, 2, dtype=torch.float64)
+    assert diversity(Proposals(torch.zeros(2).long(), completions, zeros, zeros, zeros)) == 1.0

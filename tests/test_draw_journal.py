@@ -9,7 +9,7 @@ from conftest import EOS, MAX_LENGTH, ALDRIFTTrainer, count_a, lora_config, tiny
 from aldrift_hf import TransformersEngine
 from aldrift_hf.models.engines import EngineSettings
 from aldrift_hf.trainer.draw_journal import DrawJournal
-from aldrift_hf.types import Completions
+from aldrift_hf.types import Beginnings, Completions
 
 pytestmark = pytest.mark.slow
 
@@ -151,3 +151,44 @@ def test_moves_of_chains_are_kept(start):
     made = len(cut.rollout.engine.rows)
     assert again.rollout.engine.rows == whole.rollout.engine.rows[made:]
     assert again.record.rungs[0]["objective_mean"] == whole.record.rungs[0]["objective_mean"]
+
+
+@pytest.fixture
+def drawing(config, tokenizer):
+    """Draws kept in a journal: how many calls of the engine they took."""
+
+    def draw(per_prompt=8, prompts=("a b", "c"), **settings):
+        model = tiny_gpt2()
+        trainer = ALDRIFTTrainer(model, count_a, config(**settings), train_dataset=[*prompts],
+                                 processing_class=tokenizer)  # fmt: skip
+        calls, generate = [], trainer.rollout.engine.generate
+        trainer.rollout.engine.generate = lambda *args: calls.append(1) or generate(*args)
+        with trainer.objective.open():
+            trainer.rollout.propose(trainer.inputs.prompts, per_prompt, (0, 0), keep=True)
+        return len(calls)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "other", [{"seed": 7}, {"prompts": ("a c", "b")}, {"per_prompt": 4}, {"max_completion_length": 2}]
+)
+def test_draws_of_another_law_are_not_taken_from_the_journal(drawing, other):
+    assert drawing() > 0
+    assert drawing() == 0
+    assert drawing(**other) > 0
+
+
+def test_draws_after_other_beginnings_are_not_taken_from_the_journal(config, tokenizer):
+    model = tiny_gpt2()
+    trainer = ALDRIFTTrainer(
+        model, count_a, config(sampler="suffix"), processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    calls, generate = [], trainer.rollout.engine.generate
+    trainer.rollout.engine.generate = lambda *args: calls.append(1) or generate(*args)
+    for token, made in ((2, 1), (2, 1), (3, 2)):
+        begun = Beginnings([[token]] * 4, [[-1.0]] * 4)
+        with trainer.objective.open():
+            drawn = trainer.rollout.propose(trainer.inputs.prompts, 4, (0, 0, 1), begun, keep=True)
+        assert drawn.completions.ids[:, 0].tolist() == [token] * 4
+        assert len(calls) == made

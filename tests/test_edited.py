@@ -4,10 +4,11 @@ import collections
 
 import pytest
 import torch
-from conftest import EOS, ALDRIFTTrainer, lora_config, tiny_gpt2
+from conftest import EOS, ALDRIFTTrainer, lora_config, pool_of, tiny_gpt2
 
 from aldrift_hf import EditedTop
 from aldrift_hf.algorithm.samplers import edited
+from aldrift_hf.algorithm.samplers.kept import KeptDraws, of_prompt
 from aldrift_hf.streams import generator
 from aldrift_hf.types import Completions, Proposals
 
@@ -241,3 +242,35 @@ def test_edits_are_written_as_the_tokenizer_reads_them(config, tokenizer):
         [a, b, EOS], None, None, [EOS], [*[a] * 8, EOS],
     ]  # fmt: skip
     assert encode([]) == []
+
+
+def test_kept_draws_are_those_of_their_prompt():
+    pool = pool_of(torch.rand(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64))
+    for place in (0, 1):
+        one = of_prompt(pool, place)
+        assert torch.equal(one.log_prior, pool.log_prior[place : place + 1])
+        assert torch.equal(one.objective, pool.objective[place : place + 1])
+    kept = KeptDraws("chains")
+    kept.put(pool)
+    assert kept.first([1, 0], 4) is None
+    assert kept.first([0, 1], 2).objective.tolist() == pool.objective[:, :2].tolist()
+
+
+def test_parents_are_chosen_by_rank():
+    seen = []
+    with pytest.raises(ValueError, match="it returned none"):  # after 60 generations of 10 parents
+        Letters().rung(
+            EditedTop(lambda texts, rng: seen.extend(texts) or ["xy"], edits_per_draw=50),
+            ["d", "c", "b", "a", "cb", "ca"],
+        )
+    assert len(seen) == 600
+    best = max({*seen}, key=seen.count)
+    assert seen.count(best) / 600 == pytest.approx(1 / sum(1 / rank for rank in range(1, 7)), abs=0.08)
+
+
+def test_of_too_many_edits_some_are_chosen_at_random():
+    words = [a + b for a in "abcd" for b in "abcd"]
+    letters = Letters()
+    letters.rung(EditedTop(lambda texts, rng: words, edits_per_draw=5), ["d"])
+    assert len({*letters.asked[0]}) == 5
+    assert sorted(letters.asked[0]) != words[:5]

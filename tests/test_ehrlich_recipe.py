@@ -89,6 +89,12 @@ def test_the_best_value_after_each_evaluation():
         (["--budgets", "100"], "one for each of 3 functions, not 1"),
         (["--methods", "reinvent"], "choose from defaults, archive, top"),
         (["--functions", "8-7-2-4", "--budgets", "100"], "2 motifs of 4 states do not fit into 7"),
+        (
+            ["--functions", "4-8-2-1", "--budgets", "100"],
+            "4-8-2-1: V must be at least 3, c at least 1 and k",
+        ),
+        (["--functions", "32-32-0-4", "--budgets", "100"], "32-32-0-4: V must be at least 3"),
+        (["--functions", "2-8-2-2", "--budgets", "100"], "2-8-2-2: V must be at least 3"),
     ],
 )
 def test_bad_input_is_refused(run_recipe, flags, words):

@@ -1,6 +1,7 @@
 """Standard errors against the spread of the estimates over thousands of independent repetitions."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +10,11 @@ from test_diagnostics import COST, LOG_L, LOG_Q, exact_log_z
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.errors import mean_error, pooled_influence
 from aldrift_hf.algorithm.ladders import LadderState
-from aldrift_hf.algorithm.metrics import share_error
-from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings
-from aldrift_hf.types import Completions, Proposals
+from aldrift_hf.algorithm.metrics import rung_metrics, share_error
+from aldrift_hf.algorithm.rung import Rung
+from aldrift_hf.algorithm.samplers import ArchiveSampler, MetropolisHastings, Selection
+from aldrift_hf.trainer.evaluation import measure
+from aldrift_hf.types import Completions, Prompts, Proposals
 
 REPETITIONS = 4000
 TOLERANCE = 0.06
@@ -99,3 +102,65 @@ def test_success_and_means_over_prompts():
 def test_one_draw_has_no_error():
     assert math.isnan(pooled_influence(torch.zeros(1, 1), [1]).error().item())
     assert math.isnan(share_error(torch.zeros(1, 1)))
+
+
+@pytest.mark.parametrize(("at", "sigma"), [(0.5, 0.05), (1.0, 0.05), (1.0, 0.3)])
+def test_errors_of_a_measurement(at, sigma):
+    """Whether the ladder ends at T or before: figures of all prompts, their spread and their standard errors."""
+    noise, exact = (
+        sigma * torch.randn(REPETITIONS, dtype=torch.float64, generator=torch.Generator().manual_seed(1)),
+        exact_log_z(at),
+    )
+    ladder = LadderState.start(REPETITIONS, 1.0).reached(
+        torch.arange(REPETITIONS), at, exact + noise, torch.full((REPETITIONS,), sigma, dtype=torch.float64)
+    )
+    prompts = Prompts([{"prompt": ""}] * REPETITIONS, [[0]] * REPETITIONS, [""] * REPETITIONS)
+    run = SimpleNamespace(
+        tau_max=1.0,
+        prompts=prompts,
+        state=SimpleNamespace(ladder=ladder),
+        args=SimpleNamespace(success_threshold=0.5),
+        rollout=SimpleNamespace(propose=lambda *args, **kwargs: drawn(LOG_Q, 150, 0)),
+    )
+    measured = measure(run, prompts, 0, 150)
+    metrics, scale = measured.metrics, math.sqrt(REPETITIONS)
+    columns = {
+        name: torch.tensor([row[name] for row in measured.by_prompt], dtype=torch.float64)
+        for name in ("kl", "missing_mass", "success")
+    }
+    log_p = (LOG_L - COST).log_softmax(0)
+    assert metrics["kl"] == pytest.approx((LOG_Q.exp() * (LOG_Q - log_p)).sum().item(), abs=0.02)
+    assert metrics["missing_mass"] == pytest.approx(0.0, abs=0.02)
+    assert metrics["kl_error"] * scale == pytest.approx(columns["kl"].std().item(), rel=0.06)
+    assert metrics["missing_mass_error"] * scale == pytest.approx(columns["missing_mass"].std().item(), rel=0.06)
+    assert metrics["success_error"] * scale == pytest.approx(columns["success"].std().item(), rel=0.06)
+    fresh = drawn(LOG_Q, 150, 0).log_weight(1.0)
+    log_z = fresh.logsumexp(-1) - math.log(150)
+    assert metrics["log_z_error"] * scale == pytest.approx(log_z.std().item(), rel=0.06)
+
+
+@pytest.mark.parametrize("make", [ArchiveSampler, lambda: MetropolisHastings(10)])
+def test_errors_in_a_rungs_record(make):
+    state, proposals, influence = climb(make(), [(LOG_L, 0.5, 150), (LOG_Q, 1.0, 250)])
+    rung = Rung(state, state, influence, proposals, proposals, Selection(torch.zeros(REPETITIONS, 1).long()), (), None)
+    figures, scale, log_weight = rung_metrics(rung, 0.5), math.sqrt(REPETITIONS), proposals.log_weight(1.0)
+    spread = {
+        "log_z": state.log_z,
+        "missing_mass": diagnostics.missing_mass(state.log_z, log_weight),
+        "kl_to_target": diagnostics.reverse_kl(log_weight, state.log_z),
+        "success": proposals.successes(0.5).mean(-1),
+    }
+    for name, estimates in spread.items():
+        assert figures[name] == pytest.approx(estimates.mean().item(), abs=1e-9)
+        assert figures[f"{name}_error"] * scale == pytest.approx(estimates.std().item(), rel=0.06), name
+
+
+def test_figures_of_a_rung_that_are_differences_and_shares():
+    state, proposals, influence = climb(ArchiveSampler(), [(LOG_L, 0.5, 150)])
+    proposals.log_prior[:, :30] = -math.inf
+    after = state.reached(torch.arange(REPETITIONS), 1.0, state.log_z - 0.25, state.log_z_error)
+    rung = Rung(state, after, influence, proposals, proposals, Selection(torch.zeros(REPETITIONS, 2).long()), (), None)
+    figures = rung_metrics(rung, 0.5)
+    assert figures["log_z_increment"] == pytest.approx(-0.25)
+    assert figures["excluded"] == pytest.approx(0.2)
+    assert figures["distinct_samples"] == pytest.approx(0.5)

@@ -9,6 +9,7 @@ from evaluation.baselines import drawing_config, drawn_texts
 from evaluation.enumeration import text_log_probs
 from problems.ehrlich import EhrlichProblem
 from problems.feasible import with_rules
+from problems.prior import RecipeModelConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from aldrift_hf.toy import completion_ids, word_tokenizer
@@ -65,7 +66,7 @@ def followers(state):
 def test_draws_and_losses_keep_to_the_rules(plain):
     """With a cache, where a pass sees one token, and with labels."""
     model = PROBLEM.prior_from(plain, TOKENIZER)
-    drawn = drawn_texts(model, TOKENIZER, drawing_config(PROBLEM, TOKENIZER), "", 2000, (0,))
+    drawn = drawn_texts(model, TOKENIZER, drawing_config(PROBLEM, TOKENIZER, RecipeModelConfig()), "", 2000, (0,))
     assert all(map(PROBLEM.is_feasible, drawn))
     assert len({*drawn}) > 100
     chance = np.exp(text_log_probs([drawn[0]], model, TOKENIZER)[0])

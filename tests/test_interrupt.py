@@ -50,7 +50,7 @@ def test_the_first_stops_after_the_update_with_a_checkpoint(make, tmp_path, capl
     trainer = make(callbacks=[PressAt(5)])
     with pytest.raises(KeyboardInterrupt, match="stopped after update 6; go on with resume_from_checkpoint=True"):
         trainer.train()
-    assert "stopping at the next safe point, with a checkpoint" in caplog.text
+    assert "stopping at the next safe point, to go on from there" in caplog.text
     resumed = make()
     resumed.train(resume_from_checkpoint=True)
     assert same(resumed, alone)

@@ -5,6 +5,7 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, tiny_llama
 from peft import LoraConfig
 
+from aldrift_hf.algorithm.samplers.kernels import systematic_resample
 from aldrift_hf.models.kernels import attention_of_any_shape
 from aldrift_hf.toy import fit
 
@@ -57,3 +58,14 @@ def test_drawing_scoring_and_learning_do_without_it(config, tokenizer):
     trainer.sample(4)
     assert found == {"draw or score": {False}, "learn": {False}}
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_the_last_tooth_is_never_beyond_the_weights(monkeypatch):
+    log_weight = next(
+        w
+        for seed in range(1000)
+        for w in [torch.randn(1, 50, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)]
+        if w.softmax(-1).cumsum(-1)[0, -1] < 1 - 2**-53
+    )
+    monkeypatch.setattr(torch, "rand", lambda shape, **kwargs: torch.full(shape, 1 - 2**-53, dtype=torch.float64))
+    assert systematic_resample(log_weight, 1, torch.Generator()).item() == 49

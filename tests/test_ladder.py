@@ -117,3 +117,19 @@ def test_it_gives_up_when_every_prompt_had_its_rungs():
     few = AdaptiveLadder(0.5, 8, prompts_per_rung=2)
     assert few.stop_reason(state) is None
     assert "cannot leave tau = 2: for 18 rungs" in few.stop_reason(replace(state, taus=(1.0, *[2.0] * 18)))
+
+
+def test_adaptive_step_sees_a_gap_between_two_good_ends():
+    cost = torch.tensor([[2.0] * 60 + [1.0] * 10 + [0.0] * 30], dtype=torch.float64)
+    ratio = torch.tensor([[12.0] * 60 + [9.0] * 10 + [0.0] * 30], dtype=torch.float64)
+    assert 1 < adaptive_tau(ratio, cost, 0.0, 20.0, 25.0) < 8
+
+
+def test_a_part_of_the_state_is_that_of_its_prompts():
+    state = LadderState.start(4, 2.0).reached(
+        torch.tensor([3, 1]), 0.5, torch.tensor([7.0, 5.0]), torch.tensor([0.7, 0.5])
+    )
+    assert state.log_z.tolist() == [0, 5, 0, 7]
+    part = state.of(torch.tensor([3, 0]))
+    assert (part.log_z.tolist(), part.prompt_tau.tolist()) == ([7, 0], [0.5, 0])
+    assert part.log_z_error.tolist() == pytest.approx([0.7, 0])

@@ -20,6 +20,7 @@ from aldrift_hf.objective.calling import ObjectiveError
 from aldrift_hf.objective.objective import Objective
 from aldrift_hf.objective.store import CostStore
 from aldrift_hf.objective.validation import CostRangeError
+from aldrift_hf.objective.weighted import WeightedCost
 from aldrift_hf.types import Prompts
 
 
@@ -696,3 +697,12 @@ def test_progress_is_shown_by_batches():
 
     Objective(failing([], "raise"), None, None, batch_size=3, progress=progress)(ONE, [0] * 4, TEXTS)
     assert shown == [("objective batches", 2, 1)] * 2
+
+
+def test_the_worst_costs_sum_to_the_bound():
+    cost = lambda prompts, completions: [0.0] * len(completions)  # noqa: E731
+    other = lambda prompts, completions: [0.0] * len(completions)  # noqa: E731
+    for weights in ([0.25, 0.25], [1, 3], [0, 2]):
+        both = WeightedCost([cost, other], weights, 2.0)
+        assert sum(w * c for w, c in zip(weights, both.worst())) == pytest.approx(2.0)
+        assert both.total(both.worst()) == pytest.approx(2.0)

@@ -1,6 +1,7 @@
 """Rungs that draw for some of the prompts: which, what their draws weigh, and that nothing is lost on resuming."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from test_resume import assert_same, outcome
 
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive, mixture
+from aldrift_hf.algorithm.ladders import LadderState
 from aldrift_hf.algorithm.prompt_groups import group_of, num_groups
 from aldrift_hf.models import snapshots
 
@@ -223,3 +225,15 @@ def test_another_number_of_prompts_per_rung_is_another_run(make, tmp_path):
     make(save_strategy="epoch", num_rungs=1).train()
     with pytest.raises(ValueError, match=r"prompts_per_rung = 2, not 3"):
         make(prompts_per_rung=3).train(resume_from_checkpoint=True)
+
+
+def test_the_last_rung_is_as_large_as_its_own_group_allows(config, tokenizer):
+    model = tiny_gpt2()
+    settings = config(num_generations=8, sampler="archive", prompts_per_rung=2, max_objective_calls=15)
+    prompts, adapter = ["a", "b", "c"], lora_config(model)
+    run = ALDRIFTTrainer(model, count_a, settings, prompts, processing_class=tokenizer, peft_config=adapter).run
+    affordable = {}
+    for rung in range(6):
+        run.state.ladder = replace(LadderState.start(3, 1.5), taus=(0.5,) * rung)
+        affordable[len(run.on_prompts.group(rung))] = run._affordable()
+    assert affordable == {2: 7, 1: 8}

@@ -1,11 +1,13 @@
 """How a run ends: close to the target, no longer coming closer, or with its budget spent; and in what words."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
+from aldrift_hf.algorithm.ladders import LadderState
 from aldrift_hf.reporting.record import RunRecord
 
 LEARNS = {
@@ -113,6 +115,23 @@ def test_what_a_callback_stops_is_recorded_as_it_was(make):
     assert said(trainer) == "Training was stopped after update 12, by max_steps or a callback."
 
 
+def test_a_run_resumed_from_its_last_update_ends_as_it_would_have(make):
+    """As after a kill while the final model is measured."""
+    settings = {"save_strategy": "epoch", "num_rungs": 2}
+    whole = make(**settings)
+    whole.train()
+    resumed = make(**settings)
+    resumed.train(resume_from_checkpoint=True)
+    assert said(resumed) == whole.record.ended_by == "All of num_rungs=2 rungs were climbed."
+
+
+def test_a_last_rung_that_was_cut_short_was_not_climbed(make):
+    trainer = make(num_rungs=2, max_steps=7)  # of twice four updates
+    trainer.train()
+    assert [rung["updates"] for rung in trainer.record.rungs] == [4, 3]
+    assert said(trainer) == "Training was stopped after update 7, by max_steps or a callback."
+
+
 def test_an_evaluation_of_any_name_leaves_the_result_alone(make):
     trainer = make(num_generations=64, num_rungs=1)
     trainer.train()
@@ -192,3 +211,15 @@ def test_a_run_that_stays_at_the_target_is_resumed_as_if_never_interrupted(make)
     assert resumed.record.log_z_error == whole.record.log_z_error
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters()):
         assert torch.equal(ours, theirs)
+
+
+def test_less_than_half_of_a_rung_is_left_for_measuring(make):
+    trainer = make(sampler="archive")
+    run = trainer.run
+    run.start()
+    for limit, first, later in ((31, 31, 0), (32, 32, 32), (63, 63, 63), (1000, 64, 64)):
+        trainer.args.max_objective_calls = run.args.max_objective_calls = limit
+        run.state.ladder = LadderState.start(1, 1.5)
+        assert run._affordable() == first
+        run.state.ladder = replace(run.state.ladder, taus=(0.5,))
+        assert run._affordable() == later

@@ -208,6 +208,18 @@ def test_a_good_run_has_no_warning():
     )
 
 
+def test_few_draws_that_all_count_are_no_fault():
+    few = {"draws": 12, "objective": 0.1, "missing_mass": 0.01}
+    assert health.run_warnings(record(metrics=few | {"ess": 0.5})) == []
+    adaptive = SETTINGS | {"ladder": "adaptive"}
+    for settings, remedy in ((SETTINGS, "(tau_step, or ladder='adaptive')"), (adaptive, "(a higher ess_threshold)")):
+        (warning,) = health.run_warnings(
+            dataclasses.replace(record(metrics=few | {"ess": 0.2}), settings=settings),
+        )
+        assert "worth 2.4 independent draws per prompt" in warning
+        assert remedy in warning
+
+
 def test_what_counts_as_success_is_said():
     settings = SETTINGS | {"success_threshold": 0.25}
     strong = dataclasses.replace(record(metrics={"objective": 0.1, "success": 0.9, "ess": 0.9}), settings=settings)

@@ -6,10 +6,12 @@ import math
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import pool_of
 from hypothesis import given
 
 from aldrift_hf.algorithm.samplers.chains import run_chains
 from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings, suffix_move, systematic_resample, top
+from aldrift_hf.algorithm.samplers.uncorrected import Reweight, Top
 from aldrift_hf.selftest.exact import chi_square_p
 
 STATES = 6
@@ -218,3 +220,27 @@ def test_suffix_moves_leave_the_target_as_it_is(seed):
     error = 0.015 * torch.where(accepted > 0, flow / accepted, 0.0)
     assert ((flow - flow.T).abs() <= error + error.T).all()
     assert (flow > 0).sum() > 50
+
+
+def test_reweight_resamples_by_the_step_alone():
+    kind = torch.randint(4, (2, 4000), generator=torch.Generator().manual_seed(1))
+    cost = torch.tensor([0.0, 1.0, 2.0, 0.0], dtype=torch.float64)[kind]
+    log_prior = torch.tensor([-1.0, -5.0, 0.0, -math.inf], dtype=torch.float64)[kind]
+    selection = Reweight(4).select(pool_of(cost, log_prior), 0.5, 1.5, 7, torch.Generator().manual_seed(0))
+    assert selection.index.shape == (2, 1000)
+    counts = torch.stack([row.bincount(minlength=4) for row in kind.gather(1, selection.index)]).double()
+    expected = torch.tensor([1.0, math.exp(-1), math.exp(-2), 0.0], dtype=torch.float64)
+    assert torch.allclose(counts / 1000, (expected / expected.sum()).expand(2, -1), atol=0.03)
+
+
+def test_uncorrected_samplers_keep_one_in_m():
+    pool = pool_of(torch.rand(2, 12, dtype=torch.float64), torch.zeros(2, 12, dtype=torch.float64))
+    for make in (Top, Reweight):
+        for length, kept in ((4, 3), (5, 2), (12, 1), (100, 1)):
+            assert make(length).select(pool, 0.0, 1.0, 5, torch.Generator()).index.shape == (2, kept)
+
+
+def test_lost_chains_do_not_count_in_the_acceptance_rate():
+    weights = torch.full((1, 2 * 3), -math.inf, dtype=torch.float64)
+    weights[0, 0] = 0.0  # the first chain stays where it begins, the second has no state
+    assert run_chains(weights, 2, torch.Generator().manual_seed(0)).acceptance_rate == 0.0

@@ -423,3 +423,7 @@ def test_the_law_of_a_chain():
     assert chain_law(log_p - log_q, log_q, 1).tolist() == pytest.approx(q.tolist())
     assert chain_law(log_p - log_q, log_q, 2).tolist() == pytest.approx([float(share) for share in by_hand])
     assert chain_law(log_p - log_q, log_q, 200).tolist() == pytest.approx(log_p.exp().tolist())
+
+
+def test_p_values_have_one_degree_of_freedom_less_than_cells():
+    assert chi_square_p(torch.tensor([60, 40]), torch.tensor([0.5, 0.5])) == pytest.approx(0.0455, abs=1e-4)

@@ -1,5 +1,6 @@
 """`sampler="span"`: chains that redraw a span in the middle of their texts and go on from rung to rung."""
 
+import itertools
 import math
 
 import pytest
@@ -309,3 +310,44 @@ def test_the_model_draws_nothing_where_spans_come_from_a_vocabulary(config, toke
         expected = rollout.score_tokens(trainer.inputs.prompts, each)
         torch.testing.assert_close(each.token_log_model, expected, atol=1e-5, rtol=0)
     assert any(each.completions.tokens() != moved[0].completions.tokens() for each in moved[1:])
+
+
+def test_a_move_to_the_same_text_is_not_an_accepted_one(monkeypatch):
+    monkeypatch.setattr(span, "MAX_WIDTH", 2)
+    table = Table(scale=1.2)
+    states, _, rate = span_chains(table.at_target(500), 9, TAU, (0,), table.redraw, torch.Generator().manual_seed(1))
+    changed = [
+        sum(a != b for a, b in zip(one.completions.tokens(), other.completions.tokens())) / 500
+        for one, other in itertools.pairwise(states)
+    ]
+    assert rate == pytest.approx(sum(changed) / 8)
+
+
+def test_no_chain_begins_at_an_excluded_text():
+    table, sampler = Table(), SpanChains(4)
+    drawn = table.fresh(60)
+    drawn.log_prior[0, ::3] = -math.inf
+    pool = sampler.pool(drawn, table)
+    sampler.select(pool, 0.0, TAU, 60, torch.Generator().manual_seed(0))
+    assert sampler._start.log_prior.isfinite().all()
+    kept = torch.arange(60) % 3 > 0
+    assert torch.equal(sampler._start.completions.ids[kept], drawn.completions.ids[kept])
+
+
+@pytest.mark.parametrize("sampler", ["span", "suffix"])
+def test_a_redrawn_text_has_its_own_cost(config, tokenizer, sampler):
+    model = tiny_gpt2()
+    settings = config(sampler=sampler, num_generations=96, max_completion_length=8, objective_range=8.0)
+    trainer = ALDRIFTTrainer(
+        model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model), train_dataset=["", "a b"]
+    )
+    propose, drawn = trainer.rollout.propose, []
+    trainer.rollout.propose = lambda *args, **kwargs: drawn.append(propose(*args, **kwargs)) or drawn[-1]
+    trainer.run.start()
+    with trainer.objective.open():
+        trainer.run.begin_rung()
+    for each in drawn:
+        costs = each.objective.flatten()
+        known = costs.isfinite()
+        assert costs[known].tolist() == torch.tensor(count_a([], each.texts))[known].tolist()
+        assert len(costs[known].unique()) > 1

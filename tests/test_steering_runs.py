@@ -165,6 +165,40 @@ def test_what_was_learned_is_not_learned_again(place, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_was_learned_with_other_settings_is_refused(place, tmp_path, monkeypatch):
+    setting, gold = setting_of(place, "dpg"), place / "gold"
+    with monkeypatch.context() as patch:
+        patch.delattr(steering_run, "of_draws")
+        with pytest.raises(NameError):
+            steering_run.run(setting, tmp_path, gold)
+    with pytest.raises(ValueError, match=r"lr0\.01_calls64_seed0 was made with another batch_size"):
+        steering_run.run(replace(setting, batch_size=8), tmp_path, gold)
+    with pytest.raises(ValueError, match="another batch_size"):
+        steering_runs.make([replace(setting, batch_size=8)], tmp_path, gold, False, pytest.fail)
+    monkeypatch.setitem(steering_run.LEARN, "dpg", pytest.fail)
+    steering_run.run(replace(setting, fresh_draws=16), tmp_path, gold)  # it is measured in another way alone
+
+
+def test_runs_of_one_table_differ_in_learning_rate_and_seed_alone(place, tmp_path):
+    setting = setting_of(place, "dpg")
+    other = replace(setting, seed=1, learning_rate=1e-3)
+
+    def keep(made):
+        made.result(tmp_path).parent.mkdir(parents=True, exist_ok=True)
+        made.result(tmp_path).write_text(json.dumps({"setting": made.identity()}))
+
+    keep(setting)
+    keep(other)
+    assert len(steering_runs.results(tmp_path, ["tone"])) == 2
+    keep(replace(other, gold_share=0.5))
+    with pytest.raises(ValueError, match=r"dpg on tone with 64 calls differ in their gold_share"):
+        steering_runs.results(tmp_path, ["tone"])
+    setting.result(tmp_path).unlink()
+    with pytest.raises(ValueError, match="differ in their gold_share"):
+        steering_runs.make([setting], tmp_path, place / "gold", False, pytest.fail)
+
+
+@pytest.mark.slow
 def test_in_a_process_of_its_own(place, tmp_path):
     setting, told = setting_of(place, "rejection"), []
     assert not steering_runs.make([setting], tmp_path, place / "gold", False, told.append)

@@ -3,6 +3,8 @@
 Their law, exactly: tests/test_exactness.py.
 """
 
+import math
+
 import pytest
 import torch
 from conftest import (
@@ -14,9 +16,11 @@ from conftest import (
     exact_target,
     log_probs,
     lora_config,
+    pool_of,
     tiny_gpt2,
 )
 
+from aldrift_hf.algorithm.samplers import SuffixChains
 from aldrift_hf.algorithm.samplers.suffix import suffix_chains
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.streams import generator
@@ -202,3 +206,18 @@ def test_a_chosen_draw_keeps_its_columns(config, tokenizer):
             assert chosen.completions.tokens()[new] == drawn.completions.tokens()[old]
             for name in ("objective", "log_prior", "log_model"):
                 assert getattr(chosen, name)[prompt, place] == getattr(drawn, name)[prompt, position]
+
+
+def test_suffix_draws_are_counted_beforehand():
+    for n, length in ((64, 4), (24, 3), (7, 7), (10, 1)):
+        assert SuffixChains(length).draws_for(n) == n + (n // length) * (length - 1)
+
+
+def test_chains_that_never_leave_an_excluded_start_are_replaced():
+    pool = pool_of(
+        torch.zeros(1, 200, dtype=torch.float64), torch.tensor([[0.0, -math.inf] * 100], dtype=torch.float64)
+    )
+    moved = suffix_chains(pool, 1, 1.0, None, torch.Generator().manual_seed(0))
+    chosen = moved.selection.index[0]
+    assert (chosen % 2 == 0).all()
+    assert chosen[::2].tolist() == [*range(0, 200, 2)]

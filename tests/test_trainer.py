@@ -14,6 +14,7 @@ from conftest import (
     exact_kl,
     log_probs,
     lora_config,
+    pool_of,
     tiny_gpt2,
     tiny_llama,
 )
@@ -21,9 +22,11 @@ from datasets import Dataset
 from transformers import AutoTokenizer, GPT2LMHeadModel, TrainerCallback
 
 from aldrift_hf import ALDRIFTConfig, RunCallback
+from aldrift_hf.algorithm.samplers import Selection
 from aldrift_hf.models.engines import transformers as engine
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.trainer import rollout
+from aldrift_hf.trainer.evaluation import CorrectedDraws
 
 pytestmark = pytest.mark.versions
 
@@ -614,3 +617,26 @@ def test_what_has_no_meaning_here_says_what_to_use_instead(config, tokenizer):
         trainer.predict(trainer.train_dataset)
     with pytest.raises(NotImplementedError, match="trainer per trial"):
         trainer.hyperparameter_search(lambda trial: {})
+
+
+def test_metrics_of_samples_are_those_of_the_chosen():
+    pool = pool_of(torch.tensor([[0.0, 1.0, 2.0, 5.0]], dtype=torch.float64), torch.zeros(1, 4, dtype=torch.float64))
+    metrics = CorrectedDraws(pool, Selection(torch.tensor([[0, 0, 1]]), 0.5), None, [pool]).metrics(1.0, 0.0)
+    assert metrics["objective"] == pytest.approx(1 / 3)
+    assert metrics["success"] == pytest.approx(2 / 3)
+    assert metrics["distinct"] == pytest.approx(2 / 3)
+    weight = torch.tensor([0.0, -1.0, -2.0, -5.0]).double().exp()
+    assert metrics["ess"] == pytest.approx((weight.sum() ** 2 / weight.square().sum() / 4).item())
+    assert metrics["log_z"] == pytest.approx(weight.mean().log().item())
+
+
+def test_other_prompts_have_no_missing_mass(config, tokenizer):
+    """As many of them as the run has."""
+    model = tiny_gpt2()
+    trainer = ALDRIFTTrainer(
+        model, count_a, config(sampler="archive"), processing_class=tokenizer, peft_config=lora_config(model)
+    )
+    state = trainer.run.state
+    state.ladder = state.ladder.reached(torch.arange(1), 1.5, torch.zeros(1), torch.zeros(1))
+    assert "eval_missing_mass" in trainer.evaluate()
+    assert "eval_missing_mass" not in trainer.evaluate(["a b"])

@@ -129,6 +129,15 @@ class RunParser(Parser):
         self._action_groups.remove(self._optionals)  # and put last
         self._action_groups.append(self._optionals)
 
+    def set_defaults_with_config(self, **values: Any) -> list[str]:
+        """As [`TrlParser`]'s; where an option takes several values, a single one may stand by itself."""
+        several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
+        alone = {name for name, value in values.items() if name in several and isinstance(value, (str, int, float))}
+        remaining: list[str] = super().set_defaults_with_config(
+            **{name: [value] if name in alone else value for name, value in values.items()}
+        )
+        return remaining
+
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """The dataclasses, filled.
 

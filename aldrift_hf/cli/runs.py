@@ -50,7 +50,7 @@ def load(
         SystemExit: after one line that says what is wrong.
     """
     folder, (*own, task, config, model) = parse(parser, argv, scratch)
-    with parser.errors_in_one_line(OSError):
+    with parser.errors_in_one_line(ValueError, OSError):
         for options in own:
             check(options)
     with contextlib.redirect_stdout(sys.stderr), parser.errors_in_one_line(ValueError, TypeError, OSError):

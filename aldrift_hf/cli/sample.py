@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
         [SampleArguments],
     )
     with tempfile.TemporaryDirectory() as scratch:
-        (options,), trainer = load(parser, argv, scratch, _check_output)
+        (options,), trainer = load(parser, argv, scratch, _check)
         corrected = options.correction != "none"
         with contextlib.redirect_stdout(sys.stderr):  # a cost may print
             draws = trainer.sample(
@@ -54,7 +54,9 @@ def main(argv: Sequence[str]) -> None:
                 file.writelines(json.dumps(finite(draw), ensure_ascii=False) + "\n" for draw in draws)
 
 
-def _check_output(options: SampleArguments) -> None:
-    """Find out that a file cannot be written before draws are paid for."""
+def _check(options: SampleArguments) -> None:
+    """Find out what cannot work before a model is loaded and draws are paid for."""
+    if options.num_samples < 1:
+        raise ValueError(f"--num_samples must be at least 1, got {options.num_samples}")
     if options.output is not None:
         open(options.output, "a", encoding="utf-8").close()

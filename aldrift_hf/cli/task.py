@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG
 from transformers import AutoTokenizer
@@ -29,7 +30,7 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
     """The dataset of `--dataset_name`: a file, a dataset on the Hub, or a single prompt. `None` if it is not given.
 
     Raises:
-        ValueError: for a file that is missing or of an unknown format.
+        ValueError: for a file that is missing, damaged or of an unknown format.
     """
     if task.dataset_name is None:
         return None
@@ -37,8 +38,11 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
     if os.path.isfile(name):
         if suffix not in _READERS:
             raise ValueError(f"--dataset_name {name}: the name of a file of prompts ends in {', '.join(_READERS)}")
-        with quiet.reading_files():
-            dataset = load_dataset(_READERS[suffix], data_files=glob.escape(name), split="train")
+        try:
+            with quiet.reading_files():
+                dataset = load_dataset(_READERS[suffix], data_files=glob.escape(name), split="train")
+        except (DatasetGenerationError, StopIteration) as error:
+            raise ValueError(f"--dataset_name {name} is empty or damaged: {error.__cause__ or error}") from error
         return cast(Dataset, dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset)
     if suffix in _READERS:
         raise ValueError(f"--dataset_name {name}: there is no such file")

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from ..reporting.callbacks import RunCallback
+from ..reporting.record import replace_file
 from .parser import RunParser
 from .report import print_outcome
 from .runs import OPTIONS_FILE
 from .task import make_trainer
+
+
+class OptionsWriter(RunCallback):
+    """Writes the run's options, beside its record: what is in the folder before belongs to whatever was there.
+
+    Args:
+        given: the options.
+    """
+
+    def __init__(self, given: Mapping[str, Any]) -> None:
+        self.given = given
+
+    def _write(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            text = yaml.safe_dump(dict(self.given), allow_unicode=True)
+            replace_file(Path(str(args.output_dir), OPTIONS_FILE), text.splitlines())
+
+    on_rung_drawn = on_run_end = _write
 
 
 def main(argv: Sequence[str]) -> None:
@@ -24,8 +46,7 @@ def main(argv: Sequence[str]) -> None:
     task, config, model = parser.parse(argv)
     with parser.errors_in_one_line(ValueError, TypeError, OSError):
         trainer = make_trainer(task, config, model)
-    if trainer.is_world_process_zero():
-        Path(config.output_dir, OPTIONS_FILE).write_text(yaml.safe_dump(parser.given, allow_unicode=True))
+    trainer.add_callback(OptionsWriter(parser.given))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     trainer.save_model()  # with push_to_hub, this pushes it too
     if trainer.is_world_process_zero():

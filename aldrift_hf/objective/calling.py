@@ -9,7 +9,7 @@ import threading
 from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .event_loop import is_foreign, wait_for
+from .event_loop import is_cancelled, is_foreign, wait_for
 from .protocol import CostFunction, name_of
 
 Arguments = Mapping[str, Sequence[Any]]
@@ -109,7 +109,9 @@ def _named_errors(function: CostFunction, batch: str, hint: str = "") -> Iterato
         yield
     except BaseException as error:
         in_main = threading.current_thread() is threading.main_thread()
-        if isinstance(error, (SystemExit, GeneratorExit, asyncio.CancelledError)):
+        if isinstance(error, (SystemExit, GeneratorExit)):
+            raise
+        if isinstance(error, asyncio.CancelledError) and is_cancelled():  # else the function's own task was
             raise
         if isinstance(error, KeyboardInterrupt) and in_main:
             raise

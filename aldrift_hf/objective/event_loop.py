@@ -66,18 +66,18 @@ class _Call:
         # Not a future: its lock may stay taken where a KeyboardInterrupt comes at the wrong moment, and stop the loop.
         self._ended: queue.SimpleQueue[asyncio.Task[list[Any]]] = queue.SimpleQueue()
         self._task: asyncio.Task[list[Any]] | None = None
-        self._cancelled = False
+        self.cancelled = False
 
     def begin(self) -> None:
         """Start, on the loop."""
-        self._task = self.loop.create_task(_together(self.awaitables))
+        self._task = self.loop.create_task(_together(self))
         self._task.add_done_callback(self._ended.put)
-        if self._cancelled:
+        if self.cancelled:
             self._task.cancel()
 
     def cancel(self) -> None:
         """Cancel, on the loop."""
-        self._cancelled = True
+        self.cancelled = True
         if self._task is not None:
             self._task.cancel()
 
@@ -119,11 +119,18 @@ def is_foreign(awaitable: Awaitable[Any]) -> bool:
     return asyncio.isfuture(awaitable) and awaitable.get_loop() is not _event_loop().loop
 
 
-async def _together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
+def is_cancelled() -> bool:
+    """Whether the call that the running task belongs to was cancelled, by [`cancel`] or an interrupt."""
+    call = _calling.get()
+    return call is not None and call.cancelled
+
+
+async def _together(call: _Call) -> list[Any]:
     started: weakref.WeakSet[asyncio.Task[Any]] = weakref.WeakSet()
     _started.set(started)
+    _calling.set(call)
     try:
-        return await asyncio.gather(*awaitables)
+        return await asyncio.gather(*call.awaitables)
     except BaseException:
         # Also what the functions have started themselves: requests, processes. If nothing fails, they may leave tasks
         # behind, such as those that serve a client.
@@ -136,6 +143,8 @@ async def _together(awaitables: Sequence[Awaitable[Any]]) -> list[Any]:
 
 _started: ContextVar[weakref.WeakSet[asyncio.Task[Any]] | None] = ContextVar("started", default=None)
 """The tasks started by the call that a task belongs to; tasks inherit it from those that start them."""
+_calling: ContextVar[_Call | None] = ContextVar("calling", default=None)
+"""That call itself."""
 
 
 def _new_task(loop: asyncio.AbstractEventLoop, coroutine: Any, **settings: Any) -> asyncio.Task[Any]:

@@ -20,6 +20,8 @@ MAX_KHAT = 0.7
 """Above this k-hat, estimates from a set of weights are unreliable (Vehtari et al., arXiv 1507.02646)."""
 MIN_EFFECTIVE_DRAWS = 20
 """Below this number of effective draws per prompt, an estimate is hardly better than a guess."""
+MIN_ESS = 0.3
+"""From this share of effective draws on, their number is what was asked for, and no step is too large."""
 MIN_ACCEPTANCE_RATE = 0.05
 """Below this acceptance rate, most chains of the usual length never leave their first proposal."""
 
@@ -65,6 +67,7 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
     """
     found = {}
     worst = record.objective_range or math.nan
+    step = "a higher ess_threshold" if record.settings.get("ladder") == "adaptive" else "tau_step, or ladder='adaptive'"
     constant_cost = metrics.get("constant_cost", 0.0) if metrics.get("rung") == 0 else 0.0
     if metrics.get("objective_best", 0.0) >= worst:
         found["worst"] = (
@@ -91,7 +94,7 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
             f"{who} has lost {nats:.2f} nats of the target: its draws cover only about {covered_share(nats):.1%} of "
             "p_T, and success, effective sample size and corrected samples describe that part alone. Use more "
             "proposals (num_generations), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
-            "(tau_step)."
+            f"({step})."
         )
     if (khat := metrics.get("khat", 0.0)) > MAX_KHAT:
         found["khat"] = (
@@ -100,15 +103,15 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
             "(num_generations)."
         )
     effective = metrics.get("ess", math.nan) * metrics.get("draws", math.nan)
-    if effective < MIN_EFFECTIVE_DRAWS:
+    if effective < MIN_EFFECTIVE_DRAWS and metrics["ess"] < MIN_ESS:
         found["ess"] = (
             f"By their weights, a rung's proposals are worth {effective:.1f} independent draws per prompt. Take "
-            "smaller steps (tau_step, or ladder='adaptive'), draw more proposals (num_generations), or train more per "
-            "rung (updates_per_rung)."
+            f"smaller steps ({step}), draw more proposals (num_generations), or train more per rung "
+            "(updates_per_rung)."
         )
     if (rate := metrics.get("acceptance_rate", 1.0)) < MIN_ACCEPTANCE_RATE:
         found["acceptance_rate"] = (
-            f"The chains accept {rate:.1%} of their proposals: most never move. Take smaller steps (tau_step) or "
+            f"The chains accept {rate:.1%} of their proposals: most never move. Take smaller steps ({step}) or "
             "longer chains (chain_length)."
         )
     return found

@@ -106,6 +106,8 @@ class HookedTrainer(Trainer):
         step = self.state.global_step
         if step and not os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}")):
             self._save_checkpoint(self.model, None)
+        if not step:
+            raise KeyboardInterrupt("stopped before the first update; start again: draws and costs so far are kept")
         raise KeyboardInterrupt(f"stopped after update {step}; go on with resume_from_checkpoint=True")
 
     def _was_terminated(self) -> bool:

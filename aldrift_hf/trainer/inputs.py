@@ -103,14 +103,14 @@ def check_inputs(
         loading.check_source(model, args.model_init_kwargs)
     if peft_config is not None:
         prior.check_peft_config(peft_config)
+    if not isinstance(model, str) and args.model_init_kwargs is not None:
+        raise ValueError("model_init_kwargs is for a model given by id or path, and this one is loaded. Drop it.")
+    adapter = loading.is_adapter(model, args.model_init_kwargs)  # asked once: the Hub is asked where it is an id
+    config = loading.config_of(model, args.model_init_kwargs, adapter)  # before the tokenizer: is there such a model?
     tokenizer = loading.tokenizer_of(model, args.model_init_kwargs) if tokenizer is None else tokenizer
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
         raise TypeError(f"processing_class must be a tokenizer, got {type(tokenizer).__name__}")
     tokens.check_tokenizer(tokenizer)
-    if not isinstance(model, str) and args.model_init_kwargs is not None:
-        raise ValueError("model_init_kwargs is for a model given by id or path, and this one is loaded. Drop it.")
-    adapter = loading.is_adapter(model, args.model_init_kwargs)  # asked once: the Hub is asked where it is an id
-    config = loading.config_of(model, args.model_init_kwargs, adapter)
     loading.check_trainable(config, args.model_init_kwargs, adapter or peft_config is not None)
     if isinstance(model, str):
         kinds.check_loadable(config, loading.mapping_of(args.model_init_kwargs))

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first stops a run at the next safe point, with a checkpoint; the second stops it at once.
+"""Ctrl-C: the first stops a run at the next safe point, to go on from there; the second stops it at once.
 
 SIGTERM, which clusters send before they take a machine away, is the Trainer's: `enable_jit_checkpoint=True`.
 """
@@ -44,4 +44,4 @@ class Interrupt:
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        logger.warning("Ctrl-C: stopping at the next safe point, with a checkpoint. Press it again to stop at once.")
+        logger.warning("Ctrl-C: stopping at the next safe point, to go on from there. Press it again to stop at once.")

@@ -66,10 +66,11 @@ class RungLoop(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         self.updates.close()
-        if args.enable_jit_checkpoint and control.should_training_stop and not self.run.has_learned:
+        learned = self.run.has_learned
+        if args.enable_jit_checkpoint and control.should_training_stop and not learned:
             return control  # SIGTERM: the rung goes on when the run is resumed
         self.run.end_rung()
-        reason = self.run.stop_reason()
+        reason = self.run.stop_reason() if learned else None
         if reason is not None:
             self.run.record.ended_by = reason
             as_asked = self.run.state.ladder.tau == self.run.state.ladder.tau_max

@@ -160,6 +160,8 @@ class Run:
     def finish(self, updates: int) -> None:
         """Say that training has ended, after so many optimizer updates."""
         self.record.finished = True
+        if not self.record.ended_by and self.has_learned:  # resumed from its last update
+            self.record.ended_by = self.stop_reason() or ""
         if not self.record.ended_by:
             self.record.ended_by = f"Training was stopped after update {updates}, by max_steps or a callback."
 

@@ -294,6 +294,8 @@ def check_trainer_settings(settings: TrainingArguments) -> None:
             "leave it out."
         )
     if metric is not None and settings.eval_strategy != "no" and metric.removeprefix("eval_") not in METRICS:
+        left_out = " (transformers' default)" if metric == "loss" and settings.load_best_model_at_end else ""
         raise ValueError(
-            f"metric_for_best_model must be one of {', '.join(METRICS)}, which evaluate() measures; got {metric!r}"
+            f"metric_for_best_model must be one of {', '.join(METRICS)}, which evaluate() measures, such as 'kl'; got "
+            f"{metric!r}{left_out}"
         )

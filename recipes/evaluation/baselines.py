@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
-from problems.prior import RecipeModelConfig, longest_completion, make_prior
+from problems.prior import RecipeModelConfig, completion_limit, make_prior
 from problems.text_problem import TextProblem
 from transformers import (
     GenerationConfig,
@@ -119,19 +119,24 @@ def policy_gradient(
         problem: the problem.
         model_config: the prior, with LoRA.
         tau_max: T, the target's inverse temperature.
-        proposals: number of proposals, rounded down to whole batches.
+        proposals: number of proposals, rounded down to whole batches; one batch at least.
         generations: proposals per prompt per update.
         learning_rate: learning rate, which is constant.
         seed: random seed.
         prompts_per_update: as it says; `None` for all.
         callbacks: of the trainer's.
         objective: what counts the calls, and may limit them; `None` for one without a limit.
+
+    Raises:
+        ValueError: for fewer proposals than one update has.
     """
     model, tokenizer, peft_config = make_prior(problem, model_config)
     tokenizer.pad_token = tokenizer.eos_token
     objective, prompts = objective or CountedObjective(problem), problem.prompts
     batch_size = generations * (prompts_per_update or len(prompts))
     trainer_class, config_class, own_settings = TRL[method]
+    if proposals < batch_size:  # `max_steps = 0` would mean the number of epochs
+        raise ValueError(f"{proposals} proposals are fewer than one update's, {batch_size}")
 
     def reward(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
         return [-cost for cost in objective(prompts, completions)]
@@ -145,7 +150,7 @@ def policy_gradient(
             max_steps=proposals // batch_size,
             per_device_train_batch_size=batch_size,
             num_generations=generations,
-            max_completion_length=longest_completion(problem, tokenizer),
+            max_completion_length=completion_limit(problem, tokenizer, model_config),
             disable_dropout=True,
             max_grad_norm=1.0,
             seed=seed,
@@ -193,12 +198,17 @@ def expert_iteration(
         seed: random seed.
         keep: share of each prompt's draws that counts as the best.
         watch: looks at the model after each round, and may end the run.
+
+    Raises:
+        ValueError: for fewer proposals than rounds and prompts.
     """
     policy, tokenizer, config = with_adapter(problem, model_config, seed)
     objective, prompts = CountedObjective(problem), problem.prompts
     if watch is not None:
         watch.begin()
     per_prompt = proposals // (rounds * len(prompts))
+    if per_prompt == 0:
+        raise ValueError(f"{proposals} proposals are fewer than one for each round and prompt, {rounds * len(prompts)}")
     drawn: dict[str, list[tuple[float, str]]] = {prompt: [] for prompt in prompts}
     for number in range(rounds):
         for index, prompt in enumerate(prompts):
@@ -296,15 +306,16 @@ def with_adapter(
         )
     torch.manual_seed(seed)
     policy = cast(PeftModel, get_peft_model(model, cast(Any, peft_config)))
-    return policy, tokenizer, drawing_config(problem, tokenizer)
+    return policy, tokenizer, drawing_config(problem, tokenizer, model_config)
 
 
-def drawing_config(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+def drawing_config(
+    problem: TextProblem, tokenizer: PreTrainedTokenizerBase, model_config: RecipeModelConfig
+) -> GenerationConfig:
     """How completions of a problem are drawn."""
     end = cast(int, tokenizer.eos_token_id)
-    return neutral_generation_config(
-        max_completion_length=longest_completion(problem, tokenizer), eos_token_ids=[end], pad_token_id=end
-    )
+    limit = completion_limit(problem, tokenizer, model_config)
+    return neutral_generation_config(max_completion_length=limit, eos_token_ids=[end], pad_token_id=end)
 
 
 def drawn_texts(

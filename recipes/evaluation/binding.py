@@ -58,23 +58,23 @@ class MeasuredSites(BindingSiteProblem):
 
     Attributes:
         both_strands: whether a measurement is of both strands, and counts once.
-        evaluated: the sequences that were measured; of both strands the one that comes first in the alphabet.
+        evaluated: the sequences that were measured, in their order; of both strands the first one in the alphabet.
     """
 
     both_strands: bool = False
-    evaluated: set[str] = field(default_factory=set, compare=False)
+    evaluated: dict[str, None] = field(default_factory=dict, compare=False)
 
     def cost_of(self, text: str) -> float:
         """The cost, which counts as a measurement if the text is a sequence."""
         cost = super().cost_of(text)
         if len(text.split(self.separator)) == LENGTH:
-            self.evaluated.add(min(text, reverse_complement(text)) if self.both_strands else text)
+            self.evaluated[min(text, reverse_complement(text)) if self.both_strands else text] = None
         return cost
 
-    @property
-    def known(self) -> set[str]:
-        """The sequences whose scores are known."""
-        return self.evaluated | ({*map(reverse_complement, self.evaluated)} if self.both_strands else set())
+    def known(self, budget: int) -> set[str]:
+        """The sequences whose scores are known after the first `budget` measurements."""
+        measured = [*self.evaluated][:budget]
+        return {*measured, *(map(reverse_complement, measured) if self.both_strands else ())}
 
 
 class Truth:
@@ -129,7 +129,8 @@ def first_factor(truths: Mapping[str, Truth], runs: Runs) -> Comparison:
     table.add("prior", {"KL(p_T‖q)": prior_kl, "P(strong)": np.exp(truth.log_prior[truth.strong]).sum()}, ".3g")
     for method, made in runs[factor].items():
         cells = [
-            mean_of([run[name] for run in made], *specs) if name in made[0] else "" for name, *specs in COLUMNS.values()
+            mean_of([run[name] for run in made], *specs) if all(name in run for run in made) else ""
+            for name, *specs in COLUMNS.values()
         ]
         table.rows.append((f"{method} {made[0]['setting']}".strip(), cells))
     return table

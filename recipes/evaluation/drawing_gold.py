@@ -18,7 +18,7 @@ from aldrift_hf.types import Completions, Progress
 from evaluation.gold import Gold
 
 PURPOSE = 5
-"""The purpose of the stream of random numbers, beside those in [`aldrift_hf.streams`]."""
+"""The purpose of the stream of random numbers: gold's files were drawn by it, and the trainer draws by others."""
 CHECKED_DRAWS = 4
 """Draws of a file on which its `log L` is compared with the model's."""
 MAX_GAP = 0.05

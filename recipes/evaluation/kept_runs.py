@@ -10,6 +10,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from aldrift_hf.reporting.record import replace_file
+
 Run = dict[str, Any]
 """The measures of one run, and what it is a run of."""
 
@@ -56,9 +58,12 @@ class KeptRuns:
 
     def __init__(self, path: Path, key: Sequence[str], settings: Mapping[str, Any]) -> None:
         self.path, self.key, self.settings = path, key, settings
-        lines = path.read_text().splitlines() if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1]
+        if text != whole:  # a process was killed while it wrote its last line
+            replace_file(path, whole.splitlines())
         self.runs: dict[tuple[Any, ...], Run] = {
-            tuple(run[part] for part in key): run for run in map(json.loads, lines)
+            tuple(run[part] for part in key): run for run in map(json.loads, whole.splitlines())
         }
 
     def get(self, key: tuple[Any, ...], measure: Callable[..., dict[str, Any]]) -> Run:

@@ -33,12 +33,12 @@ def evolve(problem: ZincProblem, start: int, offspring: int, budget: int, seed: 
     """
 
     def score(smiles: list[str]) -> list[float]:
-        values = []
-        for text in smiles:
+        values = {}
+        for text in sorted(smiles):  # it gives them in the order of a set, which differs from process to process
             if len(problem.evaluated) >= budget:
                 raise _SpentError
-            values.append(1 - problem.cost_of(text))
-        return values
+            values[text] = 1 - problem.cost_of(text)
+        return [values[text] for text in smiles]
 
     molecules = problem.random_texts(start, np.random.default_rng(seed))
     with contextlib.suppress(_SpentError):

@@ -24,7 +24,7 @@ from aldrift_hf.reporting.record import replace_file
 from evaluation.gold import Gold
 from evaluation.steering_measures import ScoredGold, log_bounds, of_draws, of_gold
 from evaluation.steering_methods import LEARN, rejection, steered_by, suffix_mh, to_accelerator
-from evaluation.steering_setting import Setting
+from evaluation.steering_setting import BEGUN, Setting, check_stored
 from evaluation.steering_trainers import Job, cpu_seconds_before, set_precision
 
 BUSY = 75
@@ -43,6 +43,7 @@ def run(setting: Setting, output_dir: Path, gold_dir: Path, keep_model: bool = F
         learning (of sampling, for a method at test time), and the setting.
     """
     torch.set_num_threads(setting.threads)
+    check_stored(setting, output_dir)
     path = setting.result(output_dir)
     job = start(setting, path.with_suffix(""))
     gold = Gold.read(gold_dir / f"{setting.task}.json")
@@ -58,6 +59,7 @@ def run(setting: Setting, output_dir: Path, gold_dir: Path, keep_model: bool = F
 def start(setting: Setting, folder: Path) -> Job:
     """Load the prior."""
     folder.mkdir(parents=True, exist_ok=True)
+    replace_file(folder / BEGUN, [json.dumps({"setting": setting.begun()})])
     model = load_model(setting.model, {"dtype": setting.dtype}, adapter=False)
     job = Job(setting, TASKS[setting.task](), model, tokenizer_of(setting.model, None), folder)
     to_accelerator(job)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.steering_run import BUSY, arguments
-from evaluation.steering_setting import LEARNING, METHODS, TUNED, Setting
+from evaluation.steering_setting import LEARNING, METHODS, TUNED, Setting, check_alike, check_stored
 
 RECIPES = Path(__file__).parents[1]
 
@@ -62,11 +62,13 @@ def make(
         A line for each run that failed; the others were made all the same.
 
     Raises:
-        ValueError: for a result with other settings under the same name, before anything is run.
+        ValueError: for results that were made with other settings, before anything is run.
     """
     settings = [*settings]
     for setting in settings:
-        check_stored(setting, setting.result(output_dir))
+        check_stored(setting, output_dir)
+    stored = results(output_dir, sorted({setting.task for setting in settings}))
+    check_alike([*(run["setting"] for run in stored), *(setting.identity() for setting in settings)])
     failures = []
     for setting in settings:
         path = setting.result(output_dir)
@@ -93,21 +95,14 @@ def make(
     return failures
 
 
-def check_stored(setting: Setting, path: Path) -> None:
-    """Whether a result that is there is of these settings."""
-    if not path.exists():
-        return
-    stored = json.loads(path.read_text())["setting"]
-    other = [name for name, value in setting.identity().items() if stored.get(name) != value]
-    if other:
-        raise ValueError(
-            f"{path} was made with another {', '.join(other)}: choose another --output_dir, or move the file away"
-        )
-
-
 def results(output_dir: Path, tasks: Sequence[str]) -> list[dict[str, Any]]:
-    """All results that are there, those of the methods in their order."""
+    """All results that are there, those of the methods in their order.
+
+    Raises:
+        ValueError: if some that a table would compare were made with different settings.
+    """
     found = [
         json.loads(path.read_text()) for task in tasks for path in sorted((output_dir / task).glob("[!_]*_seed*.json"))
     ]
+    check_alike([result["setting"] for result in found])
     return sorted(found, key=lambda result: METHODS.index(result["setting"]["method"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,12 @@ PRECISIONS = {
     "bf16_lora": "weights and adapter in bf16",
 }
 """Precisions of a run, by their names."""
+BEGUN = "setting.json"
+"""What a run's folder is of, while the run has no result."""
+MEASURING = ("fresh_draws", "gold_share")
+"""Attributes that what is learned does not depend on."""
+VARIED = ("seed", "learning_rate")
+"""Attributes in which the runs of a method differ that are compared in a table."""
 
 
 @dataclass(frozen=True)
@@ -91,3 +99,45 @@ class Setting:
         compares gold with it."""
         values = {name: value for name, value in asdict(self).items() if name != "threads"}
         return values | {"model": Path(self.model).name}
+
+    def begun(self) -> dict[str, Any]:
+        """All that what is learned depends on."""
+        return {name: value for name, value in self.identity().items() if name not in MEASURING}
+
+
+def check_stored(setting: Setting, output_dir: Path) -> None:
+    """Whether what is there of a run, finished or not, is of these settings.
+
+    Raises:
+        ValueError: if not.
+    """
+    path = setting.result(output_dir)
+    folder = path.with_suffix("")
+    for file, ours in ((path, setting.identity()), (folder / BEGUN, setting.begun())):
+        if file.exists():
+            theirs = json.loads(file.read_text())["setting"]
+            if other := [name for name, value in ours.items() if theirs.get(name) != value]:
+                raise ValueError(
+                    f"{path if path.exists() else folder} was made with another {', '.join(other)}: choose another "
+                    "--output_dir, or move it away"
+                )
+
+
+def check_alike(settings: Iterable[Mapping[str, Any]]) -> None:
+    """Whether the runs that a table compares, or takes the mean of, differ in learning rate and seed alone.
+
+    Args:
+        settings: identities of runs.
+
+    Raises:
+        ValueError: if not.
+    """
+    first: dict[tuple[Any, ...], Mapping[str, Any]] = {}
+    for each in settings:
+        label = Setting(**each).label
+        one = first.setdefault((each["task"], each["calls"], label), each)
+        if other := [name for name, value in each.items() if name not in VARIED and one[name] != value]:
+            raise ValueError(
+                f"runs of {label} on {each['task']} with {each['calls']} calls differ in their {', '.join(other)}, so "
+                "one table cannot hold them: choose another --output_dir"
+            )

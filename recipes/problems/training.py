@@ -13,7 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
 from aldrift_hf.algorithm.ladders.linear import linear_ladder
 from aldrift_hf.algorithm.samplers import Sampler
-from problems.prior import RecipeModelConfig, longest_completion, make_prior
+from problems.prior import RecipeModelConfig, completion_limit, make_prior
 from problems.text_problem import TextProblem
 
 logger = logging.getLogger(__name__)
@@ -95,10 +95,7 @@ def make_trainer(
     if config.objective_range is None:
         config.objective_range = float(problem.worst_cost)
     if config.max_completion_length is None:
-        longest = longest_completion(problem, tokenizer)
-        # The small model has one token per word, so all strings have the same length; with other tokenizers, some
-        # strings are longer than the 1,000 random ones.
-        config.max_completion_length = longest if model_config.model_name_or_path is None else longest + longest // 10
+        config.max_completion_length = completion_limit(problem, tokenizer, model_config)
     return ALDRIFTTrainer(
         model=model,
         objective=problem.cost,

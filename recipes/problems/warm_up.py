@@ -50,7 +50,7 @@ def warm_up(
     """
     adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
     texts = completion_ids(draw(NUM_FINGERPRINT_TEXTS, np.random.default_rng(seed)), tokenizer)
-    folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, _weights(model), adapter, texts])
+    folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, fingerprint(model), adapter, texts])
     with PartialState().main_process_first():
         if not folder.is_dir():
             logger.warning(f"warming up the prior: {steps} updates on {batch_size} texts each; cached in {folder}")
@@ -65,8 +65,8 @@ def warm_up(
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def _weights(model: PreTrainedModel) -> str:
-    """A fingerprint of a model: a few values of every tensor, which other revisions and quantizations do not share."""
+def fingerprint(model: PreTrainedModel) -> str:
+    """What tells a model from others: a few values of every tensor, which other revisions do not share."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).cpu()
