@@ -3,10 +3,12 @@
 import pytest
 import torch
 from conftest import EOS, MAX_LENGTH, VOCABULARY, ALDRIFTTrainer, count_a, every_completion, log_probs
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     CohereConfig,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
@@ -28,6 +30,7 @@ from transformers import (
 )
 
 from aldrift_hf.models import head as projection
+from aldrift_hf.models.fidelity import Rows
 from aldrift_hf.models.generation import assert_neutral, generate, neutral_generation_config
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs
@@ -65,6 +68,8 @@ CONFIGS = {
     ),
     "gpt_neox": lambda: GPTNeoXConfig(**SIZES),
     "cohere": lambda: CohereConfig(**GROUPED, logit_scale=0.25),
+    "falcon": lambda: FalconConfig(**SIZES),  # asks for its attention by name
+    "bloom": lambda: BloomConfig(hidden_size=16, n_layer=2, n_head=2, initializer_range=0.3, **TOKENS),
     "granite": lambda: GraniteConfig(**GROUPED, logits_scaling=3.0),
     "mixtral": lambda: MixtralConfig(**EXPERTS, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(**EXPERTS, head_dim=8, moe_intermediate_size=16, num_experts=4),
@@ -102,6 +107,17 @@ def test_scores_are_those_of_the_models_own_logits(model):
     """Token by token, without padding or batch: what the model says, its last touch to the logits included."""
     assert_own_logits(model)
     assert projection._known[model] is not None, "scored from whole batches of logits"
+
+
+@pytest.mark.parametrize("with_adapter", [True, False])
+def test_what_is_learned_is_what_is_scored(model, with_adapter):
+    """The training step's forward pass, on rows that it pads."""
+    policy, rows = model, Rows.for_model(model)
+    if with_adapter:
+        modules = ["in_proj"] if model.config.model_type == "mamba" else "all-linear"
+        policy = get_peft_model(model, LoraConfig(r=2, target_modules=modules, init_lora_weights=False))
+    with inference(policy):
+        assert rows.logprobs(policy) == pytest.approx(rows.scores(base_model(policy)), abs=1e-5)
 
 
 def test_every_forward_pass_has_a_mask(model):

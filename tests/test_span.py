@@ -323,6 +323,11 @@ def test_a_move_to_the_same_text_is_not_an_accepted_one(monkeypatch):
     assert rate == pytest.approx(sum(changed) / 8)
 
 
+def test_a_chain_without_a_move_is_refused():
+    with pytest.raises(ValueError, match=r"SpanChains\(1\) makes no move: .* at least 2"):
+        SpanChains(1)
+
+
 def test_no_chain_begins_at_an_excluded_text():
     table, sampler = Table(), SpanChains(4)
     drawn = table.fresh(60)

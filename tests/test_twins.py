@@ -9,6 +9,7 @@ from conftest import EOS, ALDRIFTTrainer, count_a, log_probs, lora_config, tiny_
 from aldrift_hf import TwinArchive
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import mixture
+from aldrift_hf.algorithm.errors import by_draw
 from aldrift_hf.algorithm.goals import TargetCost
 from aldrift_hf.algorithm.ladders import AdaptiveLadder, LadderState
 from aldrift_hf.algorithm.samplers import ArchiveSampler
@@ -178,6 +179,11 @@ def test_a_run(peft, config, tokenizer):
             either = (log_q.view(-1, 2).exp().mean(-1).log()).repeat_interleave(2)
             assert entry.log_q[number][0] == pytest.approx(either, abs=1e-4)
             assert drawn.log_prior[0] == pytest.approx(log_probs(prior, ids, own), abs=1e-4)
+    (draws,) = trainer.sampler.draws()
+    weight = by_draw(draws.log_weight(1.5), 2).exp()
+    trainer.sample(16, correction="archive")
+    ess = trainer.record.metrics.get("sample_ess", trainer.state.log_history[-1].get("sample_ess"))
+    assert ess == pytest.approx((weight.sum() ** 2 / weight.square().sum() / weight.numel()).item(), rel=1e-6)
     log_weight = mixture(entries).log_weight(1.5)
     assert trainer.record.log_z[0] == pytest.approx(diagnostics.log_z(log_weight).item())
     assert trainer.record.rungs[-1]["archive_draws"] == 3 * settings.num_generations

@@ -28,8 +28,7 @@ from .loading import context_length
 from .passes import join
 from .prior import Prior, base_model, keep_four_bit_weights, split
 from .scoring import inference, learning_pass, sequence_logprobs
-from .shared_prompts.attention import sharing
-from .shared_prompts.support import can_share_prompts
+from .shared_prompts.support import can_share_prompts, sharing_if_known
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +73,8 @@ class Rows(NamedTuple):
         """`[num_rows]` log-probabilities of the completions, as the training loss computes them, nats."""
         forward = learning_pass(base_model(model), join(self.prompts, self.completions.tokens(), 0))
         forward = forward.to(next(model.parameters()).device)
-        with sharing(base_model(model)), projecting(base_model(model), forward.select, forward.targets) as projection:
+        base = base_model(model)
+        with sharing_if_known(base), projecting(base, forward.select, forward.targets) as projection:
             found = projection.of(model(**forward.inputs).logits)
         return forward.table(found.double()).sum(-1).cpu()
 
@@ -209,7 +209,8 @@ def _measure(rows: Rows, policy: PreTrainedModel | PeftModel, prior: Prior) -> _
         at_start = rows.scores(model)
     start = rows.scores(base_model(policy))
     if not isinstance(policy, PeftModel):  # the prior is a copy that shares nothing with it
-        return _Measured(at_start, start, at_start, start, start, start)
+        trained = rows.logprobs(policy)
+        return _Measured(at_start, start, at_start, start, trained, trained)
     with _moved(policy):
         with prior.active(policy) as model:
             moved_prior = rows.scores(model)
@@ -236,7 +237,8 @@ def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, pr
             raise ValueError(
                 f"with {_described(policy)} the model is another one when it is trained than when it is sampled and "
                 f"scored: log-probabilities of short rows differ by {gap:.2g} nats. Its effect depends on more than "
-                "the tokens before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights."
+                "the tokens before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights; "
+                "where it is one, another attn_implementation, such as 'eager'."
             )
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import streams
 from ..algorithm import diagnostics
-from ..algorithm.errors import Influence, mean_error, pooled_influence
+from ..algorithm.errors import Influence, by_draw, mean_error, pooled_influence
 from ..algorithm.metrics import prompt_metrics, proposal_metrics, success_share
 from ..algorithm.samplers import Selection
 from ..algorithm.samplers.chains import run_chains
@@ -112,7 +112,7 @@ class CorrectedDraws:
 
     def metrics(self, tau: float, threshold: float) -> dict[str, float]:
         """Diagnostics of the draws, and cost and variety of the samples."""
-        weights = [draws.log_weight(tau) for draws in self.fresh]
+        weights = [by_draw(draws.log_weight(tau), draws.texts_per_draw) for draws in self.fresh]
         picked = self.proposals.objective.flatten()[self.chosen]
         return {
             "acceptance_rate": self.selection.acceptance_rate,

@@ -24,7 +24,7 @@ from ..models.head import Projection, projecting
 from ..models.passes import Padded, Pass
 from ..models.prior import base_model
 from ..models.scoring import learning_pass
-from ..models.shared_prompts.attention import sharing
+from ..models.shared_prompts.support import sharing_if_known
 from ..reporting.hub import HubPusher
 from ..reporting.record import RunRecord
 from .checkpoints import Checkpointer
@@ -86,7 +86,7 @@ class HookedTrainer(Trainer):
     ) -> Tensor:
         if self.run.state.settled:  # without gradients the optimizer changes nothing
             return torch.zeros((), device=self.args.device)
-        with sharing(base_model(self._unwrapped())):  # also for layers that run again in the backward pass
+        with sharing_if_known(base_model(self._unwrapped())):  # also for layers that run again in the backward pass
             loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
         value = loss.item()
         numerics.check_loss(value, self._get_learning_rate())

@@ -184,13 +184,15 @@ class SpanChains(Sampler):
             the model. For alphabets of some dozens, where a move is to try what is rare as often as what is frequent.
 
     Raises:
-        ValueError: if the vocabulary is empty.
+        ValueError: for a chain without a move, or if the vocabulary is empty.
     """
 
     uses_chains: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
 
     def __init__(self, chain_length: int, vocabulary: Sequence[int] | None = None) -> None:
+        if chain_length < 2:
+            raise ValueError(f"SpanChains({chain_length}) makes no move: a chain needs at least 2 proposals per rung")
         if vocabulary is not None and not len(vocabulary):
             raise ValueError("SpanChains(vocabulary=[]) has no token to draw: name some, or leave it out")
         self.chain_length = chain_length

@@ -62,6 +62,9 @@ class TwinArchive(ArchiveSampler):
         )
         return replace(mixture(self._group), texts_per_draw=2)
 
+    def draws(self) -> list[Proposals]:
+        return [replace(draws, texts_per_draw=2) for draws in super().draws()]
+
     def _twins(self, completions: Completions, policy: Policy) -> Completions:
         """The twin of each draw, or the draw itself."""
         drawn, texts = completions.tokens(), policy.decode(completions)

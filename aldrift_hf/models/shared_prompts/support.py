@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from weakref import WeakKeyDictionary
 
@@ -39,6 +40,12 @@ def can_share_prompts(model: PreTrainedModel, tokens: int, find_out: bool = True
     if find_out and model not in _known:
         _known[model] = _gives_the_same(model)
     return _known.get(model, False)
+
+
+def sharing_if_known(model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
+    """[`sharing`], for a model that is known to share prompts. Others may ask for the implementation by its name, as
+    Falcon does: by another name they would attend in another way, to later tokens even."""
+    return sharing(model) if _known.get(model, False) else contextlib.nullcontext()
 
 
 def _gives_the_same(model: PreTrainedModel) -> bool:
