@@ -149,6 +149,10 @@ def test_settings_that_contradict_each_other_are_refused(config, settings, messa
             {"metric_for_best_model": "kl", "eval_strategy": "epoch", "target_cost": 0.5, "tau_max": None},
             "metric_for_best_model='kl' has no value before T is found.*Set tau_max",
         ),
+        (
+            {"load_best_model_at_end": True, "eval_strategy": "epoch", "save_strategy": "epoch"},
+            r"such as 'kl'; got 'loss' \(transformers' default\)",
+        ),
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 .* Leave it at 0"),
         ({"label_smoothing_factor": math.nan}, "label_smoothing_factor=nan"),
         ({"dataloader_persistent_workers": True, "dataloader_num_workers": 1}, "Leave it off"),

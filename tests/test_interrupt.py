@@ -56,6 +56,22 @@ def test_the_first_stops_after_the_update_with_a_checkpoint(make, tmp_path, capl
     assert same(resumed, alone)
 
 
+def test_before_the_first_update_nothing_is_resumed(make):
+    """There is no checkpoint yet; draws and costs are kept."""
+    trainer = make(per_device_generation_batch_size=8)
+    stop_if_asked, rounds = trainer.run.rollout.runtime.stop_if_asked, []
+
+    def in_the_second_round():
+        rounds.append(1)
+        if len(rounds) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        stop_if_asked()
+
+    trainer.run.rollout.runtime = dataclasses.replace(trainer.run.rollout.runtime, stop_if_asked=in_the_second_round)
+    with pytest.raises(KeyboardInterrupt, match="before the first update; start again: draws and costs so far are"):
+        trainer.train()
+
+
 @pytest.mark.slow
 def test_between_rounds_of_proposals_too(make, tmp_path):
     """The checkpoint is that of the last update."""
