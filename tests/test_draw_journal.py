@@ -96,7 +96,7 @@ def test_no_folder_disappears_while_the_run_lasts(start, monkeypatch):
     assert seen == [(DRAWS // BATCH, 0, [])] * 2
 
 
-def test_draws_of_another_prior_or_seed_are_not_taken(start):
+def test_draws_of_another_prior_or_length_are_not_taken(start):
     for changes in ({"seed": 1}, {"max_completion_length": 2}):
         start(1, stop_at=3)
         other = start(2, stop_at=6, **changes)

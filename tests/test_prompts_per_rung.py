@@ -151,7 +151,7 @@ def test_densities_of_each_group_in_a_run(make):
     assert seen > 4
     learned = trainer.run.samples.samples.rows.bincount(minlength=5)
     assert (learned > 0).all(), "also from earlier draws for the other prompts"
-    assert learned.max() <= 2 * learned.min(), "from each prompt as much"
+    assert learned.max() <= 1.2 * learned.min(), "from each prompt as much"
 
 
 @pytest.mark.slow
