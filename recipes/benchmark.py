@@ -68,6 +68,9 @@ class BenchmarkArguments:
         default=60, metadata={"help": "Optimizer updates per rung, and per round of expert iteration."}
     )
     trl_batch_size: int = field(default=64, metadata={"help": "Proposals per update of TRL's trainers."})
+    trl_schedule: str = field(
+        default="constant", metadata={"help": "Course of their learning rate: constant, or linear (to 0), say."}
+    )
     draws: int = field(default=4096, metadata={"help": "Number of draws among which distinct solutions are counted."})
     output_dir: str = field(default="out/benchmark", metadata={"help": "Folder that all files are written to."})
 
@@ -146,6 +149,7 @@ class Bench:
             model, tokenizer, calls = policy_gradient(
                 method, problem, self.model_config, tau_max=tau_max, proposals=budget,
                 generations=self.options.trl_batch_size // len(problem.prompts), learning_rate=rate, seed=seed,
+                schedule=self.options.trl_schedule,
             )  # fmt: skip
         else:
             model, tokenizer, calls = expert_iteration(

@@ -41,7 +41,7 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
         try:
             with quiet.reading_files():
                 dataset = load_dataset(_READERS[suffix], data_files=glob.escape(name), split="train")
-        except (DatasetGenerationError, StopIteration) as error:
+        except (DatasetGenerationError, StopIteration, ValueError) as error:
             raise ValueError(f"--dataset_name {name} is empty or damaged: {error.__cause__ or error}") from error
         return cast(Dataset, dataset.rename_column("text", "prompt") if suffix == ".txt" else dataset)
     if suffix in _READERS:

@@ -108,6 +108,7 @@ def policy_gradient(
     generations: int,
     learning_rate: float,
     seed: int,
+    schedule: str = "constant",
     prompts_per_update: int | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     objective: CountedObjective | None = None,
@@ -121,8 +122,9 @@ def policy_gradient(
         tau_max: T, the target's inverse temperature.
         proposals: number of proposals, rounded down to whole batches; one batch at least.
         generations: proposals per prompt per update.
-        learning_rate: learning rate, which is constant.
+        learning_rate: the largest one.
         seed: random seed.
+        schedule: the course of the learning rate, as transformers names it.
         prompts_per_update: as it says; `None` for all.
         callbacks: of the trainer's.
         objective: what counts the calls, and may limit them; `None` for one without a limit.
@@ -146,7 +148,7 @@ def policy_gradient(
             output_dir=folder,
             beta=1 / tau_max,
             learning_rate=learning_rate,
-            lr_scheduler_type="constant",
+            lr_scheduler_type=schedule,
             max_steps=proposals // batch_size,
             per_device_train_batch_size=batch_size,
             num_generations=generations,
