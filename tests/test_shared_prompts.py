@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from conftest import ALDRIFTTrainer, every_completion, lora_config, tiny_gpt2, tiny_llama
+from conftest import VOCABULARY, ALDRIFTTrainer, every_completion, lora_config, tiny_gpt2, tiny_llama
 from peft import LoraConfig, get_peft_model
+from transformers import GraniteConfig, GraniteForCausalLM
 
 from aldrift_hf.models import generation, head
 from aldrift_hf.models.head import projecting
@@ -21,6 +22,22 @@ MODELS = {
     "gpt2": lambda: tiny_gpt2(n_positions=32),
     "llama": lambda: tiny_llama(max_position_embeddings=32),
     "grouped heads": lambda: tiny_llama(max_position_embeddings=32, num_attention_heads=4, num_key_value_heads=2),
+    "products scaled in its own way": lambda: GraniteForCausalLM(
+        GraniteConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=32,
+            attention_multiplier=3.0,
+            initializer_range=0.3,
+            bos_token_id=EOS,
+            eos_token_id=EOS,
+            pad_token_id=None,
+        )
+    ),
 }
 
 
