@@ -139,7 +139,7 @@ def _checked(record: RunRecord) -> list[str]:
     checks = {
         "missing_mass": f"missing mass (warning above {MISSING_MASS_WARNING:g} nats)",
         "khat": f"k-hat (above {health.MAX_KHAT:g})",
-        "ess": f"effective draws per prompt per rung (below {health.MIN_EFFECTIVE_DRAWS})",
+        "ess": f"effective draws per prompt (below {health.MIN_EFFECTIVE_DRAWS} and {health.MIN_ESS:.0%} of all)",
         "acceptance_rate": f"acceptance rate (below {health.MIN_ACCEPTANCE_RATE:.0%})",
     }
     return [text for name, text in checks.items() if math.isfinite(model.get(name, math.nan))]
