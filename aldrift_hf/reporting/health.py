@@ -22,6 +22,8 @@ MIN_EFFECTIVE_DRAWS = 20
 """Below this number of effective draws per prompt, an estimate is hardly better than a guess."""
 MIN_ESS = 0.3
 """From this share of effective draws on, their number is what was asked for, and no step is too large."""
+SMALLER_STEPS = "smaller steps (tau_step; on the adaptive ladder a higher ess_threshold)"
+"""The remedy, for either ladder."""
 MIN_ACCEPTANCE_RATE = 0.05
 """Below this acceptance rate, most chains of the usual length never leave their first proposal."""
 
@@ -67,7 +69,6 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
     """
     found = {}
     worst = record.objective_range or math.nan
-    step = "a higher ess_threshold" if record.settings.get("ladder") == "adaptive" else "tau_step, or ladder='adaptive'"
     constant_cost = metrics.get("constant_cost", 0.0) if metrics.get("rung") == 0 else 0.0
     if metrics.get("objective_best", 0.0) >= worst:
         found["worst"] = (
@@ -93,8 +94,8 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
         found["missing_mass"] = (
             f"{who} has lost {nats:.2f} nats of the target: its draws cover only about {covered_share(nats):.1%} of "
             "p_T, and success, effective sample size and corrected samples describe that part alone. Use more "
-            "proposals (num_generations), fewer updates (updates_per_rung), a smaller learning_rate, or smaller steps "
-            f"({step})."
+            "proposals (num_generations), fewer updates (updates_per_rung), a smaller learning_rate, or "
+            f"{SMALLER_STEPS}."
         )
     if (khat := metrics.get("khat", 0.0)) > MAX_KHAT:
         found["khat"] = (
@@ -106,12 +107,11 @@ def health_warnings(who: str, record: RunRecord, metrics: Mapping[str, float]) -
     if effective < MIN_EFFECTIVE_DRAWS and metrics["ess"] < MIN_ESS:
         found["ess"] = (
             f"By their weights, a rung's proposals are worth {effective:.1f} independent draws per prompt. Take "
-            f"smaller steps ({step}), draw more proposals (num_generations), or train more per rung "
-            "(updates_per_rung)."
+            f"{SMALLER_STEPS}, draw more proposals (num_generations), or train more per rung (updates_per_rung)."
         )
     if (rate := metrics.get("acceptance_rate", 1.0)) < MIN_ACCEPTANCE_RATE:
         found["acceptance_rate"] = (
-            f"The chains accept {rate:.1%} of their proposals: most never move. Take smaller steps ({step}) or "
+            f"The chains accept {rate:.1%} of their proposals: most never move. Take {SMALLER_STEPS} or "
             "longer chains (chain_length)."
         )
     return found
