@@ -21,10 +21,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora import LoraLayer
+from transformers import FalconConfig, FalconForCausalLM
 
 from aldrift_hf.models import fidelity, prior
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference
+from aldrift_hf.models.shared_prompts.attention import sharing
 from aldrift_hf.toy import word_tokenizer
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
@@ -357,3 +359,14 @@ def test_costs_that_are_all_the_same_have_a_gradient_of_zero_by_right(config, to
     )
     trainer.train()
     assert trainer.state.global_step == 2
+
+
+def test_a_model_that_is_trained_by_another_attention_is_refused_without_an_adapter_too(monkeypatch):
+    """Falcon asks for its attention by name; without the name that it knows it sees later tokens."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 5, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = FalconForCausalLM(FalconConfig(**sizes, initializer_range=0.3, bos_token_id=0, eos_token_id=0))
+    fidelity.split_checked(model, None)
+    monkeypatch.setattr(fidelity, "sharing_if_known", sharing)
+    with pytest.raises(ValueError, match=r"^the model is another one when it is trained .* Set another attn_impl"):
+        fidelity.split_checked(model, None)

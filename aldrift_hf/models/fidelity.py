@@ -234,11 +234,18 @@ def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, pr
     for other, most in ((measured.inside, MAX_DRIFT), (measured.scored, _max_rounding(policy))):
         gap = _gap(measured.trained, other)
         if not gap <= most:
+            with_adapter, remedy = "", "Set another attn_implementation, such as 'eager'."
+            if isinstance(policy, PeftModel):
+                with_adapter, remedy = (
+                    f"with {_described(policy)} ",
+                    (
+                        "Its effect depends on more than the tokens before a position (as in aLoRA and X-LoRA). Use LoRA "
+                        "or another adapter on the weights; where it is one, another attn_implementation, such as 'eager'."
+                    ),
+                )
             raise ValueError(
-                f"with {_described(policy)} the model is another one when it is trained than when it is sampled and "
-                f"scored: log-probabilities of short rows differ by {gap:.2g} nats. Its effect depends on more than "
-                "the tokens before a position (as in aLoRA and X-LoRA). Use LoRA or another adapter on the weights; "
-                "where it is one, another attn_implementation, such as 'eager'."
+                f"{with_adapter}the model is another one when it is trained than when it is sampled and scored: "
+                f"log-probabilities of short rows differ by {gap:.2g} nats. {remedy}"
             )
 
 
