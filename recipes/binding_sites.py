@@ -45,7 +45,7 @@ from evaluation.evolution import Oracle, adalead, genetic_algorithm
 from evaluation.kept_runs import Run, TunedRuns, settings_of
 from evaluation.tables import publish
 from evaluation.unseen import learn_with_prior
-from problems.binding_sites import BASES, FACTORS, LENGTH, reverse_complement
+from problems.binding_sites import BASES, FACTORS, LENGTH, BindingSiteProblem, reverse_complement
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
@@ -230,10 +230,9 @@ def main() -> None:
     options, model_config = TrlParser((BindingArguments, RecipeModelConfig)).parse_args_and_config()
     if unknown := sorted(set(options.methods) - set(METHODS)):
         sys.exit(f"--methods {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
-    if not CBAS_ROUNDS <= options.budget <= len(BASES) ** LENGTH // 2:
-        sys.exit(
-            f"--budget {options.budget}: choose {CBAS_ROUNDS} to {len(BASES) ** LENGTH // 2:,}, half of all sites."
-        )
+    most = BindingSiteProblem().number_of_strings() // 2
+    if not CBAS_ROUNDS <= options.budget <= most:
+        sys.exit(f"--budget {options.budget}: choose {CBAS_ROUNDS} to {most:,}, half of all sites.")
     folder = Path(options.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     try:

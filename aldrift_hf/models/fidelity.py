@@ -236,12 +236,10 @@ def _check(rows: Rows, expected: Tensor, policy: PreTrainedModel | PeftModel, pr
         if not gap <= most:
             with_adapter, remedy = "", "Set another attn_implementation, such as 'eager'."
             if isinstance(policy, PeftModel):
-                with_adapter, remedy = (
-                    f"with {_described(policy)} ",
-                    (
-                        "Its effect depends on more than the tokens before a position (as in aLoRA and X-LoRA). Use LoRA "
-                        "or another adapter on the weights; where it is one, another attn_implementation, such as 'eager'."
-                    ),
+                with_adapter = f"with {_described(policy)} "
+                remedy = (
+                    "Its effect depends on more than the tokens before a position (as in aLoRA and X-LoRA). Use LoRA "
+                    "or another adapter on the weights; where it is one, another attn_implementation, such as 'eager'."
                 )
             raise ValueError(
                 f"{with_adapter}the model is another one when it is trained than when it is sampled and scored: "

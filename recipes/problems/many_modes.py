@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from aldrift_hf.toy import cache_folder, store
 from problems.molecules import MoleculeModelConfig, ZincProblem, canonical_smiles
 from problems.prior import make_prior
-from problems.warm_up import fingerprint, warm_up
+from problems.warm_up import fingerprints, warm_up
 from problems.wheels import cache_locked, files_of_wheel
 
 WHEEL = "molscore==1.9.5"
@@ -127,9 +127,8 @@ def with_prompts(problem: ManyModesProblem, model_config: MoleculeModelConfig, s
         steps: optimizer updates, on 128 texts each.
     """
     model, tokenizer, adapter = make_prior(ManyModesProblem(problem.references), model_config)
-    of_adapter = json.dumps(cast(PeftConfig, adapter).to_dict(), sort_keys=True, default=sorted)
-    weights = fingerprint(cast(PreTrainedModel, model))
-    folder = cache_folder(None, ["prompts", weights, of_adapter, problem.prompts, steps])
+    which = fingerprints(cast(PreTrainedModel, model), cast(PeftConfig, adapter))
+    folder = cache_folder(None, ["prompts", *which, problem.prompts, steps])
     with PartialState().main_process_first():
         if not folder.is_dir():
             fitted = warm_up(

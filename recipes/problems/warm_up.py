@@ -48,9 +48,8 @@ def warm_up(
         seed: random seed of the adapter's weights and of the texts.
         cache_dir: the folder of all cached priors, as in [`aldrift_hf.toy.small_prior`].
     """
-    adapter = json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
     texts = completion_ids(draw(NUM_FINGERPRINT_TEXTS, np.random.default_rng(seed)), tokenizer)
-    folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, fingerprint(model), adapter, texts])
+    folder = cache_folder(cache_dir, [steps, batch_size, learning_rate, seed, *fingerprints(model, peft_config), texts])
     with PartialState().main_process_first():
         if not folder.is_dir():
             logger.warning(f"warming up the prior: {steps} updates on {batch_size} texts each; cached in {folder}")
@@ -65,10 +64,11 @@ def warm_up(
         return PeftModel.from_pretrained(model, folder, is_trainable=True)
 
 
-def fingerprint(model: PreTrainedModel) -> str:
-    """What tells a model from others: a few values of every tensor, which other revisions do not share."""
+def fingerprints(model: PreTrainedModel, peft_config: PeftConfig) -> tuple[str, str]:
+    """What tells a model from others (a few values of every tensor, which other revisions and quantizations do not
+    share), and the adapter's configuration."""
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, tensor in model.state_dict().items():
         ends = torch.cat([tensor.flatten()[:16], tensor.flatten()[-16:]]).cpu()
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} {ends.tolist()}".encode())
-    return digest.hexdigest()
+    return digest.hexdigest(), json.dumps(peft_config.to_dict(), sort_keys=True, default=sorted)
