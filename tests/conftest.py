@@ -48,20 +48,16 @@ EOS = 0
 MAX_LENGTH = 3
 
 
-settings.register_profile("fuzz", max_examples=10_000)
+REPEATABLE = {"database": None, "deadline": None, "print_blob": True}
+settings.register_profile("suite", derandomize=True, **REPEATABLE)
+settings.register_profile("fuzz", max_examples=10_000, **REPEATABLE)
+settings.load_profile("suite")  # `--hypothesis-profile` is read later
 
 
 def fuzz(examples: int) -> settings:
     """So many examples, the same in every run of the suite; with `--hypothesis-profile fuzz` 100 times as many, new."""
     thorough = settings.default.max_examples // 100
-    return settings(
-        max_examples=thorough * examples,
-        derandomize=thorough == 1,
-        database=None,
-        deadline=None,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    return settings(max_examples=thorough * examples, suppress_health_check=list(HealthCheck))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

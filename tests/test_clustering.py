@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import fuzz
+from hypothesis import given
 from problems.clustering import ClusteringProblem
 from sklearn.datasets import load_iris
 from sklearn.metrics import adjusted_rand_score
@@ -82,7 +83,7 @@ def test_the_names_of_clusters_do_not_matter(labels, names):
 
 @pytest.mark.slow
 @given(st.text() | st.lists(st.sampled_from(["a", "b", "c", "d", "A", "", "aa"]), max_size=8).map(" ".join))
-@settings(max_examples=200)
+@fuzz(200)
 def test_arbitrary_text(text):
     """No text raises an error, and every text that is not a partition has the worst cost."""
     assert SMALL.cost_of(text) == SMALL.worst_cost or text.strip() in set(SMALL.all_texts())

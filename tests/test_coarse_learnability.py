@@ -8,15 +8,16 @@ from pathlib import Path
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from conftest import fuzz
 from evaluation import suprema as theory
-from hypothesis import given, settings
+from hypothesis import example, given
 from scipy import integrate, optimize, special, stats
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "coarse_learnability.py"
 NORMAL = theory.even_mixture(1, 1.0)
 THREE = theory.even_mixture(3, 4.0)
 
-quick = settings(deadline=None, max_examples=40)  # a shared machine may pause at any example
+quick = fuzz(40)
 few_centres = st.lists(st.floats(-10, 10), min_size=1, max_size=4)
 
 
@@ -113,6 +114,8 @@ def test_supremum_of_a_kernel_density_meets_a_blind_search(factor):
 
 @quick
 @given(few_centres, few_centres, st.floats(1.1, 5), st.floats(0.01, 100), st.floats(-100, 100))
+@example([0], [6, -9], 1.25, 1, 0)  # a peak between q's centres, sharp and beside their middle: a grid is too coarse
+@example([0], [6, -8], 1.25, 2, 0)
 def test_supremum_does_not_depend_on_units(centres, model_centres, wider, scale, shift):
     p, q = mixture(centres), mixture(model_centres, wider)
     moved_p, moved_q = (mixture(shift + scale * m.centres, scale * m.width) for m in (p, q))
@@ -120,6 +123,11 @@ def test_supremum_does_not_depend_on_units(centres, model_centres, wider, scale,
     assert everywhere >= 0, "the ratio of two densities is at least 1 somewhere"
     assert theory.log_supremum(moved_p, moved_q) == pytest.approx(everywhere, abs=1e-6)
     assert theory.log_supremum(p, q, p.central_region(0.9)) <= everywhere + 1e-9
+
+
+def test_mixtures_far_from_zero_lose_no_digits():
+    near, far = ((mixture([c, c + 2], 0.5), mixture([c + 0.5], 1.0)) for c in (0.0, 2.0**27))
+    assert theory.log_supremum(*far) == pytest.approx(theory.log_supremum(*near), abs=1e-9)
 
 
 def test_a_barely_wider_model_is_covered_far_outside():

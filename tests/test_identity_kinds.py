@@ -18,7 +18,8 @@ import httpx
 import pytest
 import torch
 import transformers
-from hypothesis import given, settings
+from conftest import fuzz
+from hypothesis import given
 from hypothesis import strategies as st
 
 from aldrift_hf.objective.identity import identity_of
@@ -86,7 +87,7 @@ def pairs_of_specs(draw):
 
 
 @pytest.mark.slow
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 @given(pairs_of_specs())
 def test_two_costs_have_one_identity_exactly_if_they_are_made_alike(pair):
     one, other = pair

@@ -6,7 +6,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from conftest import fuzz
+from hypothesis import given
 from problems.line_scheduling import LineSchedulingProblem
 
 from aldrift_hf.selftest.exact import chi_square_p
@@ -40,7 +41,7 @@ def wait_by_looking_at_the_clock(problem, visits):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_cost_is_what_a_traveller_waits(data):
     problem = data.draw(lines())
     visits = data.draw(
@@ -53,7 +54,7 @@ def test_cost_is_what_a_traveller_waits(data):
 
 
 @given(lines())
-@settings(max_examples=30, deadline=None)
+@fuzz(30)
 def test_worst_cost_is_reached(problem):
     costs = problem.cost([], list(problem.all_texts()))
     assert len(costs) == problem.number_of_strings() == problem.longest_visit**problem.stations
@@ -107,7 +108,7 @@ def test_draws_follow_the_marginals():
 
 
 @given(lines(), st.data())
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_text_and_back(problem, data):
     visits = data.draw(
         st.lists(st.integers(1, problem.longest_visit), min_size=problem.stations, max_size=problem.stations)

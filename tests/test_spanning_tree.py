@@ -9,8 +9,9 @@ import networkx as nx
 import numpy as np
 import pytest
 import torch
+from conftest import fuzz
 from evaluation.spanning_tree import uncounted_trees
-from hypothesis import given, settings
+from hypothesis import given
 from problems.spanning_tree import SEPARATOR, SpanningTreeProblem, load_problem
 
 from aldrift_hf.selftest.exact import chi_square_p
@@ -80,7 +81,7 @@ def test_marginals_of_trees_are_effective_resistances():
 
 
 @given(connected_graphs())
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_every_string_of_small_graphs(problem):
     subsets = list(itertools.combinations(range(len(problem.edges)), problem.size))
     texts = list(problem.all_texts())
@@ -118,7 +119,7 @@ EDGE_NAMES = st.sampled_from(load_problem("florentine").names)
 
 
 @given(st.text() | st.lists(EDGE_NAMES | st.text(max_size=3), max_size=20).map(SEPARATOR.join))
-@settings(max_examples=200, deadline=None)
+@fuzz(200)
 def test_arbitrary_text(text):
     """No text raises an error, and every text that is not a string of the problem has the worst cost."""
     problem, texts, _ = florentine()
@@ -127,7 +128,7 @@ def test_arbitrary_text(text):
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@fuzz(60)
 def test_damaged_strings(data):
     problem = data.draw(connected_graphs())
     rng = np.random.default_rng(data.draw(st.integers(0, 1000)))

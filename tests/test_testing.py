@@ -10,8 +10,9 @@ import re
 
 import numpy as np
 import pytest
+from conftest import fuzz
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems.clustering import ClusteringProblem
 from problems.line_scheduling import LineSchedulingProblem
@@ -245,7 +246,7 @@ def test_the_problems_costs(name):
 
 
 @pytest.mark.slow
-@settings(max_examples=50, deadline=None)
+@fuzz(50)
 @given(st.text())
 def test_the_problems_costs_on_any_text(text):
     for name in ("random", "line", "wine", "trips"):

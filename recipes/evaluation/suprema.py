@@ -14,12 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import optimize, special
 
-STEPS_PER_WIDTH = 4
-"""Grid points per width of a component, around the centres."""
-NEAR_BEST = 0.1
-"""Local maxima on the grid that are this close to the best one, in nats, are refined."""
-EVEN_POINTS = 64
-"""Grid points at equal distances over the whole region. It is vast if L is barely wider than p, but p/L is smooth."""
+FIRST_POINTS = 64
+"""Points at equal distances between which the search for a supremum starts."""
+PRECISION = 1e-9
+"""Nats that a supremum may lack before its last refinement; relative, where it is above 1."""
 BLOCK = 1 << 17
 """Size of the largest array that a density computes: larger ones do not fit into the CPU's cache."""
 
@@ -132,9 +130,8 @@ def log_supremum(p: GaussianMixture, q: GaussianMixture, region: tuple[float, fl
     Let w be the width of p and h that of q. For large x, `log p/q` is `(1/h² - 1/w²) x² / 2` plus lower orders. So over
     all reals the supremum is infinite if h < w, and finite if h > w. It is then attained in [`stationary_region`].
 
-    Every local maximum on a grid that is within `NEAR_BEST` of the best one is refined by a bounded search between its
-    neighbours. For a single Gaussian q, `(log p/q)'' >= 1/h² - 1/w²`; so between the centres no peak is more than 0.01
-    nats above the nearest grid point, and no peak is missed.
+    Intervals are halved for as long as their bounds ([`_LogRatio.bounds`]) exceed the best value that was met: no peak
+    is missed, however sharp. At last, the best point's neighbourhood is searched.
 
     Args:
         p, q: the mixtures.
@@ -152,22 +149,19 @@ def log_supremum(p: GaussianMixture, q: GaussianMixture, region: tuple[float, fl
             return math.inf
         region = stationary_region(p, q)
 
-    def log_ratio(x: np.ndarray) -> np.ndarray:
-        difference: np.ndarray = p.log_density(x) - q.log_density(x)
-        return difference
-
-    grid = _grid(p, q, region)
-    values = log_ratio(grid)
-    padded = np.concatenate([[-math.inf], values, [-math.inf]])
-    peaks = (values >= padded[:-2]) & (values >= padded[2:]) & (values >= values.max() - NEAR_BEST)
-    before, after = np.concatenate([grid[:1], grid[:-1]]), np.concatenate([grid[1:], grid[-1:]])
-    refined = [
-        optimize.minimize_scalar(
-            lambda x: -log_ratio(np.array([x]))[0], bounds=bounds, method="bounded", options={"xatol": 1e-9}
-        ).fun
-        for bounds in zip(before[peaks], after[peaks], strict=True)
-    ]
-    return float(max(values.max(), -min(refined)))
+    ratio = _LogRatio(p, q)
+    ends = ratio.at(np.linspace(*region, FIRST_POINTS))
+    left, right = ends[:, :-1], ends[:, 1:]
+    best, around = ends[1].max(), region
+    while left.size:
+        middle = ratio.at((left[0] + right[0]) / 2)
+        highest = middle[1].argmax()
+        if middle[1, highest] > best:
+            best, around = middle[1, highest], (left[0, highest], right[0, highest])
+        left, right = np.hstack([left, middle]), np.hstack([middle, right])
+        promising = ratio.bounds(left, right) > best + PRECISION * max(1.0, abs(best))
+        left, right = left[:, promising], right[:, promising]
+    return float(max(best, ratio.highest(around)))
 
 
 def stationary_region(p: GaussianMixture, q: GaussianMixture) -> tuple[float, float]:
@@ -182,18 +176,68 @@ def stationary_region(p: GaussianMixture, q: GaussianMixture) -> tuple[float, fl
     return float(low), float(high)
 
 
-def _grid(p: GaussianMixture, q: GaussianMixture, region: tuple[float, float]) -> np.ndarray:
-    """Sorted points of the region: at equal distances, densely around the centres, and in the gaps between components.
+@dataclass(frozen=True)
+class _LogRatio:
+    """`f = log p/q` with what bounds it between two points.
 
-    Between two components of q more than two widths apart, q has a minimum, and for small widths p/q has a sharp peak.
+    Let w and h be the widths of p and q. Up to a constant, `f(x) = A(x) + G(x) - κ x²/2` with `κ = 1/w² - 1/h²`,
+    `A(x) = log Σ_i exp((x c_i - c_i²/2) / w²)`, which is convex, and `G(x) = -log Σ_j exp((x d_j - d_j²/2) / h²)`,
+    which is concave. Between two points, A is below its chord, G below its tangents at either, and `-κ x²/2` is above
+    its own chord by at most `κ/8` times the squared distance.
+
+    Points are the columns of arrays `[4, n]`, whose rows are x, f, G, and G'.
     """
-    low, high = region
-    centres = np.sort(q.centres)
-    first, last = min(centres[0], p.centres.min()), max(centres[-1], p.centres.max())
-    dense = np.arange(max(low, first), min(high, last), min(p.width, q.width) / STEPS_PER_WIDTH)
-    middles = ((centres[1:] + centres[:-1]) / 2)[np.diff(centres) > 2 * q.width]
-    inside = middles[(middles > low) & (middles < high)]
-    return np.unique(np.concatenate([np.linspace(low, high, EVEN_POINTS), dense, inside]))
+
+    p: GaussianMixture
+    q: GaussianMixture
+
+    @property
+    def kappa(self) -> float:
+        """κ, the part of -f'' that is the same everywhere."""
+        return self.p.width**-2 - self.q.width**-2
+
+    def at(self, x: np.ndarray) -> np.ndarray:
+        """The points at `x`, `[n]`."""
+        origin = self.q.mean  # centres far from 0 would lose digits
+        (convex, _), (total, slope) = (_log_sum(m, x, origin) for m in (self.p, self.q))
+        constant = math.log(self.q.width * len(self.q.centres) / (self.p.width * len(self.p.centres)))
+        return np.stack([x, convex - total - self.kappa * (x - origin) ** 2 / 2 + constant, -total, -slope])
+
+    def bounds(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """Upper bounds on f between the points of `left` and those of `right`, `[n]`."""
+        (start, below, total, slope), (end, above, next_total, next_slope) = left, right
+        length, bend = end - start, slope - next_slope
+        with np.errstate(divide="ignore", invalid="ignore"):
+            meeting = (next_total - total - next_slope * length) / bend  # of the tangents, from `start`
+            meeting = np.clip(np.where(bend > 0, meeting, 0), 0, length)
+            share = np.where(length > 0, meeting / length, 0)
+        chord = (1 - share) * (below - total) + share * (above - next_total)
+        kink = chord + np.minimum(total + slope * meeting, next_total - next_slope * (length - meeting))
+        highest: np.ndarray = np.maximum(np.maximum(below, above), kink) + max(self.kappa, 0) * length**2 / 8
+        return highest
+
+    def highest(self, around: tuple[float, float]) -> float:
+        """The largest f in an interval in which it has one peak."""
+        negative = optimize.minimize_scalar(
+            lambda x: -self.at(np.array([x]))[1, 0], bounds=around, method="bounded", options={"xatol": 1e-9}
+        )
+        return -float(negative.fun)
+
+
+def _log_sum(mixture: GaussianMixture, x: np.ndarray, origin: float) -> tuple[np.ndarray, np.ndarray]:
+    """`log Σ_i exp((x c_i - c_i²/2) / w²)` and its derivative, both `[n]`; x and c_i are distances from `origin`."""
+    centres, scale = mixture.centres - origin, mixture.width**-2
+
+    def of(block: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        exponent = (block[:, None] - centres / 2) * (scale * centres)
+        largest = exponent.max(axis=1)
+        weights = np.exp(exponent - largest[:, None])
+        total = weights.sum(axis=1)
+        return largest + np.log(total), scale * (weights @ centres) / total
+
+    rows = max(1, BLOCK // len(centres))
+    blocks = [of(x[start : start + rows] - origin) for start in range(0, len(x), rows)]
+    return np.concatenate([values for values, _ in blocks]), np.concatenate([slopes for _, slopes in blocks])
 
 
 @dataclass(frozen=True)
