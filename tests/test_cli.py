@@ -30,7 +30,7 @@ from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
-from aldrift_hf.cli import env, runs
+from aldrift_hf.cli import env, runs, train
 from aldrift_hf.cli.functions import load_function
 from aldrift_hf.cli.parser import GROUPS, RunParser, TaskArguments
 from aldrift_hf.cli.task import load_prompts
@@ -490,6 +490,12 @@ def test_a_mistake_is_one_clear_line(here, capsys, changes, said):
     message = refused(capsys, line(**changes))
     assert message.startswith("aldrift train: ")
     assert re.search(said, message)
+
+
+@pytest.mark.parametrize(("which", "said"), [("True", "there is no checkpoint in out"), ("model", "cannot be resumed")])
+def test_there_must_be_something_to_resume_before_a_model_is_loaded(here, capsys, monkeypatch, which, said):
+    monkeypatch.setattr(train, "make_trainer", pytest.fail)
+    assert said in refused(capsys, line("train", "--resume_from_checkpoint", which))
 
 
 def test_a_file_with_a_reserved_column_is_refused(here, capsys):

@@ -11,6 +11,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from ..reporting.callbacks import RunCallback
 from ..reporting.record import replace_file
+from ..trainer.checkpoints import to_resume_from
 from .parser import RunParser
 from .report import print_outcome
 from .runs import OPTIONS_FILE
@@ -45,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     )
     task, config, model = parser.parse(argv)
     with parser.errors_in_one_line(ValueError, TypeError, OSError):
+        to_resume_from(config.resume_from_checkpoint, str(config.output_dir))  # refused before a model is loaded
         trainer = make_trainer(task, config, model)
     trainer.add_callback(OptionsWriter(parser.given))
     trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)

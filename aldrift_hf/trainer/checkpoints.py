@@ -66,7 +66,8 @@ def to_resume_from(asked: str | os.PathLike[str] | bool | None, output_dir: str)
     meant = {"true": True, "false": False}.get(asked.lower(), asked) if isinstance(asked, str) else asked
     if not meant:
         return None
-    folder = meant if isinstance(meant, str) else get_last_checkpoint(output_dir)
+    last = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    folder = meant if isinstance(meant, str) else last
     if folder is None:
         raise ValueError(
             f"there is no checkpoint in {output_dir} to resume from. Pass its folder, or leave resume_from_checkpoint "
