@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from ..models.slow_precision import has_bf16_instructions
+
 PACKAGES = (
     *("aldrift_hf", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "deepspeed"),
     *("huggingface_hub", "numpy", "safetensors"),
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> int:
         **{name: _version(name) for name in PACKAGES},
         "accelerators": devices,
         "bf16 on accelerators": str(torch.cuda.is_bf16_supported()) if names else "-",
+        "bf16 instructions of the processor": str(has_bf16_instructions() or "none known"),
         "threads": str(torch.get_num_threads()),
     }
     for name, value in lines.items():

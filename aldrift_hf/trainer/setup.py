@@ -12,6 +12,7 @@ from datasets import Dataset
 from ..models import loading
 from ..models.engines import Engine, EngineSettings
 from ..models.prior import Prior, base_model
+from ..models.slow_precision import warn_of_slow_bf16
 from ..objective.objective import DEFAULT_BATCH_SIZE, Objective
 from ..objective.protocol import CostFunction
 from ..reporting.record import RunRecord
@@ -75,6 +76,7 @@ def make_run(
         can_skip: whether updates can be skipped, so that rungs can have different numbers of them.
     """
     policy, prompts, output_dir = runtime.policy(), inputs.prompts, str(args.output_dir)
+    warn_of_slow_bf16(policy, args.bf16, args.device)
     eos_token_ids = inputs.eos_token_ids(base_model(policy))
     options = loading.mapping_of(args.engine_kwargs)
     for_engine = EngineSettings(args.max_completion_length, eos_token_ids, inputs.pad_token_id, options)
