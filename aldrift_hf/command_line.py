@@ -6,10 +6,14 @@ import contextlib
 import difflib
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from trl import TrlParser
+
+OTHERS_SPEAK_AFTER = 3.0
+"""Seconds that processes other than the first wait before they say what ended them."""
 
 
 class Parser(TrlParser):
@@ -48,4 +52,10 @@ class Parser(TrlParser):
         try:
             yield
         except kinds as error:
+            rank = os.environ.get("RANK", "0")
+            if (
+                rank != "0"
+            ):  # the launcher ends all processes with the first one, which speaks where it has the error, too
+                time.sleep(OTHERS_SPEAK_AFTER)
+                print(f"{self.command}: on process {rank}: {' '.join(str(error).split())}", file=sys.stderr)
             self.error(str(error))

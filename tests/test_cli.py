@@ -498,6 +498,15 @@ def test_there_must_be_something_to_resume_before_a_model_is_loaded(here, capsys
     assert said in refused(capsys, line("train", "--resume_from_checkpoint", which))
 
 
+def test_an_error_of_another_process_alone_is_printed(here, capsys, monkeypatch):
+    """The first process, which speaks for all, may not have it: a file may be missing on one machine."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("aldrift_hf.command_line.OTHERS_SPEAK_AFTER", 0)
+    message = refused(capsys, line(model_name_or_path="nowhere"))
+    assert message.startswith("aldrift train: on process 1: ")
+    assert "nowhere" in message
+
+
 def test_a_file_with_a_reserved_column_is_refused(here, capsys):
     (here / "reserved.jsonl").write_text('{"prompt": "a", "completions": "b"}\n')
     with pytest.raises(SystemExit):

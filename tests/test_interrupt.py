@@ -1,4 +1,4 @@
-"""Ctrl-C: a checkpoint at the next safe point; a second one ends a run at once. SIGTERM: the Trainer's checkpoint."""
+"""Ctrl-C: a checkpoint at the next safe point; a second one ends a run at once. SIGTERM: a checkpoint, too."""
 
 import dataclasses
 import json
@@ -125,7 +125,7 @@ class TerminateAt(TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "complete"), [(5, 1), (7, 2)], ids=["mid-rung", "last update of a rung"])
-def test_sigterm_is_the_trainers_and_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog, step, complete):
+def test_sigterm_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog, step, complete):
     init = CheckpointManager.__init__
     monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
     before = signal.getsignal(signal.SIGTERM)
@@ -144,6 +144,51 @@ def test_sigterm_is_the_trainers_and_leaves_a_checkpoint_of_ours(make, tmp_path,
     assert same(resumed, alone)
     assert resumed.record.finished
     assert untimed(resumed) == untimed(alone)
+
+
+@pytest.mark.slow
+def test_sigterm_in_the_middle_of_an_update(make, tmp_path, monkeypatch):
+    """The update is finished first: its loss and dropout's random numbers belong together."""
+    init = CheckpointManager.__init__
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
+    alone = make(output_dir=str(tmp_path / "alone"), save_strategy="no")
+    alone.train()
+    trainer = make(enable_jit_checkpoint=True, save_strategy="no")
+    step = trainer.training_step
+
+    def terminated(*args, **kwargs):
+        loss = step(*args, **kwargs)
+        if trainer.state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5)
+        return loss
+
+    trainer.training_step = terminated
+    trainer.train()
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+    resumed = make(save_strategy="no")
+    resumed.train(resume_from_checkpoint=True)
+    assert same(resumed, alone)
+    assert untimed(resumed) == untimed(alone)
+
+
+@pytest.mark.slow
+def test_sigterm_while_the_first_proposals_are_drawn(make, monkeypatch, caplog):
+    init = CheckpointManager.__init__
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
+
+    trainer = make(enable_jit_checkpoint=True, per_device_generation_batch_size=8)
+    stop_if_asked = trainer.run.rollout.runtime.stop_if_asked
+
+    def terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.5)
+        stop_if_asked()
+
+    trainer.run.rollout.runtime = dataclasses.replace(trainer.run.rollout.runtime, stop_if_asked=terminated)
+    trainer.train()
+    assert not trainer.state.global_step
+    assert "terminated before the first update; start again: draws and costs so far are kept" in caplog.text
 
 
 def untimed(trainer):

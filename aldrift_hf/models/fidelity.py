@@ -114,11 +114,19 @@ def split_checked(
         except ValueError as caught:
             error = caught
     # Not every process may have the weights: all hear of an error, and agree on whether the first model is the prior.
-    shared = gather_object([(error and str(error), prior.is_start)])
-    messages = [message for message, _ in shared if message is not None]
+    shared = gather_object([(error and str(error), prior.is_start, prior.row_scores)])
+    messages = [message for message, *_ in shared if message is not None]
     if messages:
         raise error or ValueError(f"on another process: {messages[0]}")
-    prior.is_start = all(is_start for _, is_start in shared)
+    scored = [scores for *_, scores in shared if scores is not None]
+    gap = max((_gap(scores, scored[0]) for scores in scored), default=0.0)
+    if not gap <= _max_rounding(policy):
+        raise ValueError(
+            f"the processes were given different models: log-probabilities of short rows differ by {gap:.2g} nats. "
+            "Weights that your program makes at random (of resized embeddings, of a model that it trains first) must "
+            "be the same everywhere: call transformers.set_seed before it makes them, or load them from a folder."
+        )
+    prior.is_start = all(is_start for _, is_start, _ in shared)
     return policy, prior
 
 

@@ -24,7 +24,7 @@ from .protocol import CostFunction, check_signature
 from .store import Costs, CostStore, Key
 from .validation import CostRangeError
 from .weighted import Batch, WeightedCost
-from .worker import Worker
+from .worker import Worker, finish_all
 
 logger = logging.getLogger(__name__)
 
@@ -91,6 +91,7 @@ class Objective:
         self._worker: Worker | None = None
         self._opened = 0
         self._begun = _Begun()
+        self._abandoned: dict[Key, int] = {}
         self._counts = Counts()
 
     @property
@@ -200,20 +201,21 @@ class Objective:
         """
         begun = self._begun
         with self.progress("objective batches", len(begun.jobs)) as advance:
-            for job in begun.jobs:
-                job.result() if isinstance(job, Future) else job()
-                advance(1)
+            finish_all(begun.jobs, advance)
         self._begun, error = _Begun(), begun.error
         self.store.share()
         failed: list[Key] = []
-        failure = begun.failure
+        failure, evaluated = begun.failure, 0
         texts = [None if caught is None else str(caught) for caught in (failure, error)]
-        for keys, other_failure, message in gather_object([(begun.failed, *texts)]):
+        for keys, number, other_failure, message in gather_object([(begun.failed, begun.evaluated, *texts)]):
             failed += keys
+            evaluated += number
             failure = failure or other_failure
             if message is not None and error is None:
                 error = ObjectiveError(f"on another process: {message}")
-        self._count(begun, failed)
+        if failed and not evaluated and self._counts.nothing_evaluated and error is None:
+            error = ObjectiveError(str(failure))  # on every process: the fault is not that of single completions
+        self._count(begun.asked, failed)
         if error is not None:
             raise error
         if failed and PartialState().is_main_process:
@@ -229,10 +231,16 @@ class Objective:
         for job in self._begun.jobs:
             if isinstance(job, Future):
                 job.cancel()
-        if PartialState().num_processes == 1:  # with several, the next finish shares what this process has evaluated
-            self.store.share()
-            self._count(self._begun, [])
+        self._abandoned |= self._begun.asked
         self._begun = _Begun()
+        if PartialState().num_processes == 1:  # several share what they have evaluated when they begin again
+            self._share_abandoned()
+
+    def _share_abandoned(self) -> None:
+        """Share and count what was evaluated before it was discarded. All processes call this together."""
+        self.store.share()
+        self._count(self._abandoned, [])
+        self._abandoned = {}
 
     def components(self, prompts: Prompts, rows: Sequence[int], completions: Sequence[str]) -> dict[str, float]:
         """The mean unweighted cost under each function, by name, over evaluated completions that the function judges.
@@ -249,7 +257,10 @@ class Objective:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[None]:
-        """A context for work with the objective: leaving the outermost one closes it ([`close`])."""
+        """A context for work with the objective: leaving the outermost one closes it ([`close`]). All processes enter
+        it together."""
+        if not self._opened and any(gather_object([bool(self._abandoned)])):
+            self._share_abandoned()
         self._opened += 1
         try:
             yield
@@ -329,7 +340,8 @@ class Objective:
             except (ValueError, ObjectiveError) as error:
                 begun.failure = error
                 begun.failed.append(single.keys[0])
-        if not costs and not begun.evaluated and self._counts.nothing_evaluated:
+        alone = PartialState().num_processes == 1  # with several, `finish` knows what the others have met
+        if alone and not costs and not begun.evaluated and self._counts.nothing_evaluated:
             raise begun.failure  # nothing was ever evaluated: the fault is not that of single completions
         return costs
 
@@ -343,10 +355,10 @@ class Objective:
         """Whether a completion costs the worst because its evaluation failed in this run."""
         return self._worst is not None and hashed in self._counts.failed
 
-    def _count(self, begun: _Begun, failed: Sequence[Key]) -> None:
+    def _count(self, asked: Mapping[Key, int], failed: Sequence[Key]) -> None:
         """Add to the run's counts the pairs that were asked for and have a cost."""
         self._counts.add_failures(failed)
-        for key, hashed in begun.asked.items():
+        for key, hashed in asked.items():
             if hashed not in self._counts.asked and (key in self.store or self._has_failed(hashed)):
                 self._counts.add(hashed)
 

@@ -1,18 +1,24 @@
-"""A thread in which cost functions run while the caller goes on."""
+"""A thread in which cost functions run while the caller goes on, and how processes wait for each other's."""
 
 from __future__ import annotations
 
 import queue
 import threading
+import time
 import weakref
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+
+from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from .event_loop import cancel
 
 SECONDS_TO_STOP = 5.0
 """How long [`Worker.stop`] waits for a running job. A function that hangs must not block the caller for longer."""
 
+MEET_EVERY = 60.0
+"""Seconds after which processes that wait for each other's jobs meet, so that no time-out ends the wait."""
 
 _Job = tuple["Future[None]", Callable[[], None]]
 
@@ -44,6 +50,33 @@ class Worker:
         self._jobs.put(None)
         cancel(self._thread)
         self._thread.join(SECONDS_TO_STOP)
+
+
+def finish_all(jobs: Sequence[Future[None] | Callable[[], None]], advance: Callable[[int], None]) -> None:
+    """Wait for the jobs of all processes, which call this together.
+
+    A process may be done long before another, and a collective waits no longer than `ddp_timeout`. So they meet again
+    and again; a single job that is called here, and not in a thread, is not interrupted for that.
+
+    Args:
+        jobs: this process's: those of [`Worker.submit`], or functions to call.
+        advance: called with 1 for each job that is done.
+    """
+    done, alone = 0, PartialState().num_processes == 1
+    while True:
+        until = time.monotonic() + MEET_EVERY
+        while done < len(jobs) and (alone or time.monotonic() < until):
+            job = jobs[done]
+            if not isinstance(job, Future):
+                job()
+            elif wait([job], None if alone else max(0.0, until - time.monotonic())).done:
+                job.result()
+            else:
+                break
+            done += 1
+            advance(1)
+        if alone or not any(gather_object([done < len(jobs)])):
+            return
 
 
 def _run(jobs: queue.SimpleQueue[_Job | None]) -> None:

@@ -159,15 +159,17 @@ class Checkpointer:
         finally:
             self.staging = None
         wait()
+        is_best = trainer.state.best_model_checkpoint == folder
+        if is_best:
+            trainer.state.best_model_checkpoint = os.path.join(self.output_dir, os.path.basename(folder))
         if args.should_save:
-            self._finish(folder, trainer)
+            self._finish(folder, trainer, is_best)
         wait()
 
-    def _finish(self, folder: str, trainer: Any) -> None:
+    def _finish(self, folder: str, trainer: Any, is_best: bool) -> None:
         """Move a written checkpoint into place, delete the oldest, and push it."""
         state = trainer.state
-        if state.best_model_checkpoint == folder:
-            state.best_model_checkpoint = os.path.join(self.output_dir, os.path.basename(folder))
+        if is_best:
             state.save_to_json(os.path.join(folder, TRAINER_STATE_NAME))
         final = commit(folder, self.output_dir)
         rotate_checkpoints(self.output_dir, self.save_total_limit, state.best_model_checkpoint)

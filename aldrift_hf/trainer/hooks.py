@@ -7,16 +7,19 @@ import copy
 import functools
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerControl
+from transformers.trainer_utils import TrainOutput
 
 from ..algorithm.losses import Loss
 from ..models import adapters, numerics, quiet, sharding
@@ -30,7 +33,7 @@ from ..reporting.record import RunRecord
 from .checkpoints import Checkpointer
 from .config import ALDRIFTConfig
 from .cycles import cycles, has_cycles
-from .interrupt import Interrupt
+from .interrupt import Interrupt, TerminatedError
 from .optimizer import schedule_kwargs
 from .run import Run
 
@@ -100,20 +103,32 @@ class HookedTrainer(Trainer):
     # ---- Stopping, and settings --------------------------------------------------------------------------------------
 
     def _stop_if_asked(self) -> None:
-        """Between updates and rounds of proposals: ends the run, with a checkpoint, if Ctrl-C was pressed."""
-        if not self.interrupt.asked():
+        """Between updates and rounds of proposals: ends the run, with a checkpoint, if a signal has asked for it."""
+        asked = self.interrupt.asked()
+        if asked is None:
             return
         step = self.state.global_step
-        if step and not os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}")):
+        is_saved = os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}"))
+        if step and not gather_object([is_saved])[0]:  # each process may have a disk of its own
             self._save_checkpoint(self.model, None)
+        if asked is signal.SIGTERM:
+            raise TerminatedError(
+                f"after update {step}, with a checkpoint; go on with resume_from_checkpoint=True"
+                if step
+                else "before the first update; start again: draws and costs so far are kept"
+            )
         if not step:
             raise KeyboardInterrupt("stopped before the first update; start again: draws and costs so far are kept")
         raise KeyboardInterrupt(f"stopped after update {step}; go on with resume_from_checkpoint=True")
 
-    def _was_terminated(self) -> bool:
-        """Whether SIGTERM stopped the run before its end (`enable_jit_checkpoint`)."""
-        stopped = self.args.enable_jit_checkpoint and self.control.should_training_stop
-        return stopped and self.run.stop_reason() is None and self.state.global_step < self.state.max_steps
+    def _train_until_terminated(self, folder: str | None, **kwargs: Any) -> TrainOutput | None:
+        """The Trainer's `train`; `None` where SIGTERM has ended it."""
+        try:
+            return super().train(resume_from_checkpoint=folder, **kwargs)
+        except TerminatedError as stopped:
+            logger.warning(f"training was terminated {stopped}.")
+            self.callback_handler.on_train_end(self.args, self.state, self.control)
+            return None
 
     @contextlib.contextmanager
     def _arguments(self, **changes: Any) -> Iterator[None]:

@@ -67,8 +67,6 @@ class RungLoop(TrainerCallback):
     ) -> TrainerControl:
         self.updates.close()
         learned = self.run.has_learned
-        if args.enable_jit_checkpoint and control.should_training_stop and not learned:
-            return control  # SIGTERM: the rung goes on when the run is resumed
         self.run.end_rung()
         reason = self.run.stop_reason() if learned else None
         if reason is not None:

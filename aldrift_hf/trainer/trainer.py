@@ -22,6 +22,7 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import TrainOutput
 
 from ..algorithm.ladders import Ladder
@@ -165,6 +166,7 @@ class ALDRIFTTrainer(HookedTrainer):
             optimizers=optimizers,
         )
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
+        self.interrupt.take_over(self.pop_callback(JITCheckpointCallback))
         sharding.check(self.accelerator, prior.base_model(model))
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
@@ -245,15 +247,11 @@ class ALDRIFTTrainer(HookedTrainer):
             self.accelerator.wait_for_everyone()
             epochs = run.rungs_to_climb(resumed=folder is not None)
             with self._arguments(num_train_epochs=epochs, learning_rate=initial_rate(self.args)):
-                output = super().train(resume_from_checkpoint=folder, **kwargs)
+                output = self._train_until_terminated(folder, **kwargs)
             if run.state.phase is Phase.DRAWN and run.has_learned:
                 run.end_rung()  # resumed from the very last update: the loop had nothing left to do
-            if self._was_terminated():
-                logger.warning(
-                    f"training was terminated after update {self.state.global_step}, with a checkpoint; go on with "
-                    "resume_from_checkpoint=True."
-                )
-                return output
+            if output is None:
+                return TrainOutput(self.state.global_step, math.nan, {})
             run.finish(self.state.global_step)
             which = run.on_prompts.group(run.state.rung + 1)
             if draws := run.measurable(len(which)):

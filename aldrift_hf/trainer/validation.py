@@ -282,6 +282,11 @@ def check_trainer_settings(settings: TrainingArguments) -> None:
     for name, effect in _SILENT_BREAKAGE.items():
         if getattr(settings, name):
             raise ValueError(f"{name}={getattr(settings, name)!r} {effect}")
+    if settings.world_size > 1 and not settings.average_tokens_across_devices:
+        raise ValueError(
+            "average_tokens_across_devices=False lets each process divide its loss by the tokens of its own rows, so "
+            "that what is learned depends on the number of processes. Leave it on."
+        )
     if settings.accelerator_config.split_batches:
         raise ValueError(
             "accelerator_config: split_batches=True changes the number of updates per rung. Leave it off, and divide "
