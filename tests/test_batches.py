@@ -291,3 +291,15 @@ def test_a_run_that_runs_out_of_memory_goes_on_with_the_same_draws(config, token
     trainer.rollout.batches = None
     trainer.checkpointer.read(folder)
     assert trainer.rollout.batches == Batches(8, fixed=False), "a resumed run would draw in other batches"
+
+
+def test_processes_that_wait_for_each_other_do_not_try_again():
+    """One that repeated a pass with fewer rows would make another number of passes than the others expect."""
+    found = Batches(64, fixed=False)
+
+    def work(rows):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError, match="per_device_generation_batch_size=64: set a lower one"):
+        found.over(range(100), work, retry=False)
+    assert found.size == 64

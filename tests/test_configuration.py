@@ -427,6 +427,10 @@ def test_copies_are_alike_and_keep_secrets(config):
         ({"adam_epsilon": 0.0}, "two updates turn a weight of 1 into nan"),
         ({"optim": "lomo"}, "lomo"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        (
+            {"lr_scheduler_type": "inverse_sqrt", "lr_scheduler_kwargs": {"timescale": 0}, "warmup_steps": 1},
+            "division by zero",
+        ),
     ],
 )
 def test_an_optimizer_that_cannot_work_is_refused_with_its_settings(config, settings, message):
@@ -475,3 +479,11 @@ def test_the_recorded_settings_are_plain_and_as_asked(config, tokenizer, adapter
     assert recorded["engine"] == "transformers"
     assert (recorded["objective_range"], recorded["num_rungs"]) == (None, 2)
     assert recorded["prior_adapter"] == ("prior" if adapter else None)
+
+
+@pytest.mark.parametrize(("schedule", "floor"), [("cosine_with_min_lr", "min_lr"), ("polynomial", "lr_end")])
+def test_a_schedule_that_ends_at_a_rate_needs_one_to_begin_with(config, schedule, floor):
+    asked = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": {floor: 1e-6}}
+    with pytest.raises(ValueError, match=rf"{floor}.* is a rate, .*Set learning_rate"):
+        check_optimizer(config(learning_rate=None, **asked))
+    check_optimizer(config(learning_rate=1e-3, **asked))

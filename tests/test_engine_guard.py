@@ -2,6 +2,7 @@
 
 import copy
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from aldrift_hf import Engine, TransformersEngine
 from aldrift_hf.algorithm import diagnostics
 from aldrift_hf.algorithm.archive import Archive, mixture
 from aldrift_hf.models import generation
-from aldrift_hf.models.engines import EngineSettings, guard
+from aldrift_hf.models.engines import EngineGuard, EngineSettings, guard
 from aldrift_hf.models.prior import base_model
+from aldrift_hf.models.scoring import inference
 from aldrift_hf.streams import uniforms
+from aldrift_hf.types import Draws
 
 pytestmark = pytest.mark.slow
 
@@ -192,3 +195,81 @@ def own_law(entry, age):
     densities = entry.log_q.clone()
     densities[age] = entry.proposals.log_model
     return densities
+
+
+def flat(scores, numbers):
+    """Draws at temperature 2, and reports the log-probabilities before it."""
+    tokens, _ = DRAW(scores / 2, numbers)
+    return tokens, scores.double().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+
+
+def test_an_engine_that_is_too_warm_is_refused(config, tokenizer, monkeypatch):
+    trainer = moved_trainer(config, tokenizer)
+    monkeypatch.setattr(generation, "_draw", flat)
+    with pytest.raises(RuntimeError, match="rarer than the law that it reports"):
+        trainer.rollout.propose(trainer.inputs.prompts, 3000, (1,))
+
+
+def seen_by(*rows, follows=True, in_half=0.0):
+    """A guard that has measured rows of a gap, a length, a surprise and its variance."""
+    engine = SimpleNamespace(follows_model=follows, remedy="Look at it.")
+    seen = EngineGuard(engine, EOS, 16384)
+    seen.check(torch.tensor([[*row, in_half] for row in rows], dtype=torch.float64))
+    return seen
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_freedmans_bound(sign):
+    """Rare tokens of a sure model (no variance to speak of) may come up now and then; and rounding may shift each."""
+    rare = (0.0, 1.0, -9.5 * sign, 0.01)
+    seen_by(*[rare] * 17)
+    with pytest.raises(RuntimeError, match=r"(likelier|rarer) than the law that it reports"):
+        seen_by(*[rare] * 18)
+    seen_by((0.0, 1e6, sign * 0.9e3, 1.0))
+    with pytest.raises(RuntimeError, match="than the law that it reports"):
+        seen_by((0.0, 1e6, sign * 2e3, 1.0))
+
+
+@pytest.mark.parametrize("gap", [0.05, -0.05])
+def test_one_draw_too_far_off_is_enough(gap):
+    fine = (0.01, 4.0, 0.0, 1.0)
+    seen_by(*[fine] * 7)
+    with pytest.raises(RuntimeError, match=r"for one completion its log-probability differs by 0\.05 nats"):
+        seen_by(*[fine] * 7, (gap, 4.0, 0.0, 1.0))
+    seen_by(*[fine] * 7, (gap, 4.0, 0.0, 1.0), in_half=1.0)
+    assert seen_by(*[fine] * 7, (100.0, 4.0, 0.0, 1.0), follows=False).gaps.max() == 100
+
+
+@pytest.mark.parametrize(("gap", "as_scored"), [(9e-4, True), (-9e-4, True), (2e-3, False), (-2e-3, False)])
+def test_a_tenth_of_a_percent_is_as_scored(gap, as_scored):
+    assert seen_by((0.0, 4.0, 0.0, 1.0), (gap, 4.0, 0.0, 1.0)).as_scored == as_scored
+
+
+def test_moments_by_hand():
+    """Of a fair coin, of a token that is next to impossible, and beside one that is."""
+    logits = torch.tensor([[0.0, 0.0], [0.0, -50.0], [0.0, -math.inf]])
+    found = guard._moments(logits, torch.tensor([1, 1, 0]))
+    assert found[0].tolist() == pytest.approx([-math.log(2), 0.0, 0.0], abs=1e-6)
+    assert found[1].tolist() == pytest.approx([-50.0, guard.LEAST_LOGPROB, 0.0], abs=1e-6)
+    assert found[2].tolist() == pytest.approx([0.0, 0.0, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_half_precision_is_the_models_or_the_autocasts(dtype, autocast):
+    model = tiny_gpt2().to(getattr(torch, dtype))
+    seen = EngineGuard(SimpleNamespace(follows_model=True, remedy=""), EOS, 16384)
+    completions = every_completion()
+    draws = Draws(completions, torch.zeros(completions.ids.shape))
+    with inference(model), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        measured = seen.measure(model, [[EOS]] * len(completions.length), draws)
+    assert measured[:, 4].unique().tolist() == [float(dtype != "float32" or autocast)]
+
+
+def test_the_mean_gap_is_the_divergence_of_the_engines_law(rounded):
+    trainer, _ = rounded
+    trainer.rollout.propose(trainer.inputs.prompts, 20_000, (1,))
+    log_r = trainer.rollout.engine.log_r
+    log_q = log_probs(base_model(trainer.model), [EOS], every_completion())
+    kl = (log_r.exp() * (log_r - log_q)).sum().item()
+    assert kl > 0.05
+    assert trainer.rollout.guard.figures["engine/logprob_gap_mean"] == pytest.approx(kl, abs=kl / 4)

@@ -1,10 +1,14 @@
 """An optimizer and a schedule of the user's own: they must be those of what is trained."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import ALDRIFTTrainer, count_a, lora, lora_config, tiny_gpt2
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
+
+from aldrift_hf.trainer.optimizer import check_given_optimizer
 
 pytestmark = pytest.mark.versions
 
@@ -65,3 +69,10 @@ def test_a_schedule_of_another_optimizer_is_refused(config, tokenizer):
     for optimizers in ((own, halved(other)), (None, halved(other))):
         with pytest.raises(ValueError, match="schedule in optimizers belongs to another optimizer"):
             trainer_of(config, tokenizer, model, optimizers)
+
+
+def test_a_schedule_may_be_that_of_the_optimizer_inside():
+    model = tiny_gpt2()
+    inner = AdamW(model.parameters(), lr=1e-2)
+    wrapped = SimpleNamespace(optimizer=inner, param_groups=inner.param_groups)
+    check_given_optimizer(wrapped, LambdaLR(inner, lambda step: 0.5), model)

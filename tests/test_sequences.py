@@ -498,3 +498,28 @@ def test_limits_cut_draws_and_nothing_else(positions, ends):
     assert found.completions.tokens() == expected
     assert torch.allclose(found.log_probs, scores, atol=1e-4)
     assert any(len(tokens) < length and EOS not in tokens for tokens in expected)
+
+
+def test_several_limits_within_the_positions_that_a_model_has():
+    """Rows end at three different times, in a batch that is too wide for the longest of them."""
+    model, length = tiny_gpt2(n_positions=12), 10
+    prompts, limits = [[2, 3, 4, 1, 2, 3, 4, 1, 2, 3], [2, 3, 4, 1, 2, 3], [2, 3]], [2, 6, 10]
+    config = neutral(length, eos=(7,))  # no token is called so
+    numbers = uniforms((0,), range(3), length)
+    with inference(model):
+        found = generate(model, prompts, config, numbers, limits)
+        alone = [generate(model, [p], config, numbers[[r]], [limits[r]]) for r, p in enumerate(prompts)]
+    assert found.completions.length.tolist() == limits
+    assert found.completions.tokens() == [draw.completions.tokens()[0] for draw in alone]
+
+
+def test_a_processor_that_begins_with_the_second_token_is_refused():
+    class Later(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            return scores + (input_ids.shape[1] > 1) * torch.arange(scores.shape[-1])
+
+    model = tiny_gpt2()
+    original = model._get_logits_processor
+    model._get_logits_processor = lambda *args, **kwargs: LogitsProcessorList([*original(*args, **kwargs), Later()])
+    with pytest.raises(RuntimeError, match="changes the logits before it samples"):
+        assert_neutral(model, [EOS], neutral())

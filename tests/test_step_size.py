@@ -154,3 +154,54 @@ def test_a_schedule_is_scaled_as_a_whole():
     rates = [optimizer.param_groups[0]["lr"]]
     schedule.step()
     assert [*rates, optimizer.param_groups[0]["lr"]] == pytest.approx([4 / 2, 4 / 3])
+
+
+@pytest.mark.parametrize("updates", [2, 3, 4, 5])
+def test_a_short_cycle_leads_to_the_same_rate(make, updates):
+    """The updates that are measured are made at a falling share of the rate."""
+    rates = {}
+    for schedule in ("constant", "cosine_with_restarts"):
+        trainer, _ = make(sampler="archive", lr_scheduler_type=schedule, updates_per_rung=updates, num_rungs=4)
+        trainer.train()
+        assert not trainer.run.state.seeks_rate
+        rates[schedule] = trainer.lr_scheduler.base_lrs[0]
+    assert rates["cosine_with_restarts"] == pytest.approx(rates["constant"], rel=0.5)
+
+
+def test_a_single_sample_is_enough_to_find_a_rate(make):
+    trainer, _ = make(sampler="metropolis_hastings", num_generations=8, chain_length=8, updates_per_rung=4)
+    trainer.train()
+    assert not trainer.run.state.seeks_rate
+    assert trainer.lr_scheduler.base_lrs[0] > 1e-3
+
+
+def test_the_search_ends_where_no_rate_is_close_enough(make, monkeypatch):
+    monkeypatch.setattr("aldrift_hf.trainer.step_size.CLOSE_ENOUGH", 1.0)
+    trainer, watch = make(num_rungs=1)
+    trainer.train()
+    assert not trainer.run.state.seeks_rate
+    assert trainer.run.state.rate_trials == 4
+    assert len({*watch.rates[:5]}) == 5
+    assert len({*watch.rates[4:]}) == 1
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_rungs_shorter_than_the_search_compare_each_rungs_own_samples(config, tokenizer, monkeypatch, updates):
+    model = tiny_gpt2()
+    settings = config(
+        learning_rate=None, num_generations=256, updates_per_rung=updates, per_device_train_batch_size=16,
+        num_rungs=4, tau_step=None, sampler="archive",
+    )  # fmt: skip
+    trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
+    scored, score = [], trainer.run.sample_log_probs
+
+    def watched():
+        scored.append((trainer.run.state.rung, score()))
+        return scored[-1][1]
+
+    monkeypatch.setattr(trainer.run, "sample_log_probs", watched)
+    trainer.train()
+    begun = [rung for number, (rung, _) in enumerate(scored) if number == 0 or rung != scored[number - 1][0]]
+    assert len(begun) >= 2
+    made = trainer.run.state.rate_trials
+    assert len(scored) == made + len(begun), "once before a rung's first update, and after each"

@@ -99,9 +99,16 @@ def check_optimizer(args: ALDRIFTConfig) -> None:
     """Create the optimizer and its schedule for one parameter, and make two updates.
 
     Raises:
-        ValueError: if they cannot be created, if the parameter becomes NaN or infinite, or if `weight_decay` is
-            negative; with the settings that they are made from.
+        ValueError: if they cannot be created, if the parameter becomes NaN or infinite, if `weight_decay` is negative,
+            or if the schedule ends at a rate and begins with one that is to be found; with the settings that they are
+            made from.
     """
+    ends = [name for name in ("min_lr", "lr_end") if name in (args.lr_scheduler_kwargs or {})]
+    if ends and args.learning_rate is None:  # the schedule would take it for a share of the first rate
+        raise ValueError(
+            f"{ends[0]} in lr_scheduler_kwargs is a rate, and the one that the schedule begins with is not known yet. "
+            "Set learning_rate, or for a share of it min_lr_rate (lr_scheduler_type='cosine_with_min_lr')."
+        )
     weight = nn.Parameter(torch.ones(1, device=args.device))
     args = copy.copy(args)
     args.learning_rate = initial_rate(args)

@@ -37,6 +37,8 @@ class StepSize(TrainerCallback):
         self.run = run
         self.before: Tensor | None = None
         """Log-probabilities of the rung's samples before the update; `None` if it is skipped."""
+        self.share = 1.0
+        """What the schedule takes of the rate for this update: less in a warm-up, and later in a rung's cycle."""
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -46,6 +48,8 @@ class StepSize(TrainerCallback):
             self.before = None
         elif self.before is None or state_of_run.updates == 0:  # a new rung has other samples
             self.before = self.run.sample_log_probs()
+        group = kwargs["optimizer"].param_groups[0]
+        self.share = group["lr"] / group.get("initial_lr", group["lr"])
 
     def on_step_end(
         self,
@@ -60,14 +64,14 @@ class StepSize(TrainerCallback):
         if not run.state.seeks_rate or optimizer is None or self.before is None:
             return
         after = self.run.sample_log_probs()
-        change = (after - self.before).std().item()
+        moved = after - self.before
+        differ = bool((moved != moved[0]).any())  # a single sample, or the same one again, has no standard deviation
+        change = (moved.std() if differ else moved[0].abs()).item()
         self.before = after
         if not change > 0:  # a warm-up's first rate is 0; gradients are 0 where all costs are equal
             return
         run.state.rate_trials += 1
-        warmup = args.get_warmup_steps(state.max_steps)
-        warm = min(1.0, (state.global_step - 1) / warmup) if warmup else 1.0  # this update's share of the rate
-        factor = min(LARGEST_CHANGE, max(1 / LARGEST_CHANGE, UPDATE_NATS * warm / change))
+        factor = min(LARGEST_CHANGE, max(1 / LARGEST_CHANGE, UPDATE_NATS * self.share / change))
         if 1 / CLOSE_ENOUGH <= factor <= CLOSE_ENOUGH or run.state.rate_trials == MOST_TRIALS:
             run.state.seeks_rate, self.before = False, None
         scale_learning_rate(factor, optimizer, lr_scheduler)
