@@ -160,6 +160,7 @@ def test_replayed_draws_have_the_rungs_target_and_their_own_density(make):
     trainer = make(num_generations=64)
     trainer.train()
     samples, tau = trainer.run.samples.samples, trainer.run.state.ladder.tau
+    assert len(samples.rows) - len(samples.order) < 2 * len(PROMPTS), "nearly all are learned from, in one pass"
     pools = [mixture(group) for group in trainer.sampler.archive.groups()]
     checked = 0
     for sample, (row, tokens) in enumerate(zip(samples.rows.tolist(), samples.completions.tokens(), strict=True)):
