@@ -53,9 +53,7 @@ class Parser(TrlParser):
             yield
         except kinds as error:
             rank = os.environ.get("RANK", "0")
-            if (
-                rank != "0"
-            ):  # the launcher ends all processes with the first one, which speaks where it has the error, too
+            if rank != "0":  # where the first process has the error, too, its end is soon that of all
                 time.sleep(OTHERS_SPEAK_AFTER)
                 print(f"{self.command}: on process {rank}: {' '.join(str(error).split())}", file=sys.stderr)
             self.error(str(error))
