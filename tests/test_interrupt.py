@@ -178,15 +178,18 @@ def test_sigterm_while_the_first_proposals_are_drawn(make, monkeypatch, caplog):
     monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
 
     trainer = make(enable_jit_checkpoint=True, per_device_generation_batch_size=8)
-    stop_if_asked = trainer.run.rollout.runtime.stop_if_asked
+    runtime = trainer.run.rollout.runtime
 
     def terminated():
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.5)
-        stop_if_asked()
+        runtime.stop_if_asked()
 
-    trainer.run.rollout.runtime = dataclasses.replace(trainer.run.rollout.runtime, stop_if_asked=terminated)
+    trainer.run.rollout.runtime = dataclasses.replace(runtime, stop_if_asked=terminated)
+    trainer.sample(1)  # not stopped, but the run is, as soon as it begins
     trainer.train()
+    trainer.run.rollout.runtime = runtime
+    assert len(trainer.sample(2)["completion"]) == 2, "the signal is dealt with"
     assert not trainer.state.global_step
     assert "terminated before the first update; start again: draws and costs so far are kept" in caplog.text
 

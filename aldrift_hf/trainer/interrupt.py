@@ -26,7 +26,7 @@ class Interrupt:
     """Whether the user, or a cluster, asked for a run to stop."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._catches = self._asked = False
         self._sigterm: JITCheckpointCallback | None = None
 
     def take_over(self, callback: JITCheckpointCallback | None) -> None:
@@ -40,22 +40,27 @@ class Interrupt:
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Catches the first Ctrl-C of a `with` block, if it runs in the main thread: signals arrive only there."""
+        """Catches the first Ctrl-C, or SIGTERM, of a `with` block in the main thread: signals arrive only there.
+
+        What is drawn outside of training is not stopped.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = signal.signal(signal.SIGINT, self._handle)
+        self._catches = True
         try:
             yield
         finally:
             signal.signal(signal.SIGINT, before)
-            self._asked = False
+            self._catches = self._asked = False
             if manager := self._sigterm and self._sigterm.jit_manager:
                 signal.signal(signal.SIGTERM, manager._original_sigterm_handler)
+                self._sigterm = None
 
     def asked(self) -> signal.Signals | None:
         """The signal that has asked any process to stop. All processes call this together, to stop at one point."""
-        manager = self._sigterm and self._sigterm.jit_manager
+        manager = self._sigterm and self._sigterm.jit_manager if self._catches else None
         terminated = signal.SIGTERM if manager and manager.is_checkpoint_requested else None
         return next(filter(None, gather_object([signal.SIGINT if self._asked else terminated])), None)
 
