@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTraine
 
 from .models import quiet
 from .models.kernels import attention_of_any_shape
+from .models.loading import context_length
 from .models.prior import base_model
 from .models.prompts import encode_prompt
 from .reporting.progress import ProgressBars
@@ -84,8 +86,11 @@ def word_tokenizer(words: Sequence[str], separator: str) -> PreTrainedTokenizerB
         separator: the text between words. If it is empty, a text is cut from the left into the longest words.
 
     Raises:
-        ValueError: for a word that would be cut, because it has the separator, a space or a `▁` in it.
+        ValueError: for a word that is there twice, or that would be cut, because it has the separator, a space or a `▁`
+            in it.
     """
+    if twice := [word for word, times in Counter(words).items() if times > 1]:
+        raise ValueError(f"each word is a token of its own, so it must be there once: got {twice[0]!r} again")
     mark = "▁" if separator else ""  # precedes every word, so that decoding knows where the separator belongs
     if mark and (cut := [word for word in words if any(part in word for part in (separator, " ", mark))]):
         raise ValueError(f"words must be without {separator!r}, ' ' and {mark!r}, which would cut them: got {cut[0]!r}")
@@ -177,6 +182,9 @@ def fit(
         learning_rate: peak of a one-cycle schedule.
         seed: random seed of the texts.
         batches_per_draw: as in [`SmallPriorConfig`].
+
+    Raises:
+        ValueError: for a text that is longer than the model's context.
     """
     rng = np.random.default_rng(seed)
     start, device = encode_prompt("", 0, tokenizer), model.device
@@ -186,11 +194,17 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps)
     base_model(model).loss_type = "ForCausalLM"  # which the class name of GPT-2 does not tell, as a warning says
     model.train()
-    what = "updates of the prior"
+    what, room = "updates of the prior", context_length(base_model(model).config) or math.inf
     progress = ProgressBars(Console()).progress(what, steps) or no_progress(what, steps)
     with attention_of_any_shape(), progress as advance:
         for texts in itertools.islice(_batches(draw, batch_size, batches_per_draw, rng), steps):
-            batch = collate([{"prompt": start, "completion": ids} for ids in completion_ids(texts, tokenizer)])
+            completions = completion_ids(texts, tokenizer)
+            if (length := len(start) + max(map(len, completions))) > room:
+                raise ValueError(
+                    f"a text has {length} tokens with its ends, and the model's context is {room}: for a small prior "
+                    "set longest, the tokens of the longest text."
+                )
+            batch = collate([{"prompt": start, "completion": ids} for ids in completions])
             loss = model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss
             optimizer.zero_grad()
             loss.backward()

@@ -217,6 +217,15 @@ def test_batches_of_texts_of_near_length():
 def test_room_for_the_longest_text(tmp_path):
     model, _ = make(tmp_path, steps=1, longest=100)
     assert model.config.n_positions == 128
+    with pytest.raises(
+        ValueError, match=r"a text has \d+ tokens with its ends, and the model's context is 4: .* set longest"
+    ):
+        make(tmp_path / "short", steps=1, longest=2)
+
+
+def test_a_word_is_there_once():
+    with pytest.raises(ValueError, match="must be there once: got 'a' again"):
+        word_tokenizer(["a", "b", "a"], " ")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import WORDS, tiny_gpt2
 from own_parts import draws_of
+from peft import IA3Config, get_peft_model
 from transformers import AutoModelForCausalLM, BartConfig, DeepseekV3Config, Gemma3TextConfig, GPT2Config
 
 from aldrift_hf import MaximumLikelihood, MetropolisHastings, cli, selftest
@@ -19,6 +20,7 @@ from aldrift_hf.algorithm.samplers.kernels import isir, metropolis_hastings
 from aldrift_hf.models.generation import generate
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import sequence_logprobs
+from aldrift_hf.models.shared_prompts.cache import SharedPrompts
 from aldrift_hf.selftest import checks, subjects, tiny
 from aldrift_hf.selftest.exact import chain_law, chi_square_p
 from aldrift_hf.selftest.options import Options
@@ -223,6 +225,67 @@ BREAKS = {
 """What is broken: how, and the check that fails."""
 
 
+def padding_of_shared_prompts(monkeypatch):
+    arrange = SharedPrompts._arrange
+
+    def without_padding(cache, prompt_of):
+        cache._padding = torch.zeros_like(cache._padding)
+        arrange(cache, prompt_of)
+
+    monkeypatch.setattr(SharedPrompts, "_arrange", without_padding)
+
+
+def scale_of_shared_prompts(monkeypatch):
+    attend = SharedPrompts.attend
+    monkeypatch.setattr(
+        SharedPrompts, "attend", lambda cache, layer, query, *rest: attend(cache, layer, query / 2, *rest)
+    )
+
+
+@pytest.mark.parametrize("broken", [padding_of_shared_prompts, scale_of_shared_prompts])
+def test_prompts_that_are_computed_once_are_seen(broken, subject, monkeypatch):
+    """Those of most runs are longer than the tiny models' own."""
+    assert checks.generation(subject).passed
+    broken(monkeypatch)
+    assert not checks.generation(subject).passed
+
+
+@pytest.mark.slow
+def test_the_tokenizer_of_another_language(tmp_path):
+    """It reads the English text as a handful of tokens, or as one."""
+    tiny_gpt2(n_positions=64, vocab_size=6).save_pretrained(tmp_path / "model")
+    word_tokenizer(list("ACGT"), "").save_pretrained(tmp_path / "model")
+    options = Options(device="cpu")
+    options.folder = str(tmp_path)
+    whole = subjects.whole_subject(str(tmp_path / "model"), options)
+    assert all(check(whole).passed for check in checks.CHECKS_OF_ANY_MODEL)
+
+
+@pytest.mark.slow
+def test_adapters_of_other_kinds(tmp_path):
+    tiny_gpt2(n_positions=64, vocab_size=40).save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    kinds = IA3Config(task_type="CAUSAL_LM", target_modules=["c_attn"], feedforward_modules=[], fan_in_fan_out=True)
+    get_peft_model(model, kinds).save_pretrained(tmp_path / "adapter")
+    word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "adapter")
+    options = Options(device="cpu")
+    options.folder = str(tmp_path)
+    whole = subjects.whole_subject(str(tmp_path / "adapter"), options)
+    assert all(check(whole).passed for check in checks.CHECKS_OF_ANY_MODEL)
+
+
+def test_a_model_of_nan_is_called_so(tmp_path):
+    model = tiny_gpt2(n_positions=64, vocab_size=40)
+    model.transformer.ln_f.bias.data.fill_(math.nan)
+    model.save_pretrained(tmp_path / "model")
+    word_tokenizer(WORDS, " ").save_pretrained(tmp_path / "model")
+    options = Options(device="cpu")
+    options.folder = str(tmp_path)
+    with pytest.raises(ValueError, match=r"log-probabilities are NaN: its weights are damaged, or it overflows"):
+        subjects.whole_subject(str(tmp_path / "model"), options)
+
+
 @pytest.fixture
 def subject(tmp_path):
     options = Options(device="cpu")
@@ -342,6 +405,7 @@ def test_help_explains(capsys):
         (["--dtype", "float8"], "--dtype: invalid choice: 'float8'"),
         (["--device", "abacus"], "--device abacus: this machine has none; use "),
         (["--seed", "one"], "--seed: invalid int value: 'one'"),
+        (["--seed", "-1"], "--seed must be from 0 to 4,294,967,295"),
         (["--mixed_precision", "fp16", "--device", "cpu"], "fp16 needs a GPU: on a CPU use bf16"),
         (["--mixed_precision", "fp16", "--adapter_dtype", "float16"], "needs --adapter_dtype float32"),
         (["--model_name_or_path", "no/such-model"], "no/such-model"),
@@ -378,6 +442,18 @@ def test_the_commands_status_is_that_of_the_checks(monkeypatch):
 
 
 # ---- Tiny models and exact laws -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same", ["positions", "width", "few positions"])
+def test_settings_with_the_same_number_are_told_apart(same):
+    sizes = {"vocab_size": 256, "n_embd": 64, "n_positions": 512} | {
+        "positions": {"n_positions": 256},
+        "width": {"n_embd": 256},
+        "few positions": {"n_positions": 8},
+    }[same]
+    small = tiny.tiny_model(GPT2Config(**sizes, n_head=4), 6, 0).config
+    assert (small.vocab_size, small.n_embd) == (6, tiny.HEADS * tiny.HEAD_DIMS[0])
+    assert small.n_positions >= tiny.MIN_POSITIONS
 
 
 @pytest.mark.slow

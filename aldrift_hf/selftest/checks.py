@@ -20,7 +20,9 @@ from ..algorithm.samplers import ArchiveSampler
 from ..algorithm.samplers.kernels import isir, metropolis_hastings
 from ..models import snapshots
 from ..models.generation import assert_neutral, neutral_generation_config
+from ..models.loading import context_length
 from ..models.sharding import vocabulary_size
+from ..models.shared_prompts.cache import MIN_PROMPT
 from ..streams import uniforms
 from .exact import MIN_EXPECTED, chain_law, chi_square_p
 from .subjects import LENGTH, Subject, policy_scores, running
@@ -102,13 +104,19 @@ def generation(subject: Subject) -> Distance:
     equal length, or per_device_generation_batch_size=1), its cache is wrong, or something changes its logits. Try
     --attn_implementation eager, then --dtype float32.
     """
-    # One batch with prompts of all lengths, padded on the left, whose rows end early, so that its cache is cut.
+    # A batch with prompts of all lengths, padded on the left, whose rows end early, so that its cache is cut; and one
+    # with prompts that are long enough to be computed once for all of their rows.
     neutral = neutral_generation_config(max_completion_length=LENGTH, eos_token_ids=[END], pad_token_id=END)
     with running(subject.trainer) as model:
         assert_neutral(model, subject.prompts[0], neutral)
         ends = list(range(0, vocabulary_size(model), 8))
-    drawn, scored = subject.draw(100 if subject.make else 30, 12, ends)
-    return Distance(_max_gap(drawn.log_probs, scored), subject.rounding(12))
+        room = context_length(model.config) or math.inf
+    gaps = []
+    for least in (0, 2 * MIN_PROMPT):
+        if not least or 2 * least + 12 <= room:
+            drawn, scored = subject.draw(100 if subject.make else 30, 12, ends, least)
+            gaps.append(_max_gap(drawn.log_probs, scored))
+    return Distance(float(np.max(gaps)), subject.rounding(12))
 
 
 def adapter_off(subject: Subject) -> Distance:

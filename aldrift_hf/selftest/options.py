@@ -63,6 +63,8 @@ class Options:
         """
         if self.device not in devices():
             raise ValueError(f"--device {self.device}: this machine has none; use {' or '.join(devices())}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"--seed must be from 0 to {2**32 - 1:,}")
         if self.load_in_4bit and find_spec("bitsandbytes") is None:
             raise ValueError("--load_in_4bit needs bitsandbytes: pip install 'aldrift_hf[quantization]'")
         if self.mixed_precision == "fp16" and self.adapter_dtype == "float16":

@@ -22,6 +22,7 @@ from ..models.generation import generate, neutral_generation_config
 from ..models.loading import is_adapter
 from ..models.prior import base_model
 from ..models.scoring import inference, sequence_logprobs
+from ..models.sharding import vocabulary_size
 from ..reporting.defaults import default_callbacks
 from ..streams import uniforms
 from ..toy import word_tokenizer
@@ -114,9 +115,13 @@ class Subject:
         texts = self.trainer.rollout.decode(self.completions)
         return self.before - self.trainer.run.tau_max * torch.tensor(_count_other_words([], texts)).double()
 
-    def draw(self, per_prompt: int, length: int, ends: list[int]) -> tuple[Draws, Tensor]:
-        """Draws of the policy, with the prompts in turn, and their log-probabilities by the scorer."""
-        prompts = self.prompts * per_prompt
+    def draw(self, per_prompt: int, length: int, ends: list[int], least: int = 0) -> tuple[Draws, Tensor]:
+        """Draws of the policy, with the prompts in turn, and their log-probabilities by the scorer.
+
+        Args:
+            least: prompts are repeated until they have more tokens than that.
+        """
+        prompts = [prompt * (1 + least // len(prompt)) for prompt in self.prompts] * per_prompt
         config = neutral_generation_config(max_completion_length=length, eos_token_ids=ends, pad_token_id=END)
         with running(self.trainer) as model:
             draws = self.generate(model, prompts, config, uniforms((self.options.seed,), range(len(prompts)), length))
@@ -170,6 +175,10 @@ def whole_subject(name: str, options: Options) -> Subject:
     trainer = _trainer(name, args, WHOLE_PROMPTS, options.adapter_dtype)
     ids = cast(PreTrainedTokenizerBase, trainer.processing_class)(WHOLE_TEXT, add_special_tokens=False)["input_ids"]
     ids = cast(list[int], ids)
+    if len(ids) < 2 * WHOLE_LENGTH:  # a tokenizer of another language, as of molecules: arbitrary tokens
+        generator = torch.Generator().manual_seed(options.seed)
+        size = vocabulary_size(base_model(trainer.model))
+        ids = torch.randint(size, (2 * WHOLE_LENGTH,), generator=generator).tolist()
     completions = Completions.of([ids[start : 2 * start + 1] for start in range(WHOLE_LENGTH)], END)
     return _moved(options, trainer, completions, None)
 
@@ -221,11 +230,16 @@ def _moved(
 ) -> Subject:
     """A subject whose adapter has random weights where LoRA begins with zeros, large enough to change probabilities."""
     before = policy_scores(trainer, completions)
+    if bool(before.isnan().any()):
+        raise ValueError(
+            "the model's log-probabilities are NaN: its weights are damaged, or it overflows; try --dtype float32"
+        )
     generator = torch.Generator().manual_seed(options.seed)
+    trained = [(name, weight) for name, weight in trainer.rollout.policy().named_parameters() if weight.requires_grad]
+    zeros = [weight for name, weight in trained if "lora_B" in name]
     for scale in (0.01 * 2**power for power in range(10)):
-        for name, weight in trainer.rollout.policy().named_parameters():
-            if weight.requires_grad and "lora_B" in name:
-                weight.data += (scale * torch.randn(weight.shape, generator=generator)).to(weight)
+        for weight in zeros or [weight for _, weight in trained]:
+            weight.data += (scale * torch.randn(weight.shape, generator=generator)).to(weight)
         if (policy_scores(trainer, completions) - before).abs().max() > MIN_MOVE:
             return Subject(options, trainer, completions, before, make)
     raise ValueError("an adapter on this model does not change its probabilities")

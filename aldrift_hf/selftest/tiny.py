@@ -15,6 +15,8 @@ HEADS = 2
 HEAD_DIMS = (32, None)
 """Tried in this order: narrow heads are fast, but some families have settings that fit their own width only (`None`;
 Phi-3's rope factors)."""
+MIN_POSITIONS = 64
+"""The checks' texts are shorter."""
 LAYERS = (2, 3, 4, 6, 8, 12)
 MAX_SIZES = {"window": 2, "window_size": 2, "chunk_size": 2, "experts": 4, "experts_per_tok": 2, "topk": 2, "_group": 1}
 """Upper limits of settings, by the end of their names."""
@@ -77,16 +79,19 @@ def _shrunk(config: PreTrainedConfig, vocabulary: int, layers: int | None, head_
     heads, width, depth = getattr(config, "num_attention_heads", 1), config.hidden_size, config.num_hidden_layers
     head_dim = head_dim or getattr(config, "head_dim", None) or width // heads
     values = {name: value for name, value in copy.deepcopy(config).to_dict().items() if "quantization" not in name}
+    positions = type(config).attribute_map.get("max_position_embeddings", "max_position_embeddings")
     kept, numbers = _layers_to_keep(values, depth, layers or depth), list(range(depth))
     for name, value in values.items():
         if isinstance(value, list) and len(value) == depth:
             values[name] = numbers[: len(kept)] if value == numbers else [value[layer] for layer in kept]
         elif not isinstance(value, int) or isinstance(value, bool):
             continue
+        elif value == config.vocab_size and "vocab" in name:  # before widths and positions, which may be as many
+            values[name] = vocabulary
+        elif name == positions:
+            values[name] = max(value, MIN_POSITIONS)
         elif value == width:
             values[name] = HEADS * head_dim
-        elif value == config.vocab_size:
-            values[name] = vocabulary
         elif any(part in name for part in ("intermediate", "ffn", "inner")):
             values[name] = max(64, 64 * round(value * HEADS * head_dim / width / 64))  # 4-bit layers need that
         else:
