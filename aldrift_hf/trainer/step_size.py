@@ -46,7 +46,8 @@ class StepSize(TrainerCallback):
         state_of_run = self.run.state
         if not state_of_run.seeks_rate or state_of_run.settled:
             self.before = None
-        elif self.before is None or state_of_run.updates == 0:  # a new rung has other samples
+            return
+        if self.before is None or state_of_run.updates == 0:  # a new rung has other samples
             self.before = self.run.sample_log_probs()
         group = kwargs["optimizer"].param_groups[0]
         self.share = group["lr"] / group.get("initial_lr", group["lr"])
