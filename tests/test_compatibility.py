@@ -125,7 +125,7 @@ TRANSFORMERS = {
     "trainer_utils": {
         *("SchedulerType", "TrainOutput", "get_last_checkpoint", "rotate_checkpoints", "sort_checkpoints"),
     },
-    "trainer_jit_checkpoint": {"JITCheckpointCallback"},
+    "trainer_jit_checkpoint": {"CheckpointManager", "JITCheckpointCallback"},
     "utils.peft_utils": {"find_adapter_config_file"},
 }
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 import time
 
 import pytest
@@ -111,6 +112,13 @@ def test_outside_of_training_ctrl_c_is_as_ever(make):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.fixture
+def no_grace(monkeypatch):
+    """The Trainer's timer notes SIGTERM at once."""
+    init = CheckpointManager.__init__
+    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
+
+
 class TerminateAt(TrainerCallback):
     """Sends SIGTERM before an update, and waits until the Trainer's timer has noted it."""
 
@@ -125,9 +133,7 @@ class TerminateAt(TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("step", "complete"), [(5, 1), (7, 2)], ids=["mid-rung", "last update of a rung"])
-def test_sigterm_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog, step, complete):
-    init = CheckpointManager.__init__
-    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
+def test_sigterm_leaves_a_checkpoint_of_ours(make, tmp_path, no_grace, caplog, step, complete):
     before = signal.getsignal(signal.SIGTERM)
     alone = make(output_dir=str(tmp_path / "alone"))
     alone.train()
@@ -147,10 +153,8 @@ def test_sigterm_leaves_a_checkpoint_of_ours(make, tmp_path, monkeypatch, caplog
 
 
 @pytest.mark.slow
-def test_sigterm_in_the_middle_of_an_update(make, tmp_path, monkeypatch):
+def test_sigterm_in_the_middle_of_an_update(make, tmp_path, no_grace):
     """The update is finished first: its loss and dropout's random numbers belong together."""
-    init = CheckpointManager.__init__
-    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
     alone = make(output_dir=str(tmp_path / "alone"), save_strategy="no")
     alone.train()
     trainer = make(enable_jit_checkpoint=True, save_strategy="no")
@@ -173,10 +177,7 @@ def test_sigterm_in_the_middle_of_an_update(make, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_sigterm_while_the_first_proposals_are_drawn(make, monkeypatch, caplog):
-    init = CheckpointManager.__init__
-    monkeypatch.setattr(CheckpointManager, "__init__", lambda self, trainer: init(self, trainer, kill_wait=0))
-
+def test_sigterm_while_the_first_proposals_are_drawn(make, no_grace, caplog):
     trainer = make(enable_jit_checkpoint=True, per_device_generation_batch_size=8)
     runtime = trainer.run.rollout.runtime
 
@@ -192,6 +193,21 @@ def test_sigterm_while_the_first_proposals_are_drawn(make, monkeypatch, caplog):
     assert len(trainer.sample(2)["completion"]) == 2, "the signal is dealt with"
     assert not trainer.state.global_step
     assert "terminated before the first update; start again: draws and costs so far are kept" in caplog.text
+
+
+@pytest.mark.slow
+def test_sigterm_stops_a_run_in_another_thread(make, no_grace, tmp_path):
+    """Its handler was set where the trainer was made."""
+    before = signal.getsignal(signal.SIGTERM)
+    trainer = make(callbacks=[TerminateAt(5)], enable_jit_checkpoint=True, save_strategy="no")
+    thread = threading.Thread(target=trainer.train)
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert trainer.state.global_step == 6
+    assert (tmp_path / "out" / "checkpoint-6").is_dir()
 
 
 def untimed(trainer):

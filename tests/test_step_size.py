@@ -83,18 +83,24 @@ def test_a_long_warm_up_leads_to_the_same_rate(make):
     assert rates[60] == pytest.approx(rates[0], rel=1.0)
 
 
+def watched(trainer, monkeypatch):
+    """A list to which each scoring of a rung's samples adds the rung and what was found."""
+    scored, score = [], trainer.run.sample_log_probs
+
+    def score_and_note():
+        scored.append((trainer.run.state.rung, score()))
+        return scored[-1][1]
+
+    monkeypatch.setattr(trainer.run, "sample_log_probs", score_and_note)
+    return scored
+
+
 def test_rungs_of_one_update_compare_each_rungs_own_samples(make, monkeypatch):
     """The rest of an epoch is skipped, and nothing is scored there."""
     monkeypatch.setattr(setup, "updates_per_rung", lambda draws, rows: 1)
     monkeypatch.setattr(setup, "LAST_RUNG", 4)
     trainer, watch = make(updates_per_rung=None, sampler="archive", num_rungs=4, lr_scheduler_type="constant")
-    scored, score = [], trainer.run.sample_log_probs
-
-    def watched():
-        scored.append((trainer.run.state.rung, score()))
-        return scored[-1][1]
-
-    monkeypatch.setattr(trainer.run, "sample_log_probs", watched)
+    scored = watched(trainer, monkeypatch)
     trainer.train()
     made = trainer.run.state.rate_trials
     pairs = [*zip(scored[::2], scored[1::2], strict=True)]
@@ -186,20 +192,10 @@ def test_the_search_ends_where_no_rate_is_close_enough(make, monkeypatch):
 
 
 @pytest.mark.parametrize("updates", [1, 2])
-def test_rungs_shorter_than_the_search_compare_each_rungs_own_samples(config, tokenizer, monkeypatch, updates):
-    model = tiny_gpt2()
-    settings = config(
-        learning_rate=None, num_generations=256, updates_per_rung=updates, per_device_train_batch_size=16,
-        num_rungs=4, tau_step=None, sampler="archive",
-    )  # fmt: skip
-    trainer = ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
-    scored, score = [], trainer.run.sample_log_probs
-
-    def watched():
-        scored.append((trainer.run.state.rung, score()))
-        return scored[-1][1]
-
-    monkeypatch.setattr(trainer.run, "sample_log_probs", watched)
+def test_rungs_shorter_than_the_search_compare_each_rungs_own_samples(make, monkeypatch, updates):
+    trainer, _ = make(updates_per_rung=updates, num_rungs=4, tau_step=None, sampler="archive")
+    trainer.remove_callback(Changes)
+    scored = watched(trainer, monkeypatch)
     trainer.train()
     begun = [rung for number, (rung, _) in enumerate(scored) if number == 0 or rung != scored[number - 1][0]]
     assert len(begun) >= 2

@@ -111,15 +111,12 @@ class HookedTrainer(Trainer):
         is_saved = os.path.isdir(os.path.join(str(self.args.output_dir), f"checkpoint-{step}"))
         if step and not gather_object([is_saved])[0]:  # each process may have a disk of its own
             self._save_checkpoint(self.model, None)
+        where, remedy = "before the first update", "start again: draws and costs so far are kept"
+        if step:
+            where, remedy = f"after update {step}", "go on with resume_from_checkpoint=True"
         if asked is signal.SIGTERM:
-            raise TerminatedError(
-                f"after update {step}, with a checkpoint; go on with resume_from_checkpoint=True"
-                if step
-                else "before the first update; start again: draws and costs so far are kept"
-            )
-        if not step:
-            raise KeyboardInterrupt("stopped before the first update; start again: draws and costs so far are kept")
-        raise KeyboardInterrupt(f"stopped after update {step}; go on with resume_from_checkpoint=True")
+            raise TerminatedError(f"{where}{', with a checkpoint' if step else ''}; {remedy}")
+        raise KeyboardInterrupt(f"stopped {where}; {remedy}")
 
     def _train_until_terminated(self, folder: str | None, **kwargs: Any) -> TrainOutput | None:
         """The Trainer's `train`; `None` where SIGTERM has ended it."""

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from accelerate.utils import gather_object
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+from transformers.trainer_jit_checkpoint import CheckpointManager, JITCheckpointCallback
 
 logger = logging.getLogger(__name__)
 
@@ -27,42 +27,41 @@ class Interrupt:
 
     def __init__(self) -> None:
         self._catches = self._asked = False
-        self._sigterm: JITCheckpointCallback | None = None
+        self._sigterm: CheckpointManager | None = None
 
     def take_over(self, callback: JITCheckpointCallback | None) -> None:
-        """Keep the Trainer's callback for SIGTERM, which has installed its handler, as what knows of the signal. By
-        itself it saves in the middle of an update, and on each process when that one hears of it.
+        """Keep what knows of SIGTERM from the Trainer's callback, which has installed its handler. By itself the
+        callback saves in the middle of an update, and on each process when that one hears of it.
 
         Args:
             callback: removed from the Trainer's; `None` where SIGTERM is not caught.
         """
-        self._sigterm = callback
+        self._sigterm = callback and callback.jit_manager
 
     @contextlib.contextmanager
     def caught(self) -> Iterator[None]:
-        """Catches the first Ctrl-C, or SIGTERM, of a `with` block in the main thread: signals arrive only there.
+        """Catches the first Ctrl-C of a `with` block, if it runs in the main thread, and SIGTERM in any.
 
         What is drawn outside of training is not stopped.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = signal.signal(signal.SIGINT, self._handle)
+        is_main = threading.current_thread() is threading.main_thread()  # others cannot set handlers
+        before = signal.signal(signal.SIGINT, self._handle) if is_main else None
         self._catches = True
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
             self._catches = self._asked = False
-            if manager := self._sigterm and self._sigterm.jit_manager:
-                signal.signal(signal.SIGTERM, manager._original_sigterm_handler)
-                self._sigterm = None
+            if is_main:
+                signal.signal(signal.SIGINT, before)
+                if self._sigterm is not None:
+                    signal.signal(signal.SIGTERM, self._sigterm._original_sigterm_handler)
+            self._sigterm = None
 
     def asked(self) -> signal.Signals | None:
         """The signal that has asked any process to stop. All processes call this together, to stop at one point."""
-        manager = self._sigterm and self._sigterm.jit_manager if self._catches else None
-        terminated = signal.SIGTERM if manager and manager.is_checkpoint_requested else None
-        return next(filter(None, gather_object([signal.SIGINT if self._asked else terminated])), None)
+        terminated = self._catches and self._sigterm is not None and self._sigterm.is_checkpoint_requested
+        here = signal.SIGINT if self._asked else signal.SIGTERM if terminated else None
+        return next(filter(None, gather_object([here])), None)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._asked:
