@@ -6,6 +6,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from ..reporting.letters import print_every_letter
+
 COMMANDS = {
     "train": (".train", "turn a model into a sampler of p_T(s) ∝ L(s)·exp(-T·d(s)), for your cost d"),
     "sample": (".sample", "draw samples of p_T from a trained model"),
@@ -34,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with a command's exit status, where it is not 0.
     """
+    print_every_letter()
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from .callbacks import RunCallback
 from .console import CompletionsTable, LadderLines
 from .health import HealthWarnings
+from .letters import print_every_letter
 from .notebook import NotebookProgress
 from .progress import ProgressBars
 from .writers import ModelCardWriter, RecordWriter, ReportWriter
@@ -20,6 +21,7 @@ def default_callbacks(args: TrainingArguments) -> list[RunCallback]:
     completions. In a notebook, bars and lines are one output that is updated. All of them act on the first process
     only, and none depends on another one.
     """
+    print_every_letter()
     console = Console()  # one for all, so that lines are printed above the bars
     callbacks: list[RunCallback] = [RecordWriter(), ReportWriter(), ModelCardWriter(), HealthWarnings()]
     if not args.disable_tqdm and console.is_jupyter:

@@ -25,6 +25,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedConfig
 
 from ..command_line import Parser
 from ..models.prior import base_model
+from ..reporting.letters import print_every_letter
 from .checks import CHECKS, CHECKS_OF_ANY_MODEL, Check, Distance
 from .options import Options
 from .subjects import NUM_DRAWS, Subject, tiny_subject, whole_subject
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2, after one line, for options that cannot be used.
     """
+    print_every_letter()
     checks = ", ".join(map(_name, CHECKS))
     parser = Parser(
         "aldrift selftest", "aldrift selftest [options]", f"{(__doc__ or '').split(': ')[0]}: {checks}.", [Options]

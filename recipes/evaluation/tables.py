@@ -69,7 +69,7 @@ class Comparison:
 
     def write_markdown(self, path: str | Path) -> None:
         """Write the table to a file."""
-        Path(path).write_text(self.markdown())
+        Path(path).write_text(self.markdown(), encoding="utf-8")
 
     def markdown(self) -> str:
         """The table in Markdown."""
@@ -87,7 +87,7 @@ def publish(tables: Sequence[Comparison], path: Path) -> None:
     """Print several tables, and write them to one file."""
     for table in tables:
         table.print()
-    path.write_text("\n".join(table.markdown() for table in tables))
+    path.write_text("\n".join(table.markdown() for table in tables), encoding="utf-8")
 
 
 def _line(cells: list[str]) -> str:
