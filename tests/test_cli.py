@@ -479,6 +479,12 @@ def test_no_command_and_no_such_command(capsys):
         ({"dataset": "a"}, r"no option --dataset; did you mean --dataset_name\?"),
         ({"dataset_split": "a"}, r"no option --dataset_split; did you mean --dataset_train_split\?"),
         ({"generation_batch_size": 8}, r"did you mean --per_device_generation_batch_size\?"),
+        ({"beta": 0.1}, r"no option --beta; here it is --tau_max, which is 1 / beta"),
+        ({"reward_funcs": "costs:not_a"}, r"here it is --objective, a cost"),
+        *(
+            ({"dataset_name": name}, rf"--dataset_name {re.escape(name)}: there is no such file or folder")
+            for name in ("prompts.jsn", "prompts.jsonl.gz", "prompts/")
+        ),
         ({"num_train_epochs": 5}, r"num_train_epochs=5.* Set num_rungs"),
         ({"model_name_or_path": None}, r"--model_name_or_path is missing"),
         ({"model_name_or_path": "./nope"}, r"nope"),

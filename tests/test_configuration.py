@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 import pickle
@@ -26,6 +27,7 @@ from aldrift_hf.trainer.open_settings import (
     loss_name,
     proposals_per_prompt,
     rows_to_accumulate,
+    settled,
 )
 from aldrift_hf.trainer.optimizer import check_optimizer, schedule_kwargs
 from aldrift_hf.trainer.settings import settings_of
@@ -187,9 +189,11 @@ def test_other_settings_of_the_trainer_are_checked_by_transformers(config, setti
 
 
 def test_the_best_model_is_told_by_the_metrics_that_evaluate_measures(config):
-    assert config(metric_for_best_model="eval_kl").greater_is_better is False
-    assert config(metric_for_best_model="success").greater_is_better is True
-    assert config(metric_for_best_model="success", greater_is_better=False).greater_is_better is False
+    best = functools.partial(config, metric_for_best_model="success")
+    assert settled(config(metric_for_best_model="eval_kl"), 1).greater_is_better is False
+    assert settled(best(), 1).greater_is_better is True
+    assert settled(best(greater_is_better=False), 1).greater_is_better is False
+    assert settled(dataclasses.replace(best(), metric_for_best_model="kl"), 1).greater_is_better is False
 
 
 # ---- Settings that are resolved --------------------------------------------------------------------------------------
@@ -259,7 +263,7 @@ def test_an_update_has_enough_rows(config, monkeypatch, sampler, rows, processes
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     assert rows_to_accumulate(SAMPLERS[sampler], rows) == expected
     monkeypatch.setenv("WORLD_SIZE", "1")
-    settings = config(sampler=sampler, per_device_train_batch_size=rows)
+    settings = settled(config(sampler=sampler, per_device_train_batch_size=rows), 1)
     assert settings.gradient_accumulation_steps == expected * processes
     assert config(sampler=sampler, gradient_accumulation_steps=3).gradient_accumulation_steps == 3
 
@@ -292,7 +296,37 @@ def test_only_what_is_left_open_is_filled(config, tokenizer, asked, expected):
     found = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
     assert found == expected
     assert trainer.run.rows_per_update == expected[0] * expected[1]
-    assert settings.per_device_train_batch_size == 8, "the user's own settings stay"
+    assert settings.per_device_train_batch_size == given["per_device_train_batch_size"], "the user's own stay"
+
+
+@pytest.mark.parametrize("copied", ["replace", "to_dict", "json"])
+@pytest.mark.parametrize("changes", [{}, {"sampler": "top"}, {"per_device_train_batch_size": 16}, {"target_cost": 0.3}])
+def test_a_copy_leaves_open_what_was_left_open(config, copied, changes):
+    settings = config()
+    plain = settings.to_dict() if copied == "to_dict" else json.loads(settings.to_json_string())
+    copy = dataclasses.replace(settings, **changes) if copied == "replace" else ALDRIFTConfig(**{**plain, **changes})
+    names = ("tau_max", "per_device_train_batch_size", "gradient_accumulation_steps", "greater_is_better")
+    for each, fresh in ((copy, config(**changes)), (settled(copy, 3), settled(config(**changes), 3))):
+        assert [getattr(each, name) for name in names] == [getattr(fresh, name) for name in names]
+    assert settled(copy, 3).fills_batches == settled(config(**changes), 3).fills_batches
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tau_max": -3.0}, "tau_max must be positive"),
+        ({"num_train_epochs": 1}, "num_train_epochs=1 has no meaning here"),
+        ({"sampler": "mh"}, "sampler must be one of"),
+        ({"tau_max": 2.0, "target_cost": 0.1}, "tau_max and target_cost each choose T"),
+    ],
+)
+def test_what_is_changed_afterwards_is_checked(config, tokenizer, changes, said):
+    settings = config()
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    model = tiny_gpt2()
+    with pytest.raises(ValueError, match=said):
+        ALDRIFTTrainer(model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model))
 
 
 # ---- Parts of the user's own -----------------------------------------------------------------------------------------

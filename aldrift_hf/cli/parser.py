@@ -98,6 +98,15 @@ GROUPS = {
 }
 """`ALDRIFTConfig`'s options by purpose; all others are the Trainer's."""
 
+FROM_TRL = {
+    "--beta": "--tau_max, which is 1 / beta",
+    "--reward_funcs": "--objective, a cost: lower is better (from_reward turns a reward into one)",
+    "--reward_weights": "--objective_weights",
+    "--num_iterations": "--updates_per_rung",
+    "--steps_per_generation": "--updates_per_rung",
+}
+"""Options of TRL's scripts, and what they are called here."""
+
 _NOT_SAVED = ("output_dir", "resume_from_checkpoint", "hub_token", "config")
 """Left out of a run's saved options: paths that belong to one run, and secrets."""
 
@@ -159,6 +168,8 @@ class RunParser(Parser):
         except (LookupError, AttributeError, RecursionError) as error:  # YAML of a shape that no option has
             self.error(f"a value in --config does not fit its option: {error!r}")
         if wrong := [text for text in (*unknown, *remaining) if text.startswith("-")] or remaining:
+            if ours := FROM_TRL.get(wrong[0].split("=")[0]):
+                self.error(f"there is no option {wrong[0]}; here it is {ours}.")
             self.refuse_unknown(wrong)
         namespace, _ = self.parse_known_args(_without_config(argv))
         self.given = {

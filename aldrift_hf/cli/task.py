@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,8 @@ from ..trainer.config import ALDRIFTConfig
 from ..trainer.trainer import ALDRIFTTrainer
 from .functions import load_function
 from .parser import AdapterConfig, TaskArguments
+
+logger = logging.getLogger(__name__)
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
@@ -48,6 +51,11 @@ def load_prompts(task: TaskArguments) -> Dataset | None:
         raise ValueError(f"--dataset_name {name}: there is no such file")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) or os.path.isdir(name):
         return cast(Dataset, load_dataset(name, task.dataset_config, split=task.dataset_train_split))
+    if re.fullmatch(r"\S+(\.[A-Za-z]\w{0,6}|[/\\])", name):
+        raise ValueError(
+            f"--dataset_name {name}: there is no such file or folder (a prompt with such a name: in a file)"
+        )
+    logger.warning(f"--dataset_name is neither a file nor a data set's id, so it is the prompt: {name!r}")
     return Dataset.from_dict({"prompt": [name]})
 
 

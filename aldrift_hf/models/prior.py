@@ -133,8 +133,9 @@ def split(
     if adapters.has_layers(model):
         raise ValueError(
             "the model has adapter layers in it already: it has been through get_peft_model, add_adapter or a trainer "
-            "with a peft_config before, which change the object. Load the model again; or pass the PeftModel itself "
-            "(without peft_config) to train on from its adapter, or peft_model.unload() to drop it."
+            "with a peft_config before, which change the object, or it was loaded from an adapter's folder. Load the "
+            "model again; or pass the PeftModel itself (without peft_config) to train on from its adapter, or "
+            "peft_model.unload() to drop it. Of an adapter's folder pass the path."
         )
     if peft_config is None:
         return model, FrozenCopy(model)

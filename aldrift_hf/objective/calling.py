@@ -33,7 +33,7 @@ def call_functions(calls: Sequence[tuple[CostFunction, Arguments]]) -> list[Any]
     results: list[Any] = []
     try:
         for function, arguments in calls:
-            with _named_errors(function, batch, _hint()):
+            with _named_errors(function, batch, _hint(arguments)):
                 results.append(_call(function, arguments))
     except BaseException:
         for result in filter(inspect.iscoroutine, results):
@@ -89,10 +89,17 @@ def _described(completions: Sequence[str]) -> str:
     return f"a batch of {len(completions)} completions, the first of which is {completions[0]!r}"
 
 
-def _hint() -> str:
+def _hint(arguments: Arguments) -> str:
+    chat = any(isinstance(prompt, list) for prompt in arguments["prompts"])
+    hint = (
+        ". A cost gets each completion as a text, after chat prompts, too: for a reward that reads messages, as TRL's "
+        "do, use from_reward(reward)"
+        if chat
+        else ""
+    )
     if threading.current_thread() is threading.main_thread():
-        return ""
-    return (
+        return hint
+    return hint + (
         ". The function ran in a thread, beside generation. If it works only in the main thread (signals, some "
         "database connections), set overlap_objective=False"
     )

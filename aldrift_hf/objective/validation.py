@@ -63,8 +63,9 @@ def check_values(
             raise ValueError(f"{where} {fault}: completion {text!r}")
         if value is not None and value < -ROUNDING * scale:
             raise CostRangeError(
-                f"{where} negative (0 is the best cost; for a reward use from_reward(reward, best=…)): "
-                f"completion {text!r}"
+                f"{where} negative, and 0 is the best cost: completion {text!r}. For a reward use "
+                f"from_reward(reward, best=…) with the highest reward there is, best: by this row, {-value:g} higher "
+                "than it is, if this is from_reward's."
             )
     return [None if value is None else max(0.0, float(value)) for value in values]
 

@@ -11,10 +11,9 @@ from ..algorithm.ladders import LADDERS
 from ..algorithm.losses import LOSSES
 from ..algorithm.samplers import SAMPLERS
 from .generation_settings import GenerationSettings
-from .open_settings import ladder_name, loss_name, proposals_per_prompt, settle_batches
+from .open_settings import ladder_name, loss_name, proposals_per_prompt, settle
 from .secret import Secret, hide, masked
 from .validation import (
-    MORE_IS_BETTER,
     Count,
     Kwargs,
     NotNegative,
@@ -27,7 +26,6 @@ from .validation import (
     check_settings_of_parts,
     check_target,
     check_trainer_settings,
-    chooses_target,
 )
 
 
@@ -343,25 +341,27 @@ class ALDRIFTConfig(GenerationSettings):
     )
 
     def __post_init__(self) -> None:
-        check_fields(self, ALDRIFTConfig)
-        check_target(self)
-        if self.tau_max is None and not chooses_target(self):
-            self.tau_max = 1.0
-        if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better: bool | None = self.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
+        left_open = self.settle()
         # On a machine with nothing but a CPU, Accelerate connects the processes only if it is told to use the CPU.
         self.use_cpu: bool = self.use_cpu or not torch.accelerator.is_available()
-        sampler = SAMPLERS[self.sampler]
-        self.fills_batches = settle_batches(self, sampler)
         super().__post_init__()
         hide(self)
         # Connects the processes, before anything asks Accelerate for their number and fixes the answer at one.
         _ = self.world_size
+        self.check()
+        for name in left_open:
+            setattr(self, name, None)
+
+    def settle(self) -> list[str]:
+        """Check each setting, and resolve those of `OPEN` that are `None`, whose names are returned."""
+        check_fields(self, ALDRIFTConfig)
+        check_target(self)
+        return settle(self, SAMPLERS[self.sampler])
+
+    def check(self) -> None:
+        """Check the settings, with nothing left open, against each other."""
+        sampler = SAMPLERS[self.sampler]
         check_trainer_settings(self)
-        if self.objective_on_error == "worst" and self.objective_range is None:
-            raise ValueError(
-                "objective_on_error='worst' gives failures the cost objective_range, which is not set. Set it."
-            )
         ladder = LADDERS[ladder_name(self.ladder, self.tau_step, sampler)]
         check_settings_of_parts(self, sampler, ladder)
         check_parts(self, sampler, ladder, LOSSES[loss_name(self.loss_type, sampler)])

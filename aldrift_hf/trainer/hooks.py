@@ -28,8 +28,10 @@ from ..models.passes import Padded, Pass
 from ..models.prior import base_model
 from ..models.scoring import learning_pass
 from ..models.shared_prompts.support import sharing_if_known
+from ..objective.objective import Objective
 from ..reporting.hub import HubPusher
 from ..reporting.record import RunRecord
+from .accelerate_state import AccelerateState
 from .checkpoints import Checkpointer
 from .config import ALDRIFTConfig
 from .cycles import cycles, has_cycles
@@ -57,6 +59,8 @@ class HookedTrainer(Trainer):
     interrupt: Interrupt
     checkpointer: Checkpointer
     hub: HubPusher
+    objective: Objective
+    _accelerate_state: AccelerateState
     _drops_out: bool
 
     @property
@@ -67,12 +71,13 @@ class HookedTrainer(Trainer):
     # ---- Learning ----------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        batch = {name: inputs.pop(name) for name in ("input_ids", "attention_mask", "labels")}
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")}
+        columns = {name: column for name, column in inputs.items() if name not in batch}
         base = base_model(self._unwrapped())
         padded = Padded(batch["input_ids"], batch["attention_mask"], batch["labels"] != -100)
         forward = learning_pass(base, padded, self._drops_out)
         with projecting(base, forward.select, forward.targets) as projection:
-            self.compute_loss_func = functools.partial(rung_loss, self.run.loss, inputs, forward, projection)
+            self.compute_loss_func = functools.partial(rung_loss, self.run.loss, columns, forward, projection)
             return super().compute_loss(model, forward.inputs | {"labels": batch["labels"]}, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LambdaLR:
@@ -227,10 +232,12 @@ class HookedTrainer(Trainer):
         Args:
             finetuned_from: id of the base model. `None` takes the one that the model was loaded by.
             model_name: the title. `None` takes the repository's name.
-            details: further arguments of [`transformers.Trainer.create_model_card`], such as `language` and `license`.
+            details: further arguments of [`transformers.Trainer.create_model_card`], such as `language`, `license` and
+                `dataset_tags`, or of TRL's: `dataset_name`. Others are put into the card's header as they are.
         """
         if self.is_world_process_zero():
-            details = {"datasets" if name == "dataset_tags" else name: value for name, value in details.items()}
+            sets = ("dataset_tags", "dataset_name")
+            details = {"datasets" if name in sets else name: value for name, value in details.items()}
             self.hub.write_card(
                 self.record, str(self.args.output_dir), base_model=finetuned_from, name=model_name, **details
             )
@@ -256,6 +263,13 @@ class HookedTrainer(Trainer):
         # Whether there is a wrapper is asked on every micro-batch; Accelerate looks at every module for that.
         wrapped = not isinstance(self.model, (PreTrainedModel, PeftModel))
         return cast(nn.Module, self.accelerator.unwrap_model(self.model) if wrapped else self.model)
+
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """What training, evaluating and sampling happen in: the objective is open."""
+        self._accelerate_state.restore()
+        with self.objective.open():
+            yield
 
     @contextlib.contextmanager
     def _running(self, whole: bool) -> Iterator[None]:

@@ -67,7 +67,15 @@ class RungLoop(TrainerCallback):
     ) -> TrainerControl:
         self.updates.close()
         learned = self.run.has_learned
+        if control.should_epoch_stop and not learned:
+            raise RuntimeError(
+                f"a callback has set control.should_epoch_stop after {self.run.state.updates} of rung "
+                f"{self.run.state.rung}'s {self.updates_per_rung} updates, but a rung has all of its own. Set "
+                "control.should_training_stop to end the run, or updates_per_rung for fewer updates."
+            )
+        should_log = control.should_log  # of logging_strategy="epoch"; any other log resets it
         self.run.end_rung()
+        control.should_log = should_log
         reason = self.run.stop_reason() if learned else None
         if reason is not None:
             self.run.record.ended_by = reason

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
 from ..algorithm.samplers import Sampler
-from .validation import COUNT
+from .validation import COUNT, MORE_IS_BETTER, chooses_target
+
+BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps")
+OPEN = ("tau_max", "greater_is_better", *BATCHES)
+"""Settings that stay `None` until a trainer has them, so that a copy of the settings leaves them open, too."""
 
 RUNGS_PER_BUDGET = 10
 """Rungs that the budget of objective calls is laid out for, if no draw repeats."""
@@ -41,22 +46,41 @@ def proposals_per_prompt(budget: int | None, prompts: int, chain_length: int | N
     return max(chain_length, n // chain_length * chain_length)
 
 
-def settle_batches(settings: Any, sampler: type[Sampler]) -> bool:
-    """Give `None` in `per_device_train_batch_size` and `gradient_accumulation_steps` a value.
+def settled(settings: Any, prompts: int) -> Any:
+    """A copy of an `ALDRIFTConfig` for a trainer with so many prompts, in which nothing is left open.
+
+    Raises:
+        ValueError: for a setting that was changed to what is not allowed after the config was made.
+    """
+    copied = copy.copy(settings)
+    copied.settle()
+    copied.check()
+    copied.num_generations = copied.proposals_for(min(prompts, copied.prompts_per_rung or prompts))
+    return copied
+
+
+def settle(settings: Any, sampler: type[Sampler]) -> list[str]:
+    """Give what is `None` of `OPEN` a value.
 
     Args:
-        settings: have both, and are changed.
+        settings: are changed. `fills_batches` says whether an update may also be made of fewer and larger batches
+            ([`fill_batches`]): where nothing was asked for.
         sampler: theirs.
 
     Returns:
-        Whether an update may also be made of fewer and larger batches ([`fill_batches`]): where nothing was asked for.
+        The names of those that were `None`.
     """
-    asked = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
-    if asked[0] is None:
+    left_open = [name for name in OPEN if getattr(settings, name) is None]
+    if settings.tau_max is None and not chooses_target(settings):
+        settings.tau_max = 1.0
+    if settings.greater_is_better is None and settings.metric_for_best_model is not None:
+        settings.greater_is_better = settings.metric_for_best_model.removeprefix("eval_") in MORE_IS_BETTER
+    settings.fills_batches = sampler.draws_by_weight and {*BATCHES} <= {*left_open}
+    if settings.per_device_train_batch_size is None:
         settings.per_device_train_batch_size = ROWS_PER_BATCH
-    if asked[1] is None and COUNT.holds(rows := settings.per_device_train_batch_size):
+    if settings.gradient_accumulation_steps is None and COUNT.holds(rows := settings.per_device_train_batch_size):
         settings.gradient_accumulation_steps = rows_to_accumulate(sampler, rows)
-    return asked == (None, None) and sampler.draws_by_weight
+    return left_open
 
 
 def fill_batches(settings: Any, width: int) -> None:

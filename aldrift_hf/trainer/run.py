@@ -257,13 +257,13 @@ class Run:
                 f"max_objective_calls={args.max_objective_calls}."
             )
         if args.num_rungs is not None:
-            return f"All of num_rungs={rungs} rungs were climbed." if rungs == args.num_rungs else None
+            return f"All of num_rungs={args.num_rungs} rungs were climbed." if rungs >= args.num_rungs else None
         reason = self.ladder.stop_reason(state.ladder)
         if reason is None and self.sampler.corrects:
             reason = stopping.done(state.rungs, args.target_ess, self._groups)
         elif reason is None and rungs == self.ladder.num_rungs(state.ladder):
             reason = f"The ladder has reached its last rung, {at}; sampler={args.sampler!r} does not aim at p_T."
-        if reason is None and rungs == self._most_rungs():
+        if reason is None and rungs >= self._most_rungs():
             reason = f"The budget is spent, with {at}: {rungs} rungs, as many as max_rungs allows."
         return reason
 

@@ -7,7 +7,6 @@ schedule, logging, checkpoints, distributed training and resume are the Trainer'
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import logging
 import math
@@ -39,6 +38,7 @@ from ..reporting.record import MAX_PROMPTS, RunRecord
 from ..reporting.report import Picture, Report
 from ..reporting.writers import ReportWriter
 from ..types import Prompts
+from .accelerate_state import AccelerateState, forget
 from .checkpoints import Checkpointer, to_resume_from
 from .config import ALDRIFTConfig
 from .data import check_dataset
@@ -48,7 +48,7 @@ from .hooks import HookedTrainer, rung_loss
 from .inputs import check_inputs, check_writable
 from .interrupt import Interrupt
 from .loop import RungLoop
-from .open_settings import fill_batches
+from .open_settings import fill_batches, settled
 from .optimizer import check_given_optimizer, check_optimizer, initial_rate, seeks_rate
 from .parts import Parts, parts_of
 from .rollout import Rollout, Runtime
@@ -130,10 +130,9 @@ class ALDRIFTTrainer(HookedTrainer):
         args = ALDRIFTConfig() if args is None else args
         if not isinstance(args, ALDRIFTConfig):
             raise TypeError(f"args must be an ALDRIFTConfig, got {type(args).__name__}")
-        args = copy.copy(args)
-        args.output_dir = check_writable(str(args.output_dir))
         train = check_dataset(train_dataset, "train_dataset")
-        args.num_generations = args.proposals_for(min(len(train), args.prompts_per_rung or len(train)))
+        args = settled(args, len(train))
+        args.output_dir = check_writable(str(args.output_dir))
         parts = parts_of(args, sampler, ladder, loss, engine)
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.events = Events(self)
@@ -154,6 +153,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self._drops_out = has_dropout(policy)
         self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
         self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
+        forget(args)
         super().__init__(
             model=policy,
             args=args,
@@ -165,6 +165,7 @@ class ALDRIFTTrainer(HookedTrainer):
             callbacks=[self._loop, self._step_size, *_with_defaults(callbacks or [], args)],
             optimizers=optimizers,
         )
+        self._accelerate_state = AccelerateState()
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
         self.interrupt.take_over(self.pop_callback(JITCheckpointCallback))
         sharding.check(self.accelerator, prior.base_model(model))
@@ -233,7 +234,7 @@ class ALDRIFTTrainer(HookedTrainer):
         run = self.run
         run.record.finished, run.record.ended_by, run.record.metrics = False, "", {}
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self.objective.open())
+            stack.enter_context(self._at_work())
             stack.enter_context(self.events.running())
             stack.enter_context(self.interrupt.caught())
             stack.enter_context(attention_of_any_shape())
@@ -332,7 +333,7 @@ class ALDRIFTTrainer(HookedTrainer):
     ) -> dict[str, float]:
         """The metrics of [`evaluate`] from `per_prompt` draws for these prompts (`None`: all), logged and told."""
         start = time.time()
-        with self.objective.open():
+        with self._at_work():
             measured = measure(self.run, prompts, self.state.global_step, per_prompt, which, keep=is_result)
         metrics, self.prompt_metrics = measured.metrics, Dataset.from_list(measured.by_prompt)
         metrics["runtime"] = time.time() - start
@@ -385,7 +386,7 @@ class ALDRIFTTrainer(HookedTrainer):
         asked = self.inputs.prompts if prompts is None else self.inputs.encode(prompts, "prompts")
         self.objective.check_signature(asked.columns)
         self._sample_calls += 1
-        with self.objective.open():
+        with self._at_work():
             draws = draw_corrected(self.run, asked, num_samples, steps, correction, self._sample_calls)
         metrics = draws.metrics(self.run.tau_max, self.args.success_threshold)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})

@@ -69,6 +69,7 @@ MORE_IS_BETTER = ("success", "distinct", "ess")
 _SILENT_BREAKAGE = {
     "auto_find_batch_size": "changes the number of updates in the middle of a rung. Set per_device_train_batch_size.",
     "dataloader_persistent_workers": "keeps serving the first rung's samples on every later rung. Leave it off.",
+    "ignore_data_skip": "makes a resumed run learn from the samples of a rung's beginning twice. Leave it off.",
     "label_smoothing_factor": "changes the distribution that the loss is minimised by. Leave it at 0.",
     "neftune_noise_alpha": "adds noise to the embeddings, so that log q in training is not the one that is scored. "
     "Leave it out.",
@@ -144,7 +145,7 @@ def chooses_target(settings: Any) -> bool:
 
 
 def check_target(settings: Any) -> None:
-    """Check that T is given in one way at most.
+    """Check that T is given in one way at most, and D where failures cost it.
 
     Raises:
         ValueError: with the settings that contradict each other.
@@ -153,6 +154,10 @@ def check_target(settings: Any) -> None:
     if len(given) > 1:
         raise ValueError(
             f"{' and '.join(given)} each choose T, the inverse temperature of the target. Set one of them."
+        )
+    if settings.objective_on_error == "worst" and settings.objective_range is None:
+        raise ValueError(
+            "objective_on_error='worst' gives failures the cost objective_range, which is not set. Set it."
         )
 
 
