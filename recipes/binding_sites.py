@@ -94,7 +94,9 @@ class BindingArguments:
         default_factory=lambda: [0.05, 0.2, 0.4],
         metadata={"help": "κ, tried for AdaLead: parents score 1 - κ of the best."},
     )
-    updates: int = field(default=60, metadata={"help": "Optimizer updates per round of CbAS."})
+    round_updates: list[int] = field(
+        default_factory=lambda: [2, 4, 8, 60], metadata={"help": "Optimizer updates per round, tried for CbAS."}
+    )
     rungs: int = field(default=80, metadata={"help": "Rungs of aldrift+strands, at most."})
     rung_updates: int = field(default=120, metadata={"help": "Optimizer updates per rung of aldrift+strands."})
     prior_shares: list[float] = field(
@@ -130,6 +132,11 @@ class Bench(TunedRuns):
             return [f"{size} {rate:g}" for size, rate in itertools.product(options.populations, options.mutations)]
         if method == "adalead":
             return [f"{size} {share:g}" for size, share in itertools.product(options.batches, options.thresholds)]
+        if method == "cbas":
+            return [
+                f"{rate:g} {updates}"
+                for rate, updates in itertools.product(options.learning_rates, options.round_updates)
+            ]
         return [f"{rate:g}" for rate in options.learning_rates]
 
     @staticmethod
@@ -148,7 +155,7 @@ class Bench(TunedRuns):
         elif method in ("defaults", "aldrift"):
             model, extra = self.aldrift(problem, truth, numbers, budget, seed)
         else:
-            model, extra = self.learned(method, problem, numbers[0], budget, seed), {}
+            model, extra = self.learned(method, problem, numbers, budget, seed), {}
         seconds = time.process_time() - began
         found = sum(is_strong(truth.problem.cost_of(text)) for text in problem.known(budget))
         spent = {"found": found, "calls": len(problem.evaluated), "cpu_seconds": seconds}
@@ -189,7 +196,9 @@ class Bench(TunedRuns):
             figures["log_z_gap"] = truth.log_z - rung["log_z"]
         return base_model(trainer.model), figures
 
-    def learned(self, method: str, problem: MeasuredSites, rate: float, budget: int, seed: int) -> PreTrainedModel:
+    def learned(
+        self, method: str, problem: MeasuredSites, numbers: list[float], budget: int, seed: int
+    ) -> PreTrainedModel:
         """The model of a peer that has one, which draws until the budget is spent, but four times as often at most.
 
         It ends with the batch that spends it, and what it measures beyond the budget is not counted as found.
@@ -198,12 +207,12 @@ class Bench(TunedRuns):
         if method == "cbas":
             model, _, _ = cbas(
                 problem, self.model_config, objective, rounds=4 * CBAS_ROUNDS, proposals=budget // CBAS_ROUNDS,
-                updates=self.options.updates, learning_rate=rate, seed=seed,
+                updates=int(numbers[1]), learning_rate=numbers[0], seed=seed,
             )  # fmt: skip
         else:
             model, _, _ = policy_gradient(
                 method, problem, self.model_config, tau_max=TAU_MAX, proposals=4 * budget, generations=TRL_BATCH,
-                learning_rate=rate, seed=seed, objective=objective,
+                learning_rate=numbers[0], seed=seed, objective=objective,
             )  # fmt: skip
         return base_model(model)
 

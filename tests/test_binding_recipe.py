@@ -47,7 +47,14 @@ def run(run_recipe, recipe_module, tmp_path, monkeypatch):
         "populations": "4 8",
         "batches": "4 8",
     }
-    quick |= {"thresholds": 0.1, "mutations": 1, "prior_steps": 60, "updates": 2, "rung_updates": 2, "last_updates": 2}
+    quick |= {
+        "thresholds": 0.1,
+        "mutations": 1,
+        "prior_steps": 60,
+        "round_updates": 2,
+        "rung_updates": 2,
+        "last_updates": 2,
+    }
     yield lambda *flags, **changes: run_recipe("binding_sites", *flags, **quick | changes)
     scores.cache_clear()
 
