@@ -205,3 +205,15 @@ def test_each_rung_has_the_updates_that_its_own_texts_are_worth(make, monkeypatc
 @pytest.mark.parametrize(("draws", "updates"), [(10, 30), (128, 30), (512, 120), (864, 202), (10_000, 240)])
 def test_a_rungs_updates_grow_with_its_draws(draws, updates):
     assert updates_per_rung(draws, 128) == updates
+
+
+def test_a_rungs_loss_is_the_mean_over_the_updates_that_it_made(make):
+    """And not over those that its epoch has rows for: on the last rung it would seem to double."""
+    run = make()[0].run
+    run.start()
+    with run.objective.open():
+        run.begin_rung()
+    assert run.state.planned == 4 < run.updates_per_rung
+    run.state.loss_sum, run.state.updates = 6.0, run.updates_per_rung
+    run.end_rung()
+    assert run.state.rungs[-1]["loss"] == 1.5

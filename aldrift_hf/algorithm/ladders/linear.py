@@ -55,10 +55,10 @@ class LinearLadder(Ladder):
         return cls(settings.tau_step)
 
     def next_tau(self, state: LadderState, pool: Proposals) -> float:
-        place = len(state.taus)
-        if state.tau_max_error is not None:
-            return self._step(state) * (place + 1)
-        taus = linear_ladder(state.tau_max, self._step(state))
+        place, step = len(state.taus), self._step(state)
+        if state.tau_max_error is not None:  # the ladder may have stood at an estimate of T that was too low
+            return step * (math.floor(state.tau / step + 1e-9) + 1)
+        taus = linear_ladder(state.tau_max, step)
         return taus[min(place, len(taus) - 1)]
 
     def num_rungs(self, state: LadderState) -> int | None:
