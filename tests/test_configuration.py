@@ -309,6 +309,7 @@ def test_a_copy_leaves_open_what_was_left_open(config, copied, changes):
     for each, fresh in ((copy, config(**changes)), (settled(copy, 3), settled(config(**changes), 3))):
         assert [getattr(each, name) for name in names] == [getattr(fresh, name) for name in names]
     assert settled(copy, 3).fills_batches == settled(config(**changes), 3).fills_batches
+    assert copy.to_sanitized_dict()["train_batch_size"] == (16 if "per_device_train_batch_size" in changes else 8)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ..algorithm.ladders import LADDERS
 from ..algorithm.losses import LOSSES
 from ..algorithm.samplers import SAMPLERS
 from .generation_settings import GenerationSettings
-from .open_settings import ladder_name, loss_name, proposals_per_prompt, settle
+from .open_settings import ROWS_PER_BATCH, ladder_name, loss_name, proposals_per_prompt, settle
 from .secret import Secret, hide, masked
 from .validation import (
     Count,
@@ -24,7 +24,6 @@ from .validation import (
     check_fields,
     check_parts,
     check_settings_of_parts,
-    check_target,
     check_trainer_settings,
 )
 
@@ -355,7 +354,6 @@ class ALDRIFTConfig(GenerationSettings):
     def settle(self) -> list[str]:
         """Check each setting, and resolve those of `OPEN` that are `None`, whose names are returned."""
         check_fields(self, ALDRIFTConfig)
-        check_target(self)
         return settle(self, SAMPLERS[self.sampler])
 
     def check(self) -> None:
@@ -379,6 +377,11 @@ class ALDRIFTConfig(GenerationSettings):
             return self.num_generations
         chain_length = self.chain_length if SAMPLERS[self.sampler].uses_chains else 1
         return proposals_per_prompt(self.max_objective_calls, prompts, chain_length)
+
+    @property
+    def train_batch_size(self) -> int:
+        """Rows per batch and process; where they are left open, as many as there are at least."""
+        return (self.per_device_train_batch_size or ROWS_PER_BATCH) * max(1, self.n_gpu)
 
     @property
     def proposals(self) -> int:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from ..algorithm.samplers import Sampler
-from .validation import COUNT, MORE_IS_BETTER, chooses_target
+from .validation import COUNT, MORE_IS_BETTER, check_target, chooses_target
 
 BATCHES = ("per_device_train_batch_size", "gradient_accumulation_steps")
 OPEN = ("tau_max", "greater_is_better", *BATCHES)
@@ -69,7 +69,11 @@ def settle(settings: Any, sampler: type[Sampler]) -> list[str]:
 
     Returns:
         The names of those that were `None`.
+
+    Raises:
+        ValueError: for several settings that each choose T, and for failures that have no cost.
     """
+    check_target(settings)
     left_open = [name for name in OPEN if getattr(settings, name) is None]
     if settings.tau_max is None and not chooses_target(settings):
         settings.tau_max = 1.0
