@@ -381,7 +381,7 @@ class ALDRIFTConfig(GenerationSettings):
     @property
     def train_batch_size(self) -> int:
         """Rows per batch and process; where they are left open, as many as there are at least."""
-        return (self.per_device_train_batch_size or ROWS_PER_BATCH) * max(1, self.n_gpu)
+        return int((self.per_device_train_batch_size or ROWS_PER_BATCH) * max(1, self.n_gpu))
 
     @property
     def proposals(self) -> int:
