@@ -15,7 +15,7 @@ here or in YAML (--config FILE.yaml).
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Optional, cast
+from typing import Any, Optional
 
 import numpy as np
 import torch
@@ -32,7 +32,6 @@ from trl import TrlParser
 
 from aldrift_hf.models.prompts import encode_prompt
 from aldrift_hf.toy import completion_ids
-from aldrift_hf.trainer.open_settings import settled
 from aldrift_hf.trainer.samples import SampleCollator
 
 
@@ -95,7 +94,7 @@ def main() -> None:
         sys.exit(f"--graph: {error}")
     if not options.samples or min(options.samples) < 1 or options.doublings < 0:
         sys.exit(f"--samples must be at least 1 and --doublings not negative: {options.samples}, {options.doublings}")
-    config = cast(CoverageConfig, settled(config, prompts=1))  # for a plain Trainer, which leaves nothing open
+    config.settle()  # for a plain Trainer, which leaves nothing open
     config.max_steps, config.save_strategy = 5 * 2**options.doublings, "steps"
     config.train_sampling_strategy = "sequential"  # the rows are in random order already
     config.save_steps = max(1, config.max_steps // 4)

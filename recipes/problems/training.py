@@ -50,11 +50,15 @@ class RecipeConfig(ALDRIFTConfig):
             self.tau_step = None  # a recipe's default step is for the linear ladder
         elif self.num_rungs is None and self.tau_step is not None:  # what recipes/README.md measured
             self.num_rungs = len(linear_ladder(self.tau_max or 1.0, self.tau_step))
+        super().__post_init__()
+
+    def settle(self) -> list[str]:
         asked = self.max_completion_length
         if asked is None:  # make_trainer sets it; the checks need a number
             self.max_completion_length = ALDRIFTConfig.max_completion_length
-        super().__post_init__()
+        left_open = super().settle()
         self.max_completion_length = asked
+        return left_open
 
 
 def left_open(output_dir: Path, tau_max: float, budget: int, seed: int, **given: Any) -> RecipeConfig:
