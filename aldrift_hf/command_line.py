@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from trl import TrlParser
 
-OTHERS_SPEAK_AFTER = 3.0
+OTHERS_SPEAK_AFTER = 10.0
 """Seconds that processes other than the first wait before they say what ended them."""
 
 
