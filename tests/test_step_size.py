@@ -1,5 +1,7 @@
 """The learning rate that is found by what the first updates change."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2, tiny_llama
@@ -201,3 +203,16 @@ def test_rungs_shorter_than_the_search_compare_each_rungs_own_samples(make, monk
     assert len(begun) >= 2
     made = trainer.run.state.rate_trials
     assert len(scored) == made + len(begun), "once before a rung's first update, and after each"
+
+
+@pytest.mark.parametrize("change", [0.05, 5.0])
+def test_the_last_trial_may_lower_the_rate_but_not_raise_it(make, change):
+    """Updates that undo each other change as little at any rate: a rate that goes on rising would never be seen."""
+    trainer, watch = make(num_rungs=1)
+    there = torch.tensor([change, -change] * 8)
+    states = itertools.cycle([torch.zeros(16), there])
+    trainer.run.sample_log_probs = lambda: next(states)
+    trainer.train()
+    factor = 0.3 / there.std().item()
+    expected = [watch.rates[0] * factor**trials for trials in (0, 1, 2, 3, 3 if change < 0.3 else 4)]
+    assert watch.rates[:5] == pytest.approx(expected)

@@ -24,7 +24,7 @@ UPDATE_NATS = 0.3
 CLOSE_ENOUGH = 1.5
 """The rate is found when the change is within this factor of [`UPDATE_NATS`]."""
 MOST_TRIALS = 4
-"""Updates after which the rate is left as it is."""
+"""Updates after which the rate is left as it is, or lowered once more."""
 LARGEST_CHANGE = 30.0
 """The rate is changed by at most this factor at once."""
 
@@ -73,8 +73,11 @@ class StepSize(TrainerCallback):
             return
         run.state.rate_trials += 1
         factor = min(LARGEST_CHANGE, max(1 / LARGEST_CHANGE, UPDATE_NATS * self.share / change))
-        if 1 / CLOSE_ENOUGH <= factor <= CLOSE_ENOUGH or run.state.rate_trials == MOST_TRIALS:
+        is_close = 1 / CLOSE_ENOUGH <= factor <= CLOSE_ENOUGH
+        if is_close or run.state.rate_trials == MOST_TRIALS:
             run.state.seeks_rate, self.before = False, None
+            # Updates that undo each other change little at any rate, and no further one would show it to be too large.
+            factor = factor if is_close else min(1.0, factor)
         scale_learning_rate(factor, optimizer, lr_scheduler)
         if not run.state.seeks_rate:
             rate = optimizer.param_groups[0]["lr"]
