@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from trl import ModelConfig
@@ -138,6 +138,11 @@ class RunParser(Parser):
         self._action_groups.remove(self._optionals)  # and put last
         self._action_groups.append(self._optionals)
 
+    def refuse_unknown(self, unknown: Sequence[str]) -> NoReturn:
+        if ours := FROM_TRL.get(unknown[0].split("=")[0]):
+            self.error(f"there is no option {unknown[0]}; here it is {ours}.")
+        super().refuse_unknown(unknown)
+
     def set_defaults_with_config(self, **values: Any) -> list[str]:
         """As [`TrlParser`]'s; where an option takes several values, a single one may stand by itself."""
         several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
@@ -168,8 +173,6 @@ class RunParser(Parser):
         except (LookupError, AttributeError, RecursionError) as error:  # YAML of a shape that no option has
             self.error(f"a value in --config does not fit its option: {error!r}")
         if wrong := [text for text in (*unknown, *remaining) if text.startswith("-")] or remaining:
-            if ours := FROM_TRL.get(wrong[0].split("=")[0]):
-                self.error(f"there is no option {wrong[0]}; here it is {ours}.")
             self.refuse_unknown(wrong)
         namespace, _ = self.parse_known_args(_without_config(argv))
         self.given = {
