@@ -43,7 +43,7 @@ class Parser(TrlParser):
     def error(self, message: str) -> NoReturn:
         """Exit with status 2 after one line, printed by the first process only, and without the long usage."""
         if os.environ.get("RANK", "0") == "0":
-            print(f"{self.command}: {' '.join(message.split())}", file=sys.stderr)
+            end(self.command, message, 2)
         raise SystemExit(2)
 
     @contextlib.contextmanager
@@ -52,8 +52,17 @@ class Parser(TrlParser):
         try:
             yield
         except kinds as error:
-            rank = os.environ.get("RANK", "0")
-            if rank != "0":  # where the first process has the error, too, its end is soon that of all
-                time.sleep(OTHERS_SPEAK_AFTER)
-                print(f"{self.command}: on process {rank}: {' '.join(str(error).split())}", file=sys.stderr)
-            self.error(str(error))
+            end(self.command, str(error), 2)
+
+
+def end(command: str, message: str, status: int, details: str = "") -> NoReturn:
+    """End the program with one line, and with details before it.
+
+    Where the first process has the same error, its end is soon that of all: the others speak some seconds later.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        time.sleep(OTHERS_SPEAK_AFTER)
+        message = f"on process {rank}: {message}"
+    print(f"{details}{command}: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(status)

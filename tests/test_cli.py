@@ -521,6 +521,40 @@ def test_a_file_with_a_reserved_column_is_refused(here, capsys):
     assert re.match("aldrift train: train_dataset has a column 'completions', .* Reserved are prompts, com", message)
 
 
+def test_a_cost_that_fails_shows_its_own_lines_and_what_is_kept(here, capsys):
+    """Not those of the package, and of the libraries between."""
+    (here / "late.py").write_text(
+        "import costs\nbatches = []\n\ndef cost(**columns):\n    batches.append(columns)\n"
+        "    return costs.not_a(**columns) if len(batches) < 3 else ask()\n\ndef ask():\n    return 1 / 0\n"
+    )
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line(objective="late:cost", overlap_objective="False", save_steps=1, disable_tqdm="True"))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    kept, _, shown = error.partition("Traceback")
+    assert kept.splitlines()[-1].endswith("checkpoint-8 is kept: --resume_from_checkpoint True goes on from there.")
+    places = re.findall('File "(.*)"', shown)
+    assert places == [str(here / "late.py")] * 2
+    assert re.match("aldrift train: objective 'cost' raised ZeroDivisionError: .* on a batch", shown.splitlines()[-1])
+
+
+def test_what_cannot_be_resumed_is_said_in_one_line(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(line("train", "--resume_from_checkpoint", "True", tau_max=2.5, disable_tqdm="True"))
+    assert stop.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    assert "is kept" not in error
+    assert re.match("aldrift train: .* with other settings .*: tau_max = 1.5, not 2.5", error.splitlines()[-1])
+
+
+def test_any_other_exception_is_shown_whole(here, monkeypatch):
+    """A mistake of the package, or of a library: where it was raised is what is wanted."""
+    monkeypatch.setattr(train.OptionsWriter, "on_rung_drawn", lambda self, *args, **kwargs: {}["missing"])
+    with pytest.raises(KeyError, match="missing"):
+        cli.main(line())
+
+
 def test_an_error_inside_the_users_module_is_shown_whole(here):
     (here / "broken.py").write_text("import not_installed_anywhere\n")
     with pytest.raises(ModuleNotFoundError, match="not_installed_anywhere"):

@@ -50,5 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as stop:
         print(f"aldrift {name}: {stop or 'stopped'}", file=sys.stderr)
         status = 130
+    except Exception as error:
+        from .faults import explain  # it loads TRL
+
+        explain(f"aldrift {name}", error)
+        raise
     if status:
         raise SystemExit(status)

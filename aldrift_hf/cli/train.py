@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
 from ..reporting.callbacks import RunCallback
 from ..reporting.record import replace_file
@@ -49,7 +51,13 @@ def main(argv: Sequence[str]) -> None:
         to_resume_from(config.resume_from_checkpoint, str(config.output_dir))  # refused before a model is loaded
         trainer = make_trainer(task, config, model)
     trainer.add_callback(OptionsWriter(parser.given))
-    trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
+    except Exception:
+        kept = get_last_checkpoint(str(config.output_dir))
+        if kept and trainer.state.global_step and trainer.is_world_process_zero():
+            print(f"{kept} is kept: --resume_from_checkpoint True goes on from there.", file=sys.stderr)
+        raise
     trainer.save_model()  # with push_to_hub, this pushes it too
     if trainer.is_world_process_zero():
         print_outcome(trainer.record, config.output_dir)
