@@ -182,6 +182,16 @@ def test_one_value_of_an_option_with_several_stands_by_itself_in_a_file(here):
     assert model.lora_target_modules == "all-linear"
 
 
+def test_null_in_a_file_is_the_default_of_an_option_that_has_no_use_for_it(here):
+    (here / "mine.yaml").write_text(
+        "objective: costs:not_a\nseed: null\nreport_to: null\ntau_max: 3\nlora_target_modules: null\nuse_peft: null\n"
+        "save_total_limit: null"
+    )
+    _, config, model = RunParser("aldrift train", "", "").parse(["--config", "mine.yaml"])
+    assert (config.seed, config.report_to, model.use_peft) == (42, [], True)
+    assert (config.save_total_limit, model.lora_target_modules) == (None, None)  # here it means something
+
+
 @pytest.mark.parametrize("content", ["", '{"prompt": "a"}\n{"prompt": '])
 def test_a_file_of_prompts_without_prompts_is_named(here, content):
     (here / "mine.jsonl").write_text(content)

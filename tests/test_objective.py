@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import weakref
+from decimal import Decimal
 
 import pytest
 import torch
@@ -159,7 +160,7 @@ def test_async_functions_run_together_and_inside_a_running_loop():
     assert most == 2
 
 
-@pytest.mark.parametrize("kind", ["tensor", "array", "numpy scalars", "integers", "tuple"])
+@pytest.mark.parametrize("kind", ["tensor", "array", "numpy scalars", "integers", "tuple", "decimals"])
 def test_any_sequence_of_numbers_is_accepted(kind):
     import numpy as np
 
@@ -169,6 +170,7 @@ def test_any_sequence_of_numbers_is_accepted(kind):
         "numpy scalars": [np.float32(1), np.int64(2)],
         "integers": [1, 2],
         "tuple": (1.0, 2.0),
+        "decimals": [Decimal(1), Decimal("2.0")],
     }[kind]
     assert objective(lambda prompts, completions: values)(prompts("x"), [0, 0], ["a", "b"]).tolist() == [1.0, 2.0]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from trl import ModelConfig
@@ -144,13 +144,20 @@ class RunParser(Parser):
         super().refuse_unknown(unknown)
 
     def set_defaults_with_config(self, **values: Any) -> list[str]:
-        """As [`TrlParser`]'s; where an option takes several values, a single one may stand by itself."""
+        """As [`TrlParser`]'s; where an option takes several values, a single one may stand by itself, and where it has
+        no use for `null`, that is its default."""
         several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
         alone = {name for name, value in values.items() if name in several and isinstance(value, (str, int, float))}
+        left = {name for name, value in values.items() if value is None and name in self._never_none()}
         remaining: list[str] = super().set_defaults_with_config(
-            **{name: [value] if name in alone else value for name, value in values.items()}
+            **{name: [value] if name in alone else value for name, value in values.items() if name not in left}
         )
         return remaining
+
+    def _never_none(self) -> set[str]:
+        """The options to which `None` cannot be given. transformers allows it for `report_to`, and refuses it later."""
+        hints = [item for options in self.dataclass_types for item in get_type_hints(options).items()]
+        return {"report_to"} | {name for name, hint in hints if type(None) not in get_args(hint)}
 
     def parse(self, argv: Sequence[str], defaults: Mapping[str, Any] | None = None) -> tuple[Any, ...]:
         """The dataclasses, filled.

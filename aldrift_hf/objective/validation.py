@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any
 
 ROUNDING = 1e-6
@@ -95,6 +96,8 @@ def not_judged(names: Sequence[str], row: int, completion: str) -> ValueError:
 def _plain(value: Any) -> Any:
     if hasattr(value, "item") and math.prod(getattr(value, "shape", ())) == 1:
         return value.item()
+    if isinstance(value, Decimal):  # a price, or a number of a database
+        return float(value)
     return value[0] if isinstance(value, list) and len(value) == 1 else value  # a row of an array `[n, 1]`
 
 
