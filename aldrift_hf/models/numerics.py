@@ -105,6 +105,18 @@ def check_gradients(parameters: Iterable[nn.Parameter], learning_rate: float) ->
     return float(largest)
 
 
+def check_made(was_skipped: bool, learning_rate: float) -> None:
+    """Stop where DeepSpeed, which checks gradients by itself, has left an update out.
+
+    Raises:
+        FloatingPointError: if it has.
+    """
+    if was_skipped:
+        raise FloatingPointError(
+            f"the gradient is not finite, and DeepSpeed has left the update out. {_diverged(learning_rate)}"
+        )
+
+
 def _diverged(learning_rate: float) -> str:
     return (
         f"Learning has diverged, or overflowed in half precision. Lower learning_rate (it is {learning_rate:g}), warm "

@@ -29,8 +29,13 @@ from ._trl import add_hooks, remove_hooks
 logger = logging.getLogger(__name__)
 
 
-def check(accelerator: Accelerator, model: Any) -> None:
+def check(accelerator: Accelerator, model: Any, draws_first: bool = False) -> None:
     """Refuse configurations that are known not to work, before anything is computed.
+
+    Args:
+        accelerator: the Trainer's.
+        model: the language model itself.
+        draws_first: whether draws are made before training begins, which is when the model is sharded.
 
     Raises:
         ValueError: with the setting to change.
@@ -44,10 +49,24 @@ def check(accelerator: Accelerator, model: Any) -> None:
     if plugin is not None and plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
         raise ValueError("checkpoints would miss the adapter: set fsdp_state_dict_type: FULL_STATE_DICT.")
     zero = getattr(state, "deepspeed_plugin", None)
-    if (plugin is not None or (zero is not None and zero.zero_stage == 3)) and getattr(model, "is_quantized", False):
+    if differences := getattr(
+        getattr(zero, "hf_ds_config", None), "mismatches", []
+    ):  # the Trainer refuses them after draws
+        raise ValueError(
+            f"DeepSpeed's config differs from the settings: {'; '.join(each.lstrip('- ') for each in differences)} "
+            "(ds: the config, hf: the settings). Set these to auto in the config, or give the settings its values."
+        )
+    if plugin is None and (zero is None or zero.zero_stage != 3):
+        return
+    if getattr(model, "is_quantized", False):
         raise ValueError(
             "quantized weights are not sharded here: each process holds all of them (in 4 bits, an eighth of fp32). "
             "Launch with accelerate_configs/multi_gpu.yaml."
+        )
+    if draws_first:
+        logger.warning(
+            "objective_range is not set: D is found from draws that are made before training shards the model, and "
+            "until then each process holds all of it. Where that does not fit, set objective_range."
         )
 
 

@@ -7,6 +7,7 @@ import logging
 import time
 from typing import Any
 
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..models import fidelity, numerics, sharding
@@ -51,9 +52,12 @@ class RungLoop(TrainerCallback):
         if args.fp16 or self.run.state.settled:  # the gradient scaler of fp16 skips such updates by itself
             return
         rate = kwargs["optimizer"].param_groups[0]["lr"]
+        if isinstance(kwargs["optimizer"], DeepSpeedOptimizerWrapper):  # it has made its update, and kept no gradient
+            numerics.check_made(kwargs["optimizer"].step_was_skipped, rate)
+            return
         largest = numerics.check_gradients(kwargs["model"].parameters(), rate)
         policy = self.runtime.policy()
-        if state.global_step == 0 and not args.deepspeed and not sharding.is_sharded(policy) and largest == 0:
+        if state.global_step == 0 and not sharding.is_sharded(policy) and largest == 0:
             fidelity.check_gradient(policy)  # it is zero by right where all costs are the same
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:

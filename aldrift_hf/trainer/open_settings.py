@@ -53,6 +53,9 @@ def settled(settings: Any, prompts: int) -> Any:
         ValueError: for a setting that was changed to what is not allowed after the config was made.
     """
     copied = copy.copy(settings)
+    if not (copied.bf16 or copied.fp16):  # Accelerate computes in what was launched, whatever the settings say
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        copied.bf16, copied.fp16 = launched == "bf16", launched == "fp16"
     copied.settle()
     copied.check()
     copied.num_generations = copied.proposals_for(min(prompts, copied.prompts_per_rung or prompts))

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 
 from .config import ALDRIFTConfig
+from .deepspeed import makes_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +24,6 @@ TRIAL_UPDATES = 10
 
 FIRST_RATE = 1e-5
 """Learning rate of the first update, where a rate is to be found: too small to do harm."""
-RATE_OF_DEEPSPEED = 1e-4
-"""Default learning rate with DeepSpeed, whose optimizer takes no other than the one that it was made with."""
 
 _OPTIONS = (
     *("optim", "optim_args", "lr_scheduler_type", "lr_scheduler_kwargs", "learning_rate", "warmup_steps"),
@@ -39,14 +38,12 @@ def seeks_rate(args: ALDRIFTConfig, optimizer: Optimizer | None) -> bool:
         args: the settings.
         optimizer: as passed to the trainer; `None` where the Trainer makes it.
     """
-    return args.learning_rate is None and optimizer is None and not args.deepspeed
+    return args.learning_rate is None and optimizer is None
 
 
 def initial_rate(args: ALDRIFTConfig) -> float:
     """The learning rate that the optimizer is made with."""
-    if args.learning_rate is not None:
-        return args.learning_rate
-    return RATE_OF_DEEPSPEED if args.deepspeed else FIRST_RATE
+    return FIRST_RATE if args.learning_rate is None else args.learning_rate
 
 
 def schedule_kwargs(args: ALDRIFTConfig, num_updates: int) -> dict[str, Any]:
@@ -100,9 +97,11 @@ def check_optimizer(args: ALDRIFTConfig) -> None:
 
     Raises:
         ValueError: if they cannot be created, if the parameter becomes NaN or infinite, if `weight_decay` is negative,
-            or if the schedule ends at a rate and begins with one that is to be found; with the settings that they are
-            made from.
+            or if the schedule ends at a rate and begins with one that is to be found, or is DeepSpeed's own; with the
+            settings that they are made from.
     """
+    if makes_optimizer(args):
+        return
     ends = [name for name in ("min_lr", "lr_end") if name in (args.lr_scheduler_kwargs or {})]
     if ends and args.learning_rate is None:  # the schedule would take it for a share of the first rate
         raise ValueError(

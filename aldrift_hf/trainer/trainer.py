@@ -42,6 +42,7 @@ from .accelerate_state import AccelerateState, forget
 from .checkpoints import Checkpointer, to_resume_from
 from .config import ALDRIFTConfig
 from .data import check_dataset
+from .deepspeed import in_precision
 from .evaluation import decoded, draw_corrected, measure
 from .events import Events
 from .hooks import HookedTrainer, rung_loss
@@ -137,7 +138,7 @@ class ALDRIFTTrainer(HookedTrainer):
         evaluation = train if eval_dataset is None else check_dataset(eval_dataset, "eval_dataset")
         self.events = Events(self)
         self.objective = make_objective(objective, args, [train, evaluation], self.events.progress)
-        if optimizers[0] is None and not args.deepspeed:
+        if optimizers[0] is None:
             check_optimizer(args)
         self.inputs = check_inputs(args, model, peft_config, processing_class, train, evaluation)
         if args.fills_batches and args.deepspeed_plugin is None:  # DeepSpeed has read them
@@ -145,7 +146,7 @@ class ALDRIFTTrainer(HookedTrainer):
         if isinstance(model, str):
             model = loading.load_model(model, args.model_init_kwargs, self.inputs.adapter)
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
-        policy, self.prior = fidelity.split_checked(model, peft_config)
+        policy, self.prior = fidelity.split_checked(in_precision(model, args), peft_config)
         check_given_optimizer(*optimizers, policy)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
@@ -168,7 +169,7 @@ class ALDRIFTTrainer(HookedTrainer):
         self._accelerate_state = AccelerateState()
         self.pop_callback(DEFAULT_PROGRESS_CALLBACK)
         self.interrupt.take_over(self.pop_callback(JITCheckpointCallback))
-        sharding.check(self.accelerator, prior.base_model(model))
+        sharding.check(self.accelerator, prior.base_model(model), draws_first=args.objective_range is None)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
         self.run = self._make_run(parts, engine)
