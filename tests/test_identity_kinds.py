@@ -3,12 +3,14 @@
 import asyncio
 import contextlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import cost_grammar
@@ -138,6 +140,19 @@ def test_what_a_process_has_of_a_semaphore_a_pool_or_a_client_changes_no_cost():
     other = cost_kinds.closing_over(httpx.Client(base_url="http://localhost:2"))
     assert identity(other) != before[2], "another service may have other costs"
     pool.shutdown()
+
+
+def test_processes_change_no_cost_and_programs_do():
+    """Each start of the run has its own."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as one, context.Pool(1) as other, ThreadPool(1) as threads, ThreadPool(1) as others:
+        assert identity(cost_kinds.closing_over(one)) == identity(cost_kinds.closing_over(other))
+        assert identity(cost_kinds.closing_over(threads)) == identity(cost_kinds.closing_over(others))
+    programs = [subprocess.Popen([sys.executable, "-c", text]) for text in ("1", "1", "2")]
+    for program in programs:
+        program.wait()
+    one, same, other = (identity(cost_kinds.closing_over(program)) for program in programs)
+    assert one == same != other
 
 
 def test_a_model_is_the_same_wherever_it_was_loaded_from(tmp_path):

@@ -5,6 +5,7 @@ import contextlib
 import functools
 import gc
 import math
+import re
 import signal
 import subprocess
 import sys
@@ -477,6 +478,36 @@ def test_completions_that_fail_cost_the_worst(how, overlap, caplog, tmp_path):
     next_run = tolerant(failing([], how), tmp_path)
     assert next_run(ONE, [0] * 4, TEXTS).tolist() == [1.0, 2.0, 3.0, 4.0], "a failure is not evaluated in the next run"
     assert next_run.functions[0].asked == [["bb"]]
+
+
+@pytest.mark.parametrize("on_error", ["raise", "worst"])
+@pytest.mark.parametrize("value", [math.nan, None, math.inf, "?", True])
+def test_one_value_that_is_no_number_takes_no_other_with_it(on_error, value, tmp_path):
+    """They are paid for: they are on disk, and no start asks for them again."""
+    asked = []
+
+    def cost(prompts, completions):
+        asked.append(list(completions))
+        return [value if text == "bad" else 1.0 for text in completions]
+
+    settings = {"on_error": on_error, "output_dir": str(tmp_path), "cache_key": "test"}
+    objective = Objective([cost, returning(1.0)], [1.0, 1.0], 5.0, **settings)
+    if value is None:  # one of two functions need not judge a text
+        objective = Objective(cost, None, 5.0, **settings)
+    texts = ["a", "bad", "b"]
+    if on_error == "raise":
+        with pytest.raises(
+            ValueError, match=rf"'cost' returned {re.escape(repr(value))} for row 0, .*: completion 'bad'"
+        ):
+            objective(prompts("x"), [0] * 3, texts)
+    else:
+        objective(prompts("x"), [0] * 3, texts)
+    objective.close()
+    assert asked == [texts] + [["bad"]] * (on_error == "worst")
+    again = Objective(objective.functions, None, 5.0, **{**settings, "on_error": "worst"})
+    again(prompts("x"), [0] * 3, texts)
+    again.close()
+    assert asked[-1] == ["bad"], "all else was on disk"
 
 
 def test_a_failure_among_costs_of_an_earlier_start_costs_the_worst(tmp_path):

@@ -23,6 +23,10 @@ import threading
 import weakref
 from collections.abc import Sequence
 from concurrent.futures import Executor
+from multiprocessing.managers import BaseManager, BaseProxy
+from multiprocessing.pool import Pool
+from multiprocessing.process import BaseProcess
+from subprocess import Popen
 from types import CodeType, FunctionType, GeneratorType, MethodType, ModuleType
 from typing import Any
 
@@ -174,9 +178,10 @@ def _model(value: Any) -> Parts | None:
 
 _WHILE_RUNNING = (
     *(asyncio.AbstractEventLoop, asyncio.Future, asyncio.Lock, asyncio.Semaphore, asyncio.Event, asyncio.Condition),
-    *(asyncio.Queue, Executor, threading.Thread),
+    *(asyncio.Queue, Executor, threading.Thread, Pool, BaseProcess, BaseManager, BaseProxy),
 )
-"""What holds the state of a process and changes no cost: the loop that a semaphore waits on, the threads of a pool."""
+"""What holds the state of a process and changes no cost: the loop that a semaphore waits on, the threads or processes
+of a pool, and what they share."""
 
 
 def _other(value: Any) -> Parts | None:
@@ -191,6 +196,8 @@ def _other(value: Any) -> Parts | None:
         return Parts(hashed("client", type_name(value)), [str(value.base_url), dict(value.headers)])
     if isinstance(value, _WHILE_RUNNING):
         return Parts(hashed("running", type_name(value)))
+    if isinstance(value, Popen):  # a program that answers
+        return Parts(hashed("running", type_name(value)), [value.args])
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, PreTrainedTokenizerBase) or package in ("regex", "_regex", "spacy", "tiktoken"):
         return Parts(hashed("data", type_name(value), Hasher.hash(value)))

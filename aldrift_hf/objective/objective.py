@@ -322,28 +322,36 @@ class Objective:
                 begun.error = error
 
     def _evaluate_or_fail(self, begun: _Begun, batch: Batch) -> list[tuple[Key, Costs]]:
-        """The costs of a batch. With `on_error="worst"` those that fail are missing; they are in `begun.failed`."""
-        try:
-            return list(zip(batch.keys, self._cost.evaluate(batch), strict=True))
-        except CostRangeError:
-            raise  # an error of the function or the settings, which is never turned into a cost
-        except (ValueError, ObjectiveError) as error:
-            if self._worst is None:
-                raise
-            begun.failure = error
+        """The costs of a batch, without those that fail: the first of these is then `begun.error`, or, with
+        `on_error="worst"`, they are in `begun.failed`."""
         costs: list[tuple[Key, Costs]] = []
-        for single in batch.singles():
-            try:
-                costs.append((single.keys[0], self._cost.evaluate(single)[0]))
-            except CostRangeError:
-                raise
-            except (ValueError, ObjectiveError) as error:
-                begun.failure = error
+        for single, found in zip(batch.singles(), self._outcomes(batch), strict=True):
+            if isinstance(found, Exception) and self._worst is not None:
+                (found,) = self._outcomes(single)
+            if not isinstance(found, Exception):
+                costs.append((single.keys[0], found))
+            elif self._worst is None:
+                begun.error = begun.error or found
+            else:
+                begun.failure = found
                 begun.failed.append(single.keys[0])
         alone = PartialState().num_processes == 1  # with several, `finish` knows what the others have met
-        if alone and not costs and not begun.evaluated and self._counts.nothing_evaluated:
+        if alone and begun.failure and not costs and not begun.evaluated and self._counts.nothing_evaluated:
             raise begun.failure  # nothing was ever evaluated: the fault is not that of single completions
         return costs
+
+    def _outcomes(self, batch: Batch) -> Sequence[Costs | Exception]:
+        """The costs of each completion of a batch, or why it has none.
+
+        Raises:
+            CostRangeError: an error of the function or the settings, which is never turned into a cost.
+        """
+        try:
+            return self._cost.evaluate(batch)
+        except CostRangeError:
+            raise
+        except (ValueError, ObjectiveError) as error:
+            return [error] * len(batch.keys)
 
     def _costs(self, key: Key) -> Costs:
         """The costs under each function of a completion that was evaluated, or that failed."""

@@ -10,6 +10,7 @@ what the Trainer pushes to the Hub.
 from __future__ import annotations
 
 import json
+import math
 import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
@@ -84,15 +85,11 @@ class CostStore(Mapping[Key, Costs]):
         if self._loaded:
             return None
         self.identity = broadcast_object_list([self.identity])[0]
-        state = PartialState()
-        paths = [] if self.folder is None else sorted(self.folder.glob("*.sqlite"))
-        paths = [path for path in paths if path.stem.isdecimal()]  # not one that was moved away under another name
-        # Each process reads its own file and, after a start with more processes, its share of the remaining files.
-        mine = [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
+        mine = self._files()
         items: list[tuple[Key, Costs]] = []
         error: OSError | None = None
         try:
-            items = [item for path in mine for item in self._read(path)]
+            items = [item for path in mine for item in _read(path, self.identity)]
         except OSError as caught:  # raised on all processes, or the others would wait for this one
             error = caught
         for part, message in gather_object([(items, None if error is None else str(error))]):
@@ -108,6 +105,12 @@ class CostStore(Mapping[Key, Costs]):
         others = 0 if self._shared else sum(gather_object([sum(map(self._count, mine))]))
         self._loaded = True
         return Loaded(len(self._shared), others)
+
+    def sample(self, identity: str, most: int) -> list[tuple[Key, Costs]]:
+        """Up to so many costs on disk of an objective of any identity. All processes call this together, and get the
+        same."""
+        found = gather_object([item for path in self._files() for item in _read(path, identity, most)])
+        return sorted(found, key=lambda item: item[0])[:: math.ceil(len(found) / most) or 1]
 
     def add(self, costs: Iterable[tuple[Key, Costs]]) -> None:
         """Write costs to disk in one transaction. They are in the mapping after the next [`share`].
@@ -159,15 +162,24 @@ class CostStore(Mapping[Key, Costs]):
             )
         return self._connection
 
-    def _read(self, path: Path) -> list[tuple[Key, Costs]]:
-        """This objective's costs in one file."""
-        rows = _query(path, "SELECT prompt, completion, value FROM costs WHERE objective = ?", self.identity)
-        return [((prompt, text.decode("utf-8", "surrogatepass")), json.loads(value)) for prompt, text, value in rows]
+    def _files(self) -> list[Path]:
+        """The files that this process reads: its own and, after a start with more processes, its share of the rest."""
+        state = PartialState()
+        paths = [] if self.folder is None else sorted(self.folder.glob("*.sqlite"))
+        paths = [path for path in paths if path.stem.isdecimal()]  # not one that was moved away under another name
+        return [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
 
     def _count(self, path: Path) -> int:
         """The number of other objectives' costs in one file."""
         rows = _query(path, "SELECT COUNT(*) FROM costs WHERE objective != ?", self.identity)
         return int(rows[0][0]) if rows else 0
+
+
+def _read(path: Path, identity: str, most: int = -1) -> list[tuple[Key, Costs]]:
+    """An objective's costs in one file; if there are more than `most`, so many of them at random."""
+    order = "" if most < 0 else f"ORDER BY RANDOM() LIMIT {most}"
+    rows = _query(path, f"SELECT prompt, completion, value FROM costs WHERE objective = ? {order}", identity)
+    return [((prompt, text.decode("utf-8", "surrogatepass")), json.loads(value)) for prompt, text, value in rows]
 
 
 def _query(path: Path, statement: str, identity: str) -> list[tuple[str, bytes, str]]:

@@ -137,19 +137,23 @@ def _evaluate(objective: CostFunction, rows: list[Row], objective_range: float |
                 f"arguments: objective {name!r} changed {key} from {values!r} to {passed[key]!r}. Copy before "
                 "changing: a function that calls this one and another may pass both the same lists."
             )
+    judged: list[float | None] = []
     try:
-        values = check_values(name, result, range(len(rows)), completions, bound=objective_range)
+        for value in check_values(name, result, range(len(rows)), completions, bound=objective_range):
+            if isinstance(value, ValueError):
+                raise value
+            judged.append(value)
     except ValueError as error:
         _fail(f"values: {error}. Return one number in [0, D] per completion, D for malformed text.")
     costs: list[float] = []
-    for row, (text, value) in enumerate(zip(completions, values, strict=True)):
+    for row, (text, cost) in enumerate(zip(completions, judged, strict=True)):
         try:
-            if value is None:
+            if cost is None:
                 raise not_judged([name], row, text)
-            check_bound(name, value, objective_range, row, text)
+            check_bound(name, cost, objective_range, row, text)
         except ValueError as error:
             _fail(f"values: {error}")
-        costs.append(min(value, math.inf if objective_range is None else objective_range))
+        costs.append(min(cost, math.inf if objective_range is None else objective_range))
     return costs
 
 

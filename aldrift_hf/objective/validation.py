@@ -6,10 +6,13 @@ import math
 import numbers
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, TypeAlias
 
 ROUNDING = 1e-6
 """A cost may leave `[0, D]` by this share of D: 1 minus a cosine in fp32, for example, may be slightly negative."""
+
+
+Value: TypeAlias = float | ValueError | None
 
 
 class CostRangeError(ValueError):
@@ -31,8 +34,10 @@ def check_values(
     completions: Sequence[str],
     weight: float = 1.0,
     bound: float | None = None,
-) -> list[float | None]:
+) -> list[Value]:
     """The values of one function on one batch as floats, 0 where they are negative by rounding.
+
+    One value that is no number takes no other with it: they may be expensive.
 
     Args:
         name: the function's name, for the error message.
@@ -43,11 +48,12 @@ def check_values(
         bound: D, the upper bound on the weighted sum; `None` without one.
 
     Returns:
-        One finite number of at least 0 per completion, or `None` where the function does not judge it.
+        Per completion a finite number of at least 0, `None` where the function does not judge it, or the error that
+        says why the value is neither.
 
     Raises:
         CostRangeError: for a negative cost.
-        ValueError: if there is not exactly one number or `None` per completion.
+        ValueError: if there is not exactly one value per completion.
     """
     values = plain_values(values)
     if not isinstance(values, list) or len(values) != len(completions):
@@ -56,19 +62,25 @@ def check_values(
             f"objective {name!r} must return a list of one number per completion, but returned {got} for "
             f"{len(completions)} completions (rows {rows[0]} to {rows[-1]}, the first completion {completions[0]!r})"
         )
-    judged = [float(value) for value in values if _fault(value) is None]
+    faults = [None if value is None else _fault(value) for value in values]
+    judged = [float(value) for value, fault in zip(values, faults, strict=True) if value is not None and fault is None]
     scale = max([1.0, *map(abs, judged)]) if bound is None else bound / (weight or 1)
-    for value, row, text in zip(values, rows, completions, strict=True):
+    checked: list[Value] = []
+    for value, fault, row, text in zip(values, faults, rows, completions, strict=True):
         where = f"objective {name!r} returned {value!r} for row {row}, which is"
-        if value is not None and (fault := _fault(value)):
-            raise ValueError(f"{where} {fault}: completion {text!r}")
-        if value is not None and value < -ROUNDING * scale:
+        if fault is not None:
+            checked.append(ValueError(f"{where} {fault}: completion {text!r}"))
+        elif value is None:
+            checked.append(None)
+        elif value < -ROUNDING * scale:
             raise CostRangeError(
                 f"{where} negative, and 0 is the best cost: completion {text!r}. For a reward use "
                 f"from_reward(reward, best=…) with the highest reward there is, best: by this row, {-value:g} higher "
                 "than it is, if this is from_reward's."
             )
-    return [None if value is None else max(0.0, float(value)) for value in values]
+        else:
+            checked.append(max(0.0, float(value)))
+    return checked
 
 
 def check_bound(name: str, cost: float, bound: float | None, row: int, completion: str) -> None:
@@ -86,6 +98,11 @@ def check_bound(name: str, cost: float, bound: float | None, row: int, completio
 
 def not_judged(names: Sequence[str], row: int, completion: str) -> ValueError:
     """The error for a completion of which no function with a weight says anything: each returned `None`."""
+    if len(names) == 1:
+        return ValueError(
+            f"objective {names[0]!r} returned None for row {row}, which is not a number: completion {completion!r}. "
+            "Return the worst finite cost, D, for a text that cannot be scored."
+        )
     return ValueError(
         f"objective {' + '.join(map(repr, names))} returned None for row {row}, which is not a number: completion "
         f"{completion!r}. None says that a function does not judge a row, and then another must. Add one that does, or "
@@ -111,7 +128,7 @@ def _fault(value: Any) -> str | None:
     if not isinstance(value, numbers.Real):
         return "not a number"
     if value != value:
-        return "NaN"
+        return "NaN (return the worst finite cost, D, for a text that cannot be scored)"
     try:
         infinite = math.isinf(value)
     except OverflowError:  # an integer beyond the largest float

@@ -12,7 +12,7 @@ from .calling import call_functions
 from .copies import copies_of
 from .protocol import CostFunction, check_function, unique_names
 from .store import Costs, Key
-from .validation import CostRangeError, check_bound, check_values, not_judged
+from .validation import CostRangeError, Value, check_bound, check_values, not_judged
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,13 @@ class WeightedCost:
             )
         self.bound = bound
 
-    def evaluate(self, batch: Batch) -> list[Costs]:
-        """The checked costs of a batch under each function, `[n][functions]`. Each function gets copies to itself.
+    def evaluate(self, batch: Batch) -> list[Costs | ValueError]:
+        """The checked costs of each completion of a batch under each function, or the error that says why it has none:
+        an invalid cost, or no function that judges it. Each function gets copies to itself.
 
         Raises:
             CostRangeError: for a cost below 0, or a weighted sum above D, by more than rounding.
-            ValueError: for another invalid cost, and for a completion that no function judges.
+            ValueError: if a function does not return one value per completion.
             ObjectiveError: if a function raises an exception.
         """
         completions = list(batch.completions)
@@ -98,13 +99,21 @@ class WeightedCost:
         return [self.bound / weight] * len(self.functions)
 
     def check(self, costs: Costs, row: int, completion: str) -> Costs:
-        """Check costs that were evaluated under other settings, such as another bound, as [`evaluate`] does."""
+        """Check costs that were evaluated under other settings, such as another bound, as [`evaluate`] does.
+
+        Raises:
+            ValueError: for those that [`evaluate`] would not accept.
+        """
         (checked,) = self._checked([[cost] for cost in costs], [row], [completion])
+        if isinstance(checked, ValueError):
+            raise checked
         return checked
 
-    def _checked(self, results: Sequence[Any], rows: Sequence[int], completions: Sequence[str]) -> list[Costs]:
-        """What each function returned, as the costs of each completion, `[n][functions]`."""
-        columns: list[Costs] = []
+    def _checked(
+        self, results: Sequence[Any], rows: Sequence[int], completions: Sequence[str]
+    ) -> list[Costs | ValueError]:
+        """What each function returned, as the costs of each completion, `[functions]`, or an error."""
+        columns: list[Sequence[Value]] = []
         failure = None
         for name, weight, values in zip(self.names, self.weights, results, strict=True):
             try:
@@ -114,16 +123,20 @@ class WeightedCost:
             except ValueError as error:  # raised below, unless another function's cost is out of range
                 columns.append([None] * len(completions))
                 failure = failure or error
-        costs = [list(values) for values in zip(*columns, strict=True)]
-        for row, text, values in zip(rows, completions, costs, strict=True):
-            check_bound(" + ".join(self.names), self._sum(values), self.bound, row, text)
+        checked: list[Costs | ValueError] = []
+        for row, text, values in zip(rows, completions, zip(*columns, strict=True), strict=True):
+            costs: Costs = [None if isinstance(value, ValueError) else value for value in values]
+            check_bound(" + ".join(self.names), self._sum(costs), self.bound, row, text)
+            judged = [weight for weight, cost in zip(self.weights, costs, strict=True) if cost is not None]
+            if fault := next((value for value in values if isinstance(value, ValueError)), None):
+                checked.append(fault)
+            elif not judged or (any(self.weights) and not any(judged)):
+                checked.append(not_judged(self.names, row, text))
+            else:
+                checked.append(costs)
         if failure is not None:
             raise failure
-        for row, text, values in zip(rows, completions, costs, strict=True):
-            judged = [weight for weight, cost in zip(self.weights, values, strict=True) if cost is not None]
-            if not judged or (any(self.weights) and not any(judged)):
-                raise not_judged(self.names, row, text)
-        return costs
+        return checked
 
     def _sum(self, costs: Costs) -> float:
         return math.fsum(weight * cost for weight, cost in zip(self.weights, costs, strict=True) if cost is not None)

@@ -20,6 +20,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints, 
 
 from ..models.batching import Batches
 from ..models.fidelity import check_same_prior
+from ..objective.changed import check_unchanged
 from ..types import Samples
 from .run import Run
 from .state import RunState
@@ -183,6 +184,7 @@ class Checkpointer:
         path.mkdir(parents=True, exist_ok=True)
         about = {
             "settings": self._must_agree(),
+            "objective_identity": run.objective.store.identity,
             "adapter_name": run.record.settings["adapter_name"],
             "prior_row_scores": run.record.prior_row_scores,
             "updates_per_rung": run.updates_per_rung,
@@ -211,10 +213,15 @@ class Checkpointer:
             f"{name} = {theirs.get(name)!r}, not {ours[name]!r}" for name in ours if theirs.get(name) != ours[name]
         ]
         if differences:
+            depends = run.args.max_objective_calls is not None and theirs["num_generations"] != ours["num_generations"]
+            budget = (
+                " Where num_generations is not set, it follows from max_objective_calls: set it." if depends else ""
+            )
             raise ValueError(
                 f"{folder} was written with other settings than this run's: {'; '.join(differences)}. Resume with the "
-                "same ones, or start again in another output_dir."
+                f"same ones, or start again, without resume_from_checkpoint: costs are kept.{budget}"
             )
+        check_unchanged(run.objective, values.pop("objective_identity"), run.prompts, folder)
         check_same_prior(run.rollout.prior, run.rollout.policy(), scores, folder)
         updates, rows, _ = (values.pop(key) for key in ("updates_per_rung", "rows_per_update", "save_only_model"))
         if (updates, rows) != (run.updates_per_rung, run.rows_per_update):
