@@ -171,6 +171,29 @@ def test_texts_that_cannot_be_written_are_left_out():
 # ---- In a run of the trainer -----------------------------------------------------------------------------------------
 
 
+def test_an_edit_that_is_none_is_left_out():
+    """As a crossover that came to nothing."""
+    letters, sampler = Letters(), EditedTop(lambda texts, rng: [None, "ca", None], edits_per_draw=1)
+    letters.rung(sampler, ["bb", "ab"])
+    assert "ca" in letters.asked[0]
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda texts, rng: 1 / 0, r"edit\(\) raised ZeroDivisionError: division by zero\. It is called as edit\(te"),
+        (lambda texts: texts, r"edit\(\) raised TypeError: .*takes 1 positional argument but 2 were given"),
+        (lambda texts, rng: (text[99] for text in texts), r"edit\(\) raised IndexError"),
+        (lambda texts, rng: [texts], r"edit\(\) raised TypeError: unhashable"),
+        (lambda texts, rng: ["a", 3], r"edit\(\) returned 3, which is no text"),
+    ],
+)
+def test_an_edit_that_fails_is_named(edit, said):
+    letters = Letters()
+    with pytest.raises((RuntimeError, TypeError), match=f"EditedTop: {said}"):
+        letters.rung(EditedTop(edit, edits_per_draw=1), ["bb", "ab"])
+
+
 def words_changed(texts, rng):
     """One word of each text changed, or added."""
     for text in texts:

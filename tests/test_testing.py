@@ -128,6 +128,10 @@ def random_noise(prompts, completions):
     return [random.random() for _ in completions]
 
 
+def of_one_text(text):
+    return float(len(text))
+
+
 def sorts(prompts, completions):
     return sorted(cost(prompts, completions))
 
@@ -140,6 +144,7 @@ def ranks_within_the_batch(prompts, completions):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
+        (of_one_text, r"signature: .*as def cost\(prompts, completions, \*\*columns\).*\[one\(text\) for text in comp"),
         (wants_a_column, r"signature: .*missing a required argument: 'target'.*Add a column 'target'"),
         (raises_on_malformed_text, r"errors: objective 'raises_on.*JSONDecodeError.*which is ''.*the worst cost, D"),
         (raises_on_deep_nesting, r"errors: .*RecursionError.*'\(\(\(.* … .*the worst cost, D"),

@@ -8,6 +8,7 @@ import operator
 import os
 import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
@@ -40,16 +41,23 @@ def load_function(name: str, option: str) -> Callable[..., Any]:
 
 
 def _load_file(path: str, option: str) -> ModuleType:
-    """Import a file under a unique name, so that a `random.py` does not replace the module `random`."""
+    """Import a file, under a unique name where another module has its own: a `random.py` does not replace `random`."""
     if not os.path.isfile(path):
         raise ValueError(f"{option} {path}: there is no such file")
-    spec = importlib.util.spec_from_file_location(f"{option.lstrip('-')}:{Path(path).stem}", path)
+    stem = Path(path).stem
     if (beside := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(beside)  # last, so that its modules hide no others
+    if stem.isidentifier() and _is_file(importlib.util.find_spec(stem), path):
+        return importlib.import_module(stem)  # which processes of a pool can import, too
+    spec = importlib.util.spec_from_file_location(f"{option.lstrip('-')}:{stem}", path)
     module = importlib.util.module_from_spec(cast(Any, spec))
     sys.modules[module.__name__] = module
     cast(Any, spec).loader.exec_module(module)
     return module
+
+
+def _is_file(spec: ModuleSpec | None, path: str) -> bool:
+    return spec is not None and spec.has_location and Path(str(spec.origin)).resolve() == Path(path).resolve()
 
 
 def _load_module(name: str, option: str) -> ModuleType:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -16,6 +17,7 @@ from transformers import PrinterCallback, TrainingArguments
 from ..algorithm.ladders import LADDERS
 from ..algorithm.samplers import SAMPLERS
 from ..models.engines import ENGINES
+from ..objective.store import FOLDER as COSTS_FOLDER
 from ..reporting.console import print_to_stderr
 from ..reporting.record import RUN_FILE, RunRecord
 from ..trainer.config import ALDRIFTConfig
@@ -58,6 +60,8 @@ def load(
     print_to_stderr(trainer.callback_handler.callbacks)
     trainer.remove_callback(PrinterCallback)
     trainer.load_run(folder)
+    if Path(argv[0]).is_dir() and os.access(folder, os.W_OK):  # what the run has paid for is not paid for again
+        trainer.objective.store.folder = folder / COSTS_FOLDER
     return own, trainer
 
 

@@ -81,12 +81,22 @@ def check_signature(function: CostFunction, columns: Sequence[str]) -> None:
         ]
         raise TypeError(
             f"objective {name!r} cannot be called as {name}({', '.join(f'{each}=…' for each in given)}): {error}. "
-            f"{_remedy(missing)}"
+            f"{_remedy(missing, 'completions' in signature.parameters)}"
         ) from None
 
 
-def _remedy(missing: list[str]) -> str:
-    """What the user should change, given the required parameters that the data set has no column for."""
+def _remedy(missing: list[str], takes_texts: bool) -> str:
+    """What the user should change.
+
+    Args:
+        missing: the required parameters that the data set has no column for.
+        takes_texts: whether there is a parameter for the completions.
+    """
+    if len(missing) == 1 and not takes_texts and missing[0] != "completion_ids":
+        return (
+            "A cost takes all completions at once, as def cost(prompts, completions, **columns), and returns one "
+            f"number for each, such as [one({missing[0]}) for {missing[0]} in completions]."
+        )
     if not missing:
         return "Add **columns to its parameters, or remove the column from the data set."
     if "completion_ids" in missing:

@@ -24,8 +24,8 @@ PARENTS, LEARNED = 0.001, 0.01
 class Edit(Protocol):
     """The user's function: new texts out of good ones, such as mutations and crossovers of a genetic algorithm."""
 
-    def __call__(self, texts: list[str], rng: random.Random) -> Iterable[str]:
-        """New texts, any number; of more than are wanted some are chosen at random.
+    def __call__(self, texts: list[str], rng: random.Random) -> Iterable[str | None]:
+        """New texts, any number; of more than are wanted some are chosen at random. `None` is left out.
 
         Args:
             texts: `2·GENERATION` texts of one prompt, chosen by rank; a good one may be there several times.
@@ -52,6 +52,7 @@ class EditedTop(Sampler):
     Raises:
         ValueError: if there would be no edits, or nothing would be kept; and on the first rung, if no edit is a text
             that the tokenizer can write within the longest completion.
+        RuntimeError, TypeError: on any rung, if the function raises an exception, or returns what is no text.
     """
 
     corrects: ClassVar[bool] = False
@@ -135,12 +136,25 @@ class EditedTop(Sampler):
             n = len(ranked)
             rows = rng.choices(range(n), _by_rank(n, PARENTS).tolist(), k=2 * GENERATION)
             parents = self._policy.decode(ranked.completions.select(torch.tensor(rows)))
-            new = sorted({*self.edit(parents, rng)})  # a set has another order in each process
+            new = sorted(self._edits(parents, rng))  # a set has another order in each process
             rng.shuffle(new)
             tokens = [row for row in self._policy.encode(new) if row is not None][:count]
             usable += len(tokens)
             texts += [*tokens, *ranked.completions.tokens()[:1] * (count - len(tokens))]
         return texts, usable
+
+    def _edits(self, parents: list[str], rng: random.Random) -> set[str]:
+        """What the user's function makes of texts."""
+        try:
+            made = {text for text in self.edit(parents, rng) if text is not None}
+        except Exception as error:
+            raise RuntimeError(
+                f"EditedTop: edit() raised {type(error).__name__}: {error}. It is called as edit(texts, rng), and what "
+                "it cannot edit it can leave out."
+            ) from error
+        if wrong := [text for text in made if not isinstance(text, str)]:
+            raise TypeError(f"EditedTop: edit() returned {wrong[0]!r}, which is no text.")
+        return made
 
     def _chosen(self, best: list[Proposals], redrawn: list[Proposals], generator: torch.Generator) -> Moved:
         """Keep the best, and choose what is learned from among them."""
