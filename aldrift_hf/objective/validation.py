@@ -12,6 +12,8 @@ ROUNDING = 1e-6
 """A cost may leave `[0, D]` by this share of D: 1 minus a cosine in fp32, for example, may be slightly negative."""
 
 
+UNSCORED = "Return the worst finite cost, D, for a text that cannot be scored"
+
 Value: TypeAlias = float | ValueError | None
 
 
@@ -69,7 +71,8 @@ def check_values(
     for value, fault, row, text in zip(values, faults, rows, completions, strict=True):
         where = f"objective {name!r} returned {value!r} for row {row}, which is"
         if fault is not None:
-            checked.append(ValueError(f"{where} {fault}: completion {text!r}"))
+            remedy = f". {UNSCORED}" if fault == "NaN" else ""
+            checked.append(ValueError(f"{where} {fault}: completion {text!r}{remedy}"))
         elif value is None:
             checked.append(None)
         elif value < -ROUNDING * scale:
@@ -101,7 +104,7 @@ def not_judged(names: Sequence[str], row: int, completion: str) -> ValueError:
     if len(names) == 1:
         return ValueError(
             f"objective {names[0]!r} returned None for row {row}, which is not a number: completion {completion!r}. "
-            "Return the worst finite cost, D, for a text that cannot be scored."
+            f"{UNSCORED}."
         )
     return ValueError(
         f"objective {' + '.join(map(repr, names))} returned None for row {row}, which is not a number: completion "
@@ -128,7 +131,7 @@ def _fault(value: Any) -> str | None:
     if not isinstance(value, numbers.Real):
         return "not a number"
     if value != value:
-        return "NaN (return the worst finite cost, D, for a text that cannot be scored)"
+        return "NaN"
     try:
         infinite = math.isinf(value)
     except OverflowError:  # an integer beyond the largest float
