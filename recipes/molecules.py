@@ -36,7 +36,8 @@ from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecul
 from evaluation.reinvent import reinvent
 from evaluation.tables import publish
 from peft import PeftModel
-from problems.molecules import SCORES, MoleculeModelConfig, MoleculeProblem, Score, own_score
+from problems.molecules import SCORES, MoleculeModelConfig, MoleculeProblem, Score
+from problems.own_score import OwnScore
 from problems.prior import RecipeModelConfig
 from problems.training import left_open, make_trainer
 from rich.console import Console
@@ -44,7 +45,6 @@ from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
 from aldrift_hf import EditedTop
-from aldrift_hf.objective.identity import identity_of
 from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", *TRL)
@@ -63,7 +63,11 @@ class MoleculeArguments:
     objectives: list[str] = field(default_factory=lambda: [*SCORES], metadata={"help": f"Of: {', '.join(SCORES)}."})
     objective: Optional[str] = field(
         default=None,
-        metadata={"help": "Your own instead, as FILE.py:FUNCTION or MODULE:FUNCTION: a score in [0, 1] of a SMILES."},
+        metadata={
+            "help": "Your own instead, as FILE.py:FUNCTION or MODULE:FUNCTION: a score in [0, 1] of a SMILES. Each "
+            "method, setting and seed is a run with a budget of its own, but no molecule is scored twice: scores are "
+            "kept in OUTPUT_DIR/own_scores.jsonl, also for the next start."
+        },
     )
     methods: list[str] = field(default_factory=lambda: [*METHODS], metadata={"help": f"Of: {', '.join(METHODS)}."})
     budget: int = field(default=10_000, metadata={"help": "Distinct molecules that a run evaluates, at most."})
@@ -109,8 +113,7 @@ class Bench(TunedRuns):
         self, options: MoleculeArguments, scores: dict[str, Score], model_config: RecipeModelConfig, folder: Path
     ) -> None:
         self.options, self.scores, self.model_config = options, scores, model_config
-        # An objective of the user's own is known by its content: the file may be edited under the same name.
-        own = None if options.objective is None else identity_of([*scores.values()])
+        own = next((score.identity for score in scores.values() if isinstance(score, OwnScore)), None)
         settings = settings_of(options, model_config, without=("budget",), own=own)
         super().__init__(folder, "objective", dict.fromkeys(scores, options.budget), options.seeds, settings)
 
@@ -170,7 +173,7 @@ class Bench(TunedRuns):
         if learned is None:
             return measures
         texts = self.texts(*learned, problem, seed)
-        measures |= draws_measured(problem, texts)
+        measures |= draws_measured(problem, texts, evaluate=not isinstance(problem.score, OwnScore))
         if numbers[0] != self.options.sampling_tau or self.makes_target(method, seed):
             return measures
         target = Target.kept(self.target(objective))
@@ -252,14 +255,14 @@ def main() -> None:
         sys.exit("--searches must be at least 1")
     if options.sampling_tau not in options.tau_maxes:
         sys.exit(f"--sampling_tau {options.sampling_tau:g}: add it to --tau_maxes, or no run aims at that p_T.")
+    folder = Path(options.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         scores = {name: SCORES[name] for name in options.objectives}
         if options.objective is not None:
-            scores = {options.objective: own_score(options.objective)}
+            scores = {options.objective: OwnScore(options.objective, folder)}
     except ValueError as error:
         sys.exit(str(error))
-    folder = Path(options.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     options.methods.sort(key=lambda method: method != "defaults")  # it makes p_T's draws, which measure the others
     bench = Bench(options, scores, model_config, folder)
     runs = {name: {method: bench.runs(name, method) for method in options.methods} for name in scores}

@@ -15,7 +15,8 @@ from evaluation import molecule_search
 from evaluation.molecule_search import evolve
 from evaluation.molecule_target import scaffold
 from evaluation.molecules import area, diversity, draws_measured, molecules_svg, search, top_curve
-from problems.molecules import SCORES, TOKENS, MoleculeProblem, canonical_smiles, own_score, zinc
+from problems.molecules import SCORES, TOKENS, MoleculeProblem, canonical_smiles, zinc
+from problems.own_score import OwnScore
 from rdkit import Chem
 
 from aldrift_hf.toy import completion_ids, word_tokenizer
@@ -48,7 +49,7 @@ def test_the_genetic_algorithm_evaluates_in_an_order_of_its_own(monkeypatch):
 @pytest.mark.parametrize("returned", [np.float32(0.5), 1])
 def test_a_score_of_ones_own_may_return_any_real_number(tmp_path, returned):
     (tmp_path / "mine.py").write_text(f"import numpy as np\ndef score(smiles):\n    return {returned!r}\n")
-    assert own_score(f"{tmp_path}/mine.py:score")(Chem.MolFromSmiles("C")) == returned
+    assert OwnScore(f"{tmp_path}/mine.py:score", tmp_path)(Chem.MolFromSmiles("C")) == returned
 
 
 @pytest.mark.slow
@@ -108,16 +109,45 @@ def test_the_genetic_algorithm_keeps_its_budget_and_finds_more():
     assert max(scores) > 1.2 * max(scores[:50])
 
 
-@pytest.mark.slow
 def test_an_own_score(tmp_path):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "of_smiles.py").write_text(
         "def length(smiles):\n    return len(smiles) / 1000\n\ndef loss(smiles):\n    return -1\n"
     )
-    assert own_score(f"{tmp_path}/mine.py:length")(Chem.MolFromSmiles("OCC")) == 0.003
-    with pytest.raises(ValueError, match=r"the score of .+ is -1, which is no number in \[0, 1\]"):
-        own_score(f"{tmp_path}/mine.py:loss")
+    assert OwnScore(f"{tmp_path}/of_smiles.py:length", tmp_path)(Chem.MolFromSmiles("OCC")) == 0.003
+    with pytest.raises(
+        ValueError, match=r"the score of .+ is -1, which is no number in \[0, 1\]\. Return 0 for a mole"
+    ):
+        OwnScore(f"{tmp_path}/of_smiles.py:loss", tmp_path)
     with pytest.raises(ValueError, match="has no function 'lenght'; did you mean length"):
-        own_score(f"{tmp_path}/mine.py:lenght")
+        OwnScore(f"{tmp_path}/of_smiles.py:lenght", tmp_path)
+
+
+def test_no_molecule_is_scored_twice_by_an_own_score(tmp_path):
+    """Whoever asks, in whatever form, and however the last start has ended; but a changed function begins anew."""
+    text = "import math\n\ndef score(smiles):\n    open({log!r}, 'a').write(smiles + '\\n')\n    {body}\n"
+    log = tmp_path / "log.txt"
+
+    def score(name, body):
+        (tmp_path / f"{name}.py").write_text(text.format(log=str(log), body=body))
+        return OwnScore(f"{tmp_path}/{name}.py:score", tmp_path)
+
+    fails = "return math.nan if smiles == 'CCN' else 0.25"
+    one = score("first", fails)
+    tried = log.read_text().splitlines()
+    assert len(tried) == 10
+    assert [one(Chem.MolFromSmiles(smiles)) for smiles in ("OCC", "CCO")] == [0.25, 0.25]
+    for _ in range(2):
+        with pytest.raises(ValueError, match="the score of CCN is nan"):
+            one(Chem.MolFromSmiles("NCC"))
+    again = score("second", fails)
+    assert again(Chem.MolFromSmiles("OCC")) == 0.25
+    assert log.read_text().splitlines() == [*tried, "CCO", "CCN", "CCN"]
+    assert score("third", "return 0.5")(Chem.MolFromSmiles("OCC")) == 0.5
+
+
+def test_final_draws_cost_no_call_of_an_own_score():
+    problem = MoleculeProblem(pytest.fail)
+    assert draws_measured(problem, ["CCO", "OCC", "C(", "CC"], evaluate=False) == {"valid": 0.75, "unique": 2 / 3}
 
 
 def test_the_score_of_a_prior_molecule_is_low():

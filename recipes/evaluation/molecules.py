@@ -79,18 +79,23 @@ def diversity(smiles: Sequence[str]) -> float:
     return 1 - statistics.mean(value for row in pairs for value in row) if pairs else 0.0
 
 
-def draws_measured(problem: MoleculeProblem, texts: Sequence[str]) -> dict[str, float]:
-    """Measures of a final model's draws: the share of molecules, of distinct ones among these, and their mean score."""
+def draws_measured(problem: MoleculeProblem, texts: Sequence[str], evaluate: bool = True) -> dict[str, float]:
+    """Measures of a final model's draws: the share of molecules, of distinct ones among these, and their mean score.
+
+    Args:
+        problem: with the scores of the molecules that its run has evaluated.
+        texts: the draws.
+        evaluate: whether the others are scored for the mean; otherwise it is left out.
+    """
     valid = [canonical for text in texts if (canonical := canonical_smiles(text)) is not None]
+    shares = {"valid": len(valid) / len(texts), "unique": len({*valid}) / max(len(valid), 1)}
+    if not evaluate:
+        return shares
     known = {
         each: problem.values[each] if each in problem.values else problem.score(Chem.MolFromSmiles(each))
         for each in {*valid}
     }
-    return {
-        "valid": len(valid) / len(texts),
-        "unique": len(known) / max(len(valid), 1),
-        "mean_score": sum(known[each] for each in valid) / len(texts),
-    }
+    return shares | {"mean_score": sum(known[each] for each in valid) / len(texts)}
 
 
 # ---- Tables and figures ----------------------------------------------------------------------------------------------
@@ -129,7 +134,8 @@ def distances(name: str, target: Target, runs: Sequence[Run]) -> Comparison:
     comparison.rows.append(("prior", [f"{target.kl_of_prior:.2f}", *[""] * (len(columns) - 1)]))
     for run in runs:
         cells = [f"{run['kl']:.2f}", f"{run['kl_error']:.2f}", f"{run['scaffolds_known']:.2f}"]
-        cells += [f"{run['mean_score']:.3f}", f"{run['valid']:.3f}", f"{run['unique']:.3f}"]
+        mean = f"{run['mean_score']:.3f}" if "mean_score" in run else ""
+        cells += [mean, f"{run['valid']:.3f}", f"{run['unique']:.3f}"]
         comparison.rows.append((f"{run['method']} {run['setting']}", cells))
     return comparison
 

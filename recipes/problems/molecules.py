@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import numbers
 import re
 from abc import abstractmethod
 from collections import Counter
@@ -23,7 +22,6 @@ from rdkit import Chem, RDLogger
 from rdkit.Chem import Crippen, rdFingerprintGenerator, rdMolDescriptors
 from rdkit.DataStructs import TanimotoSimilarity
 
-from aldrift_hf.cli.functions import load_function
 from aldrift_hf.toy import SmallPriorConfig
 from problems.prior import RecipeModelConfig
 from problems.text_problem import TextProblem
@@ -129,20 +127,6 @@ SCORES: Mapping[str, Score] = {
     "median1": geometric(similarity(MENTHOL, "ECFP4"), similarity(CAMPHOR, "ECFP4")),
 }
 """PMO's objectives, by its names."""
-
-
-def own_score(name: str) -> Score:
-    """A user's score of a SMILES string, as `FILE.py:FUNCTION` or `MODULE:FUNCTION`, tried on some molecules of ZINC.
-
-    Raises:
-        ValueError: if there is no such function, or it does not return numbers in [0, 1].
-    """
-    function: Any = load_function(name, "--objective")
-    for smiles in zinc()[0][:10]:
-        value = function(smiles)
-        if not isinstance(value, numbers.Real) or not 0 <= float(value) <= 1:
-            raise ValueError(f"--objective {name}: the score of {smiles} is {value!r}, which is no number in [0, 1]")
-    return lambda molecule: float(function(Chem.MolToSmiles(molecule)))
 
 
 # ---- The problem -----------------------------------------------------------------------------------------------------
