@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     )
     from .models.engines import Engine, TransformersEngine, VLLMEngine, VLLMServerEngine
     from .objective.calling import ObjectiveError
+    from .objective.evaluated import evaluated_texts
     from .objective.rewards import from_reward
     from .objective.testing import check_objective
     from .reporting.callbacks import RunCallback
@@ -63,6 +64,7 @@ __all__ = [
     "VLLMEngine",
     "VLLMServerEngine",
     "check_objective",
+    "evaluated_texts",
     "from_reward",
 ]
 
@@ -82,6 +84,7 @@ _EXPORTS = {
     ),
     "models.engines": ("Engine", "TransformersEngine", "VLLMEngine", "VLLMServerEngine"),
     "objective.calling": ("ObjectiveError",),
+    "objective.evaluated": ("evaluated_texts",),
     "objective.rewards": ("from_reward",),
     "objective.testing": ("check_objective",),
     "reporting.callbacks": ("RunCallback",),

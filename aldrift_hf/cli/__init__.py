@@ -12,6 +12,7 @@ COMMANDS = {
     "train": (".train", "turn a model into a sampler of p_T(s) ∝ L(s)·exp(-T·d(s)), for your cost d"),
     "sample": (".sample", "draw samples of p_T from a trained model"),
     "evaluate": (".evaluate", "measure how close a trained model is to p_T"),
+    "costs": (".costs", "list all texts that a run has evaluated, best first"),
     "report": (".report", "write report.html for a run, finished or not, and print its outcome"),
     "selftest": ("..selftest", "check probabilities and draws on this machine, device and model"),
     "env": (".env", "print versions and devices, for a bug report"),

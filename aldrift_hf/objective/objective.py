@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import logging
 import math
 import threading
@@ -87,7 +88,8 @@ class Objective:
         self.progress = progress
         # The identity is that of the functions' present state: a function may count its calls, for example.
         identity = "" if output_dir is None else identity_of(self.functions, cache_key)
-        self.store = CostStore(output_dir, identity, len(self.functions))
+        about = json.dumps([self.names, self._cost.weights])
+        self.store = CostStore(output_dir, identity, len(self.functions), about)
         self._worker: Worker | None = None
         self._opened = 0
         self._begun = _Begun()
@@ -314,7 +316,7 @@ class Objective:
         if begun.error is None:
             try:
                 costs = self._evaluate_or_fail(begun, batch)
-                self.store.add(costs)
+                self.store.add(costs, batch.rows_by_key())
                 begun.evaluated += len(costs)
             except BaseException as error:  # finish raises it on all processes
                 if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():

@@ -15,7 +15,7 @@ import sqlite3
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -49,12 +49,13 @@ class CostStore(Mapping[Key, Costs]):
         identity: what distinguishes this objective from others whose costs may be in the same directory
             ([`aldrift_hf.objective.identity`]). The first process's is used on all.
         num_functions: number of cost functions, and of costs per key.
+        about: what is kept of the objective for whoever reads the files later.
     """
 
-    def __init__(self, output_dir: str | Path | None, identity: str, num_functions: int) -> None:
+    def __init__(self, output_dir: str | Path | None, identity: str, num_functions: int, about: str = "") -> None:
         self.folder = None if output_dir is None else Path(output_dir) / FOLDER
         self.identity = identity
-        self.num_functions = num_functions
+        self.num_functions, self.about = num_functions, about
         self._shared: dict[Key, Costs] = {}
         self._unshared: list[tuple[Key, Costs]] = []
         self._loaded = False
@@ -112,14 +113,18 @@ class CostStore(Mapping[Key, Costs]):
         found = gather_object([item for path in self._files() for item in _read(path, identity, most)])
         return sorted(found, key=lambda item: item[0])[:: math.ceil(len(found) / most) or 1]
 
-    def add(self, costs: Iterable[tuple[Key, Costs]]) -> None:
+    def add(self, costs: Iterable[tuple[Key, Costs]], rows: Mapping[str, dict[str, Any]] | None = None) -> None:
         """Write costs to disk in one transaction. They are in the mapping after the next [`share`].
+
+        Args:
+            costs: by their keys.
+            rows: the prompts' rows, by what stands for them in the keys: for whoever reads the files later.
 
         Raises:
             OSError: if they cannot be written.
         """
         items = list(costs)
-        rows = [
+        kept = [
             (self.identity, prompt, text.encode("utf-8", "surrogatepass"), json.dumps(values))
             for (prompt, text), values in items
         ]
@@ -127,7 +132,9 @@ class CostStore(Mapping[Key, Costs]):
             if self.folder is not None:
                 try:
                     with self._open(self.folder) as connection:
-                        connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", rows)
+                        connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", kept)
+                        known = [(key, json.dumps(row, default=str)) for key, row in (rows or {}).items()]
+                        connection.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", known)
                 except sqlite3.Error as error:
                     raise OSError(
                         f"costs could not be written to {self.folder}: {error}. Free disk space, or choose another "
@@ -160,6 +167,10 @@ class CostStore(Mapping[Key, Costs]):
                 "CREATE TABLE IF NOT EXISTS costs (objective TEXT, prompt TEXT, completion BLOB, value TEXT, "
                 "PRIMARY KEY (objective, prompt, completion)) WITHOUT ROWID"
             )
+            self._connection.execute("CREATE TABLE IF NOT EXISTS prompts (key TEXT PRIMARY KEY, row TEXT)")
+            # The objective that evaluated last is in the last row.
+            self._connection.execute("CREATE TABLE IF NOT EXISTS objectives (identity TEXT PRIMARY KEY, about TEXT)")
+            self._connection.execute("INSERT OR REPLACE INTO objectives VALUES (?, ?)", (self.identity, self.about))
         return self._connection
 
     def _files(self) -> list[Path]:
@@ -182,12 +193,28 @@ def _read(path: Path, identity: str, most: int = -1) -> list[tuple[Key, Costs]]:
     return [((prompt, text.decode("utf-8", "surrogatepass")), json.loads(value)) for prompt, text, value in rows]
 
 
-def _query(path: Path, statement: str, identity: str) -> list[tuple[str, bytes, str]]:
+def described(path: Path) -> tuple[str, str] | None:
+    """The identity of the objective that was last evaluated in a file, and what is kept of it."""
+    rows = _query(path, "SELECT identity, about FROM objectives ORDER BY rowid DESC LIMIT 1")
+    return rows[0] if rows else None
+
+
+def rows_of(path: Path, identity: str) -> Iterator[tuple[str, str, Costs]]:
+    """An objective's costs in one file, each with its prompt's row (JSON) and completion."""
+    for row, text, value in _query(
+        path,
+        "SELECT prompts.row, completion, value FROM costs JOIN prompts ON costs.prompt = key WHERE objective = ?",
+        identity,
+    ):
+        yield row, text.decode("utf-8", "surrogatepass"), json.loads(value)
+
+
+def _query(path: Path, statement: str, *values: str) -> list[tuple[Any, ...]]:
     """The rows that a statement selects; none where the table does not exist."""
     try:
         connection = sqlite3.connect(path, timeout=60)
         try:
-            return connection.execute(statement, (identity,)).fetchall()
+            return connection.execute(statement, values).fetchall()
         finally:
             connection.close()
     except sqlite3.OperationalError as error:

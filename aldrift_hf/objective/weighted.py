@@ -31,6 +31,10 @@ class Batch:
     rows: Sequence[int]
     completions: Sequence[str]
 
+    def rows_by_key(self) -> dict[str, dict[str, Any]]:
+        """The prompts' rows, by what stands for them in the keys."""
+        return {key[0]: self.prompts.rows[row] for key, row in zip(self.keys, self.rows, strict=True)}
+
     def singles(self) -> Iterator[Batch]:
         """Batches of one completion each."""
         for key, row, text in zip(self.keys, self.rows, self.completions, strict=True):

@@ -1,0 +1,43 @@
+"""What a run has evaluated, read from its folder: neither its model nor its cost functions are needed."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from .store import FOLDER, described, rows_of
+
+
+def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """All texts that a run has evaluated, best first; also of a run that goes on, or was killed.
+
+    They are those of all starts with the same objective. Where the folder has costs of several objectives, the one
+    that evaluated last counts.
+
+    Args:
+        output_dir: the run's.
+
+    Returns:
+        For each text a dictionary with its `prompt` and the columns that came with it, the `completion`, and its cost,
+        `objective`; with several cost functions also `objectives`, the cost under each by name, `None` under one that
+        does not judge it.
+
+    Raises:
+        ValueError: if nothing was evaluated there.
+        OSError: for a file that is damaged or cannot be read.
+    """
+    paths = sorted(path for path in Path(output_dir, FOLDER).glob("*.sqlite") if path.stem.isdecimal())
+    newest = next(filter(None, map(described, paths)), None)
+    if newest is None:
+        raise ValueError(f"{output_dir} is not the output directory of a run that has evaluated anything: no {FOLDER}")
+    identity, about = newest
+    names, weights = json.loads(about)
+    texts = []
+    for row, completion, costs in (found for path in paths for found in rows_of(path, identity)):
+        judged = [weight * cost for weight, cost in zip(weights, costs, strict=True) if cost is not None]
+        text = {**json.loads(row), "completion": completion, "objective": math.fsum(judged)}
+        texts.append(text if len(names) == 1 else text | {"objectives": dict(zip(names, costs, strict=True))})
+    return sorted(texts, key=lambda text: float(text["objective"]))

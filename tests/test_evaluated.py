@@ -1,0 +1,103 @@
+"""All that a run has paid for can be read from its folder, without its model and its cost."""
+
+import csv
+import json
+
+import pytest
+from test_objective import prompts
+
+from aldrift_hf import cli, evaluated_texts
+from aldrift_hf.objective.objective import Objective
+
+CHAT = [{"role": "user", "content": "Größe?"}]
+ROWS = prompts("x", CHAT, topic=["red", "blau"])
+
+
+def lengths(prompts, completions, topic):
+    return [float(len(text)) for text in completions]
+
+
+def vowels(prompts, completions, topic):
+    """Of chats it says nothing."""
+    return [
+        float(sum(letter in "aeiou" for letter in text)) if isinstance(prompt, str) else None
+        for prompt, text in zip(prompts, completions)
+    ]
+
+
+def evaluate(folder, functions, weights, rows, texts):
+    objective = Objective(functions, weights, 10.0, output_dir=str(folder))
+    costs = objective(ROWS, rows, texts).tolist()
+    objective.close()
+    return costs
+
+
+TEXTS = ["aaaa", "büro \ud800", "c", ""]
+
+
+def test_all_texts_best_first_with_their_prompts_columns_and_costs(tmp_path):
+    evaluate(tmp_path, [lengths, vowels], [1.0, 0.5], [0, 0], TEXTS[:2])
+    evaluate(tmp_path, [lengths, vowels], [1.0, 0.5], [1, 0, 0], [TEXTS[2], TEXTS[3], TEXTS[0]])
+    found = evaluated_texts(tmp_path)
+    red, blue = {"prompt": "x", "topic": "red"}, {"prompt": CHAT, "topic": "blau"}
+    assert found == [
+        {**red, "completion": "", "objective": 0.0, "objectives": {"lengths": 0.0, "vowels": 0.0}},
+        {**blue, "completion": "c", "objective": 1.0, "objectives": {"lengths": 1.0, "vowels": None}},
+        {**red, "completion": "aaaa", "objective": 6.0, "objectives": {"lengths": 4.0, "vowels": 4.0}},
+        {**red, "completion": TEXTS[1], "objective": 6.5, "objectives": {"lengths": 6.0, "vowels": 1.0}},
+    ]
+
+
+def test_of_several_objectives_the_last_that_evaluated_counts(tmp_path):
+    evaluate(tmp_path, lengths, None, [0], ["abc"])
+    evaluate(tmp_path, [lengths, vowels], None, [0], ["abc"])
+    assert evaluated_texts(tmp_path)[0]["objective"] == 4.0
+    evaluate(tmp_path, lengths, None, [0, 0], ["abc", "d"])
+    assert [(text["completion"], text["objective"]) for text in evaluated_texts(tmp_path)] == [("d", 1.0), ("abc", 3.0)]
+    assert "objectives" not in evaluated_texts(tmp_path)[0]
+
+
+def test_while_a_run_goes_on(tmp_path):
+    objective = Objective(lengths, None, 10.0, output_dir=str(tmp_path))
+    objective(ROWS, [0], ["abc"])
+    assert [text["completion"] for text in evaluated_texts(str(tmp_path))] == ["abc"]
+    objective.close()
+
+
+def test_a_folder_without_costs_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is not the output directory of a run that has evaluated anything"):
+        evaluated_texts(tmp_path)
+
+
+def test_the_command(tmp_path, capsys):
+    folder = str(tmp_path / "out")
+    evaluate(folder, [lengths, vowels], [1.0, 0.5], [0, 1, 0], ["aa, \n", "b", ""])
+    cli.main(["costs", folder])
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == evaluated_texts(folder)
+    cli.main(["costs", folder, "-n", "1", "--output", str(tmp_path / "best.jsonl")])
+    assert json.loads((tmp_path / "best.jsonl").read_text())["completion"] == ""
+    cli.main(["costs", folder, "--output", str(tmp_path / "all.csv")])
+    with (tmp_path / "all.csv").open(newline="", encoding="utf-8") as file:
+        table = [*csv.DictReader(file)]
+    assert [row["completion"] for row in table] == ["", "b", "aa, \n"]
+    assert table[1] == {
+        **{"prompt": json.dumps(CHAT, ensure_ascii=False), "topic": "blau", "completion": "b", "objective": "1.0"},
+        **{"objectives/lengths": "1.0", "objectives/vowels": ""},
+    }
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["nowhere"], "nowhere is not the output directory of a run"),
+        (["nowhere", "-n", "0"], "--num_texts must be at least 1, got 0"),
+        (["nowhere", "--outptu", "x"], "there is no option --outptu; did you mean --output?"),
+        ([], "the following arguments are required: RUN"),
+    ],
+)
+def test_what_cannot_be_listed_is_one_clear_line(capsys, argv, said):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["costs", *argv])
+    assert stop.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"aldrift costs: {said}")
