@@ -491,7 +491,9 @@ def test_every_setting_of_ours_has_a_group():
 def test_no_command_and_no_such_command(capsys):
     cli.main([])
     assert "aldrift COMMAND --help" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"no command 'trian'; the commands are train, sample, evaluate, report, self"):
+    with pytest.raises(
+        SystemExit, match=r"no command 'trian'; the commands are train, sample, evaluate, costs, report, self"
+    ):
         cli.main(["trian"])
 
 

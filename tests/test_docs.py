@@ -365,6 +365,10 @@ def check(recipe_module, monkeypatch) -> Callable[[list[str]], None]:
         elif command == "report":
             with pytest.raises(SystemExit, match="is not the output directory of a run"):
                 cli.main(words)
+        elif command == "costs":
+            monkeypatch.setattr("aldrift_hf.cli.costs.evaluated_texts", stop)
+            with pytest.raises(Parsed):
+                cli.main(words)
         else:
             with pytest.raises(Parsed):
                 cli.main(words)

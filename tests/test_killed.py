@@ -39,8 +39,8 @@ def train(folder):
         note(folder, "asked", completions)
         return count_a(prompts, completions)
 
-    def noted(self, costs, write=CostStore.add):
-        write(self, costs)
+    def noted(self, costs, *rows, write=CostStore.add):
+        write(self, costs, *rows)
         note(folder, "on-disk", [text for (_, text), _ in costs])
 
     CostStore.add = noted

@@ -70,7 +70,7 @@ def test_a_reward_of_trl_is_a_cost(name, overlap, tokenizer):
 def test_a_row_that_no_reward_judges_is_refused():
     """TRL only warns; here the row would be without a target."""
     prompts = Prompts([{"prompt": CHAT, "solution": ""}], [[0]], ["row"])
-    with pytest.raises(ValueError, match=r"'accuracy_reward' returned None for row 0, .*remove such rows"):
+    with pytest.raises(ValueError, match=r"'accuracy_reward' returned None for row 0, .*remove them"):
         Objective(from_reward(rewards.accuracy_reward), None, None)(prompts, [0], [RIGHT])
     format_and_accuracy = [from_reward(rewards.think_format_reward), from_reward(rewards.accuracy_reward)]
     assert Objective(format_and_accuracy, None, None)(prompts, [0], [THOUGHT + RIGHT]).tolist() == [0.0]

@@ -104,7 +104,7 @@ def not_judged(names: Sequence[str], row: int, completion: str) -> ValueError:
     if len(names) == 1:
         return ValueError(
             f"objective {names[0]!r} returned None for row {row}, which is not a number: completion {completion!r}. "
-            f"{UNSCORED}."
+            f"{UNSCORED}. Rows that have nothing to be scored by, such as no solution: remove them from the data set."
         )
     return ValueError(
         f"objective {' + '.join(map(repr, names))} returned None for row {row}, which is not a number: completion "
