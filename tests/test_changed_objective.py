@@ -19,9 +19,9 @@ another.__name__ = "counted"
 
 
 def partly(prompts, completions, **columns):
-    """Another cost of one text in four."""
+    """Another cost of the texts of three words, which are two in three."""
     return [
-        cost if len(text) % 4 else min(3.0, cost + 1)
+        cost if len(text) < 5 else 3 - cost
         for text, cost in zip(completions, count_a(prompts, completions), strict=True)
     ]
 
