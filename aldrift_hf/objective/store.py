@@ -133,6 +133,9 @@ class CostStore(Mapping[Key, Costs]):
                 try:
                     with self._open(self.folder) as connection:
                         connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", kept)
+                        # The objective that evaluated last is in the last row.
+                        objective = (self.identity, self.about)
+                        connection.execute("INSERT OR REPLACE INTO objectives VALUES (?, ?)", objective)
                         known = [(key, json.dumps(row, default=str)) for key, row in (rows or {}).items()]
                         connection.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", known)
                 except sqlite3.Error as error:
@@ -168,9 +171,7 @@ class CostStore(Mapping[Key, Costs]):
                 "PRIMARY KEY (objective, prompt, completion)) WITHOUT ROWID"
             )
             self._connection.execute("CREATE TABLE IF NOT EXISTS prompts (key TEXT PRIMARY KEY, row TEXT)")
-            # The objective that evaluated last is in the last row.
             self._connection.execute("CREATE TABLE IF NOT EXISTS objectives (identity TEXT PRIMARY KEY, about TEXT)")
-            self._connection.execute("INSERT OR REPLACE INTO objectives VALUES (?, ?)", (self.identity, self.about))
         return self._connection
 
     def _files(self) -> list[Path]:
