@@ -3,6 +3,8 @@
 import pytest
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
+from aldrift_hf import evaluated_texts
+
 pytestmark = pytest.mark.versions
 
 
@@ -52,6 +54,9 @@ def test_an_objective_with_other_costs_is_refused(trainer_of, other):
         ValueError, match=r"checkpoint-8 was written with other costs .*' cost \d\.\d and costs \d\.\d\."
     ):
         changed.train(resume_from_checkpoint=True)
+    paid = evaluated_texts(changed.args.output_dir)
+    assert len(paid) > 16, "what was compared is not the run's"
+    assert [text["objective"] for text in paid] == sorted(count_a([], [text["completion"] for text in paid]))
 
 
 def test_an_objective_that_only_looks_another_is_asked_a_few_texts_and_goes_on(trainer_of, monkeypatch):

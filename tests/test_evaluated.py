@@ -57,6 +57,31 @@ def test_of_several_objectives_the_last_that_evaluated_counts(tmp_path):
     assert "objectives" not in evaluated_texts(tmp_path)[0]
 
 
+def test_an_objective_that_has_evaluated_nothing_does_not_count(tmp_path):
+    def fails(prompts, completions, topic):
+        return [float("nan")] * len(completions)
+
+    evaluate(tmp_path, lengths, None, [0], ["abc"])
+    with pytest.raises(ValueError, match="NaN"):
+        evaluate(tmp_path, fails, None, [0], ["d"])
+    assert [text["completion"] for text in evaluated_texts(tmp_path)] == ["abc"]
+
+
+def test_rows_of_a_table_may_have_other_columns(tmp_path):
+    """As the data sets of training and of evaluation may."""
+    evaluate(tmp_path, lambda prompts, completions, **columns: [1.0] * len(completions), None, [0], ["abc"])
+    objective = Objective(
+        lambda prompts, completions, **columns: [1.0] * len(completions), None, 10.0,
+        output_dir=str(tmp_path), cache_key="both",
+    )  # fmt: skip
+    objective(prompts("y"), [0], ["a"])
+    objective(ROWS, [0], ["b"])
+    objective.close()
+    cli.main(["costs", str(tmp_path), "--output", str(tmp_path / "all.csv")])
+    with (tmp_path / "all.csv").open(newline="") as file:
+        assert {(row["completion"], row["topic"]) for row in csv.DictReader(file)} == {("a", ""), ("b", "red")}
+
+
 def test_while_a_run_goes_on(tmp_path):
     objective = Objective(lengths, None, 10.0, output_dir=str(tmp_path))
     objective(ROWS, [0], ["abc"])

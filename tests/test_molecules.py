@@ -142,6 +142,9 @@ def test_no_molecule_is_scored_twice_by_an_own_score(tmp_path):
     again = score("second", fails)
     assert again(Chem.MolFromSmiles("OCC")) == 0.25
     assert log.read_text().splitlines() == [*tried, "CCO", "CCN", "CCN"]
+    with (tmp_path / "own_scores.jsonl").open("a") as file:
+        file.write('{"of": "cont')  # a kill
+    assert score("fourth", fails)(Chem.MolFromSmiles("OCC")) == 0.25
     assert score("third", "return 0.5")(Chem.MolFromSmiles("OCC")) == 0.5
 
 

@@ -46,7 +46,7 @@ def _write(texts: list[dict[str, Any]], file: IO[str], as_table: bool) -> None:
         file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
         return
     rows = [_flat(text) for text in texts]
-    table = csv.DictWriter(file, fieldnames=list(rows[0]))
+    table = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
     table.writeheader()
     table.writerows(rows)
 

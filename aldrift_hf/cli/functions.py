@@ -47,7 +47,7 @@ def _load_file(path: str, option: str) -> ModuleType:
     stem = Path(path).stem
     if (beside := str(Path(path).resolve().parent)) not in sys.path:
         sys.path.append(beside)  # last, so that its modules hide no others
-    if stem.isidentifier() and _is_file(importlib.util.find_spec(stem), path):
+    if stem.isidentifier() and stem != "__main__" and _is_file(importlib.util.find_spec(stem), path):
         return importlib.import_module(stem)  # which processes of a pool can import, too
     spec = importlib.util.spec_from_file_location(f"{option.lstrip('-')}:{stem}", path)
     module = importlib.util.module_from_spec(cast(Any, spec))

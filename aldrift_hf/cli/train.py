@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         trainer.train(resume_from_checkpoint=config.resume_from_checkpoint)
     except Exception:
-        kept = get_last_checkpoint(str(config.output_dir))
-        if kept and trainer.state.global_step and trainer.is_world_process_zero():
+        learned = trainer.state.global_step and trainer.is_world_process_zero() and not config.save_only_model
+        if learned and (kept := get_last_checkpoint(str(config.output_dir))):
             print(f"{kept} is kept: --resume_from_checkpoint True goes on from there.", file=sys.stderr)
         raise
     trainer.save_model()  # with push_to_hub, this pushes it too

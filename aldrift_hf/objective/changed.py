@@ -41,7 +41,11 @@ def check_unchanged(objective: Objective, identity: str, prompts: Prompts, folde
             f"the objective is not the one that {folder} was written with, or refers to other data, and no cost is on "
             "disk to be compared. If its costs have changed, start again without resume_from_checkpoint."
         )
-    objective(prompts, [row_of[prompt] for (prompt, _), _ in known], [text for (_, text), _ in known])
+    about, objective.store.about = objective.store.about, None  # these are not yet the run's
+    try:
+        objective(prompts, [row_of[prompt] for (prompt, _), _ in known], [text for (_, text), _ in known])
+    finally:
+        objective.store.about = about
     for key, before in known:
         now = objective.store.get(key)  # none if its evaluation has failed
         if now is not None and not _agree(before, now):

@@ -49,8 +49,11 @@ class CostStore(Mapping[Key, Costs]):
         identity: what distinguishes this objective from others whose costs may be in the same directory
             ([`aldrift_hf.objective.identity`]). The first process's is used on all.
         num_functions: number of cost functions, and of costs per key.
-        about: what is kept of the objective for whoever reads the files later.
+        about: what is kept of the objective for whoever reads the files later; while it is `None`, what is evaluated is
+            not the run's.
     """
+
+    about: str | None
 
     def __init__(self, output_dir: str | Path | None, identity: str, num_functions: int, about: str = "") -> None:
         self.folder = None if output_dir is None else Path(output_dir) / FOLDER
@@ -110,7 +113,17 @@ class CostStore(Mapping[Key, Costs]):
     def sample(self, identity: str, most: int) -> list[tuple[Key, Costs]]:
         """Up to so many costs on disk of an objective of any identity. All processes call this together, and get the
         same."""
-        found = gather_object([item for path in self._files() for item in _read(path, identity, most)])
+        items: list[tuple[Key, Costs]] = []
+        error: OSError | None = None
+        try:
+            items = [item for path in self._files() for item in _read(path, identity, most)]
+        except OSError as caught:  # raised on all processes, or the others would wait for this one
+            error = caught
+        found: list[tuple[Key, Costs]] = []
+        for part, message in gather_object([(items, None if error is None else str(error))]):
+            if message is not None:
+                raise OSError(message) from error
+            found += part
         return sorted(found, key=lambda item: item[0])[:: math.ceil(len(found) / most) or 1]
 
     def add(self, costs: Iterable[tuple[Key, Costs]], rows: Mapping[str, dict[str, Any]] | None = None) -> None:
@@ -134,8 +147,9 @@ class CostStore(Mapping[Key, Costs]):
                     with self._open(self.folder) as connection:
                         connection.executemany("INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?)", kept)
                         # The objective that evaluated last is in the last row.
-                        objective = (self.identity, self.about)
-                        connection.execute("INSERT OR REPLACE INTO objectives VALUES (?, ?)", objective)
+                        if kept and self.about is not None:
+                            objective = (self.identity, self.about)
+                            connection.execute("INSERT OR REPLACE INTO objectives VALUES (?, ?)", objective)
                         known = [(key, json.dumps(row, default=str)) for key, row in (rows or {}).items()]
                         connection.executemany("INSERT OR IGNORE INTO prompts VALUES (?, ?)", known)
                 except sqlite3.Error as error:

@@ -35,7 +35,10 @@ class OwnScore:
     def __init__(self, name: str, folder: Path) -> None:
         self.name, self.function = name, load_function(name, "--objective")
         self.identity, self.file = identity_of([self.function]), folder / SCORES_FILE
-        kept = [json.loads(line) for line in self.file.read_text().splitlines()] if self.file.is_file() else []
+        lines = self.file.read_text().splitlines(keepends=True) if self.file.is_file() else []
+        if lines and not lines[-1].endswith("\n"):  # the program was killed as it wrote
+            self.file.write_text("".join(lines[:-1]))
+        kept = [json.loads(line) for line in lines if line.endswith("\n")]
         self.known: dict[str, float] = {one["smiles"]: one["score"] for one in kept if one["of"] == self.identity}
         for smiles in zinc()[0][:TRIED]:
             self(Chem.MolFromSmiles(smiles))
