@@ -123,7 +123,7 @@ def test_an_own_score(tmp_path):
 
 
 def test_no_molecule_is_scored_twice_by_an_own_score(tmp_path):
-    """Whoever asks, in whatever form, and however the last start has ended; but a changed function begins anew."""
+    """Not if it is written otherwise, nor after a restart; a function that was changed scores it again."""
     text = "import math\n\ndef score(smiles):\n    open({log!r}, 'a').write(smiles + '\\n')\n    {body}\n"
     log = tmp_path / "log.txt"
 

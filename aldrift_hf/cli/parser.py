@@ -148,7 +148,8 @@ class RunParser(Parser):
         no use for `null`, that is its default."""
         several = {action.dest for action in self._actions if action.nargs in ("+", "*")}
         alone = {name for name, value in values.items() if name in several and isinstance(value, (str, int, float))}
-        left = {name for name, value in values.items() if value is None and name in self._never_none()}
+        unset = {name for name, value in values.items() if value is None}
+        left = unset & self._never_none() if unset else unset
         remaining: list[str] = super().set_defaults_with_config(
             **{name: [value] if name in alone else value for name, value in values.items() if name not in left}
         )

@@ -105,7 +105,7 @@ def check_gradients(parameters: Iterable[nn.Parameter], learning_rate: float) ->
     return float(largest)
 
 
-def check_made(was_skipped: bool, learning_rate: float) -> None:
+def check_update(was_skipped: bool, learning_rate: float) -> None:
     """Stop where DeepSpeed, which checks gradients by itself, has left an update out.
 
     Raises:

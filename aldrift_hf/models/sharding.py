@@ -49,9 +49,8 @@ def check(accelerator: Accelerator, model: Any, draws_first: bool = False) -> No
     if plugin is not None and plugin.state_dict_type is not StateDictType.FULL_STATE_DICT:
         raise ValueError("checkpoints would miss the adapter: set fsdp_state_dict_type: FULL_STATE_DICT.")
     zero = getattr(state, "deepspeed_plugin", None)
-    if differences := getattr(
-        getattr(zero, "hf_ds_config", None), "mismatches", []
-    ):  # the Trainer refuses them after draws
+    # The Trainer refuses them, too, but after draws.
+    if differences := getattr(getattr(zero, "hf_ds_config", None), "mismatches", []):
         raise ValueError(
             f"DeepSpeed's config differs from the settings: {'; '.join(each.lstrip('- ') for each in differences)} "
             "(ds: the config, hf: the settings). Set these to auto in the config, or give the settings its values."

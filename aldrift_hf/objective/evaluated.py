@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from pathlib import Path
 from typing import Any
 
-from .store import FOLDER, described, rows_of
+from .store import FOLDER, described, files_in, rows_of
+from .weighted import weighted_sum
 
 
 def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -29,7 +29,7 @@ def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: if nothing was evaluated there.
         OSError: for a file that is damaged or cannot be read.
     """
-    paths = sorted(path for path in Path(output_dir, FOLDER).glob("*.sqlite") if path.stem.isdecimal())
+    paths = files_in(Path(output_dir, FOLDER))
     newest = next(filter(None, map(described, paths)), None)
     if newest is None:
         raise ValueError(f"{output_dir} is not the output directory of a run that has evaluated anything: no {FOLDER}")
@@ -37,7 +37,6 @@ def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     names, weights = json.loads(about)
     texts = []
     for row, completion, costs in (found for path in paths for found in rows_of(path, identity)):
-        judged = [weight * cost for weight, cost in zip(weights, costs, strict=True) if cost is not None]
-        text = {**json.loads(row), "completion": completion, "objective": math.fsum(judged)}
+        text = {**json.loads(row), "completion": completion, "objective": weighted_sum(weights, costs)}
         texts.append(text if len(names) == 1 else text | {"objectives": dict(zip(names, costs, strict=True))})
     return sorted(texts, key=lambda text: float(text["objective"]))

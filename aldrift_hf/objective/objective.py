@@ -50,8 +50,9 @@ class Objective:
         objective_range: D, an upper bound on the weighted cost; a higher cost is an error. `None` sets no bound.
         batch_size: completions per call.
         on_error: what happens where a function raises an exception or returns what is not a finite number. `"raise"`
-            raises an error. `"worst"` evaluates the completions of the batch one by one, and those that fail again cost
-            D. A number outside of `[0, D]` is always an error.
+            raises an error. `"worst"` evaluates what has failed once more, one completion at a time (all of a batch for
+            which a function raised an exception), and what still fails costs D. A number outside of `[0, D]` is always
+            an error.
         overlap: whether the functions run in a thread. Otherwise [`finish`] calls them, in the caller's thread.
         output_dir: the run's directory, where costs are written as soon as they are evaluated and where those of an
             earlier start are found; `None` keeps them in memory.

@@ -89,41 +89,21 @@ class CostStore(Mapping[Key, Costs]):
         if self._loaded:
             return None
         self.identity = broadcast_object_list([self.identity])[0]
-        mine = self._files()
-        items: list[tuple[Key, Costs]] = []
-        error: OSError | None = None
-        try:
-            items = [item for path in mine for item in _read(path, self.identity)]
-        except OSError as caught:  # raised on all processes, or the others would wait for this one
-            error = caught
-        for part, message in gather_object([(items, None if error is None else str(error))]):
-            if message is not None:
-                raise OSError(message) from error
-            self._shared.update(part)
+        self._shared.update(self._read_all(self.identity))
         for values in self._shared.values():
             if len(values) != self.num_functions:
                 raise ValueError(
                     f"{self.folder} holds costs of {len(values)} functions for this objective of "
                     f"{self.num_functions}. Choose another objective_cache_key."
                 )
-        others = 0 if self._shared else sum(gather_object([sum(map(self._count, mine))]))
+        others = 0 if self._shared else sum(gather_object([sum(map(self._count, self._files()))]))
         self._loaded = True
         return Loaded(len(self._shared), others)
 
     def sample(self, identity: str, most: int) -> list[tuple[Key, Costs]]:
         """Up to so many costs on disk of an objective of any identity. All processes call this together, and get the
         same."""
-        items: list[tuple[Key, Costs]] = []
-        error: OSError | None = None
-        try:
-            items = [item for path in self._files() for item in _read(path, identity, most)]
-        except OSError as caught:  # raised on all processes, or the others would wait for this one
-            error = caught
-        found: list[tuple[Key, Costs]] = []
-        for part, message in gather_object([(items, None if error is None else str(error))]):
-            if message is not None:
-                raise OSError(message) from error
-            found += part
+        found = self._read_all(identity, most)
         return sorted(found, key=lambda item: item[0])[:: math.ceil(len(found) / most) or 1]
 
     def add(self, costs: Iterable[tuple[Key, Costs]], rows: Mapping[str, dict[str, Any]] | None = None) -> None:
@@ -188,11 +168,26 @@ class CostStore(Mapping[Key, Costs]):
             self._connection.execute("CREATE TABLE IF NOT EXISTS objectives (identity TEXT PRIMARY KEY, about TEXT)")
         return self._connection
 
+    def _read_all(self, identity: str, most: int = -1) -> list[tuple[Key, Costs]]:
+        """An objective's costs in all files, of each file a random sample of `most`, if that is not negative. All
+        processes call this together, and get the same."""
+        items: list[tuple[Key, Costs]] = []
+        error: OSError | None = None
+        try:
+            items = [item for path in self._files() for item in _read(path, identity, most)]
+        except OSError as caught:  # raised on all processes, or the others would wait for this one
+            error = caught
+        found: list[tuple[Key, Costs]] = []
+        for part, message in gather_object([(items, None if error is None else str(error))]):
+            if message is not None:
+                raise OSError(message) from error
+            found += part
+        return found
+
     def _files(self) -> list[Path]:
         """The files that this process reads: its own and, after a start with more processes, its share of the rest."""
         state = PartialState()
-        paths = [] if self.folder is None else sorted(self.folder.glob("*.sqlite"))
-        paths = [path for path in paths if path.stem.isdecimal()]  # not one that was moved away under another name
+        paths = [] if self.folder is None else files_in(self.folder)
         return [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
 
     def _count(self, path: Path) -> int:
@@ -201,8 +196,13 @@ class CostStore(Mapping[Key, Costs]):
         return int(rows[0][0]) if rows else 0
 
 
-def _read(path: Path, identity: str, most: int = -1) -> list[tuple[Key, Costs]]:
-    """An objective's costs in one file; if there are more than `most`, so many of them at random."""
+def files_in(folder: Path) -> list[Path]:
+    """The files of costs in a folder, but for those that were moved away under another name."""
+    return sorted(path for path in folder.glob("*.sqlite") if path.stem.isdecimal())
+
+
+def _read(path: Path, identity: str, most: int) -> list[tuple[Key, Costs]]:
+    """An objective's costs in one file; a random sample of `most`, if that is not negative."""
     order = "" if most < 0 else f"ORDER BY RANDOM() LIMIT {most}"
     rows = _query(path, f"SELECT prompt, completion, value FROM costs WHERE objective = ? {order}", identity)
     return [((prompt, text.decode("utf-8", "surrogatepass")), json.loads(value)) for prompt, text, value in rows]

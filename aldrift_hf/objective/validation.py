@@ -13,8 +13,10 @@ ROUNDING = 1e-6
 
 
 UNSCORED = "Return the worst finite cost, D, for a text that cannot be scored"
+"""What an error advises where a value is none."""
 
 Value: TypeAlias = float | ValueError | None
+"""A checked cost, the error that says why there is none, or `None` where the function does not judge the completion."""
 
 
 class CostRangeError(ValueError):

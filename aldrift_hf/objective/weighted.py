@@ -143,4 +143,9 @@ class WeightedCost:
         return checked
 
     def _sum(self, costs: Costs) -> float:
-        return math.fsum(weight * cost for weight, cost in zip(self.weights, costs, strict=True) if cost is not None)
+        return weighted_sum(self.weights, costs)
+
+
+def weighted_sum(weights: Sequence[float], costs: Costs) -> float:
+    """The sum of a completion's costs under all functions that judge it."""
+    return math.fsum(weight * cost for weight, cost in zip(weights, costs, strict=True) if cost is not None)

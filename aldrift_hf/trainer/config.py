@@ -113,8 +113,8 @@ class ALDRIFTConfig(GenerationSettings):
             A factor for each of several objectives; the cost is their weighted sum. `None` weights each by 1.
         objective_on_error (`str`, *optional*, defaults to `"raise"`):
             What to do if the objective fails: raises, or returns NaN or another value that is not a finite number.
-            `"raise"` ends the run; all costs evaluated so far are on disk. `"worst"` evaluates the batch's completions
-            again, one at a time, and gives those that still fail the cost `objective_range`, with a warning and a count
+            `"raise"` ends the run; all costs evaluated so far are on disk. `"worst"` evaluates what has failed once
+            more, one text at a time, and gives what still fails the cost `objective_range`, with a warning and a count
             (`objective_failures`). A number below 0 or above `objective_range`, by more than rounding, always ends the
             run.
         objective_cache_key (`str`, *optional*):
@@ -300,7 +300,7 @@ class ALDRIFTConfig(GenerationSettings):
         metadata={
             "choices": ["raise", "worst"],
             "help": "If the objective raises or returns a value that is not a number: raise (end the run), or worst "
-            "(evaluate one completion at a time, and give those that fail the cost objective_range).",
+            "(evaluate what failed once more, one text at a time, and give what still fails the cost objective_range).",
         },
     )
     objective_cache_key: Optional[str] = field(

@@ -53,7 +53,7 @@ class RungLoop(TrainerCallback):
             return
         rate = kwargs["optimizer"].param_groups[0]["lr"]
         if isinstance(kwargs["optimizer"], DeepSpeedOptimizerWrapper):  # it has made its update, and kept no gradient
-            numerics.check_made(kwargs["optimizer"].step_was_skipped, rate)
+            numerics.check_update(kwargs["optimizer"].step_was_skipped, rate)
             return
         largest = numerics.check_gradients(kwargs["model"].parameters(), rate)
         policy = self.runtime.policy()
