@@ -7,7 +7,7 @@ import difflib
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from trl import TrlParser
@@ -66,3 +66,17 @@ def end(command: str, message: str, status: int, details: str = "") -> NoReturn:
         message = f"on process {rank}: {message}"
     print(f"{details}{command}: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(status)
+
+
+def write_out(lines: Iterable[str]) -> None:
+    """Write lines to standard output.
+
+    Raises:
+        SystemExit: with status 1 and without a word if whatever reads them has ended, as `head` does.
+    """
+    try:
+        sys.stdout.writelines(lines)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        raise SystemExit(1) from None

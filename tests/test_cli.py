@@ -29,7 +29,7 @@ from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
-from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli
+from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli, evaluated_texts
 from aldrift_hf.cli import env, runs, train
 from aldrift_hf.cli.functions import load_function
 from aldrift_hf.cli.parser import GROUPS, RunParser, TaskArguments
@@ -330,6 +330,8 @@ def test_samples_pay_for_no_text_again(run, here, capsys):
         cli.main(command)
     asked = (here / "asked.txt").read_text().split(".")[:-1]
     assert len(asked) == len({*asked}) > 20
+    cli.main(["sample", "paid", "-n", "4", "--objective", "costs:not_a"])
+    assert len(evaluated_texts("paid")) == len(asked), "another objective of a command is not the run's"
     sys.modules.pop("paid")
 
 
@@ -577,6 +579,17 @@ def test_a_cost_that_fails_shows_its_own_lines_and_what_is_kept(here, capsys):
     places = re.findall('File "(.*)"', shown)
     assert places == [str(here / "late.py")] * 2
     assert re.match("aldrift train: objective 'cost' raised ZeroDivisionError: .* on a batch", shown.splitlines()[-1])
+
+
+def test_a_cost_that_misuses_the_package_shows_its_own_lines(here, capsys):
+    (here / "misuse.py").write_text(
+        "from aldrift_hf import evaluated_texts\n\ndef cost(**columns):\n    return evaluated_texts('nowhere')\n"
+    )
+    with pytest.raises(SystemExit):
+        cli.main(line(objective="misuse:cost", disable_tqdm="True"))
+    error = capsys.readouterr().err
+    assert f'File "{here / "misuse.py"}", line 4, in cost' in error
+    assert re.match("aldrift train: objective 'cost' raised ValueError: nowhere is not", error.splitlines()[-1])
 
 
 def test_what_cannot_be_resumed_is_said_in_one_line(run, capsys):

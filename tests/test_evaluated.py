@@ -2,11 +2,16 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from test_objective import prompts
 
 from aldrift_hf import cli, evaluated_texts
+from aldrift_hf.objective import store
 from aldrift_hf.objective.objective import Objective
 
 CHAT = [{"role": "user", "content": "Größe?"}]
@@ -87,6 +92,36 @@ def test_while_a_run_goes_on(tmp_path):
     objective(ROWS, [0], ["abc"])
     assert [text["completion"] for text in evaluated_texts(str(tmp_path))] == ["abc"]
     objective.close()
+
+
+def test_where_one_may_not_write(tmp_path, monkeypatch):
+    """Such as in the run of a colleague, also while it goes on: what was evaluated last is in SQLite's log alone."""
+    objective = Objective(lengths, None, 10.0, output_dir=str(tmp_path))
+    objective(ROWS, [0], ["abc"])
+    folder = tmp_path / "_costs"
+    before = sorted(path.name for path in folder.iterdir())
+    assert before == ["0.sqlite", "0.sqlite-shm", "0.sqlite-wal"]
+    connect = store.sqlite3.connect
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
+    monkeypatch.setattr(
+        store.sqlite3,
+        "connect",
+        lambda path, **k: pytest.fail(str(path)) if path.parent == folder else connect(path, **k),
+    )
+    assert [text["completion"] for text in evaluated_texts(tmp_path)] == ["abc"]
+    objective.close()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no head")
+def test_a_reader_that_has_seen_enough(tmp_path):
+    """`aldrift costs RUN | head` is no error."""
+    evaluate(tmp_path, lengths, None, [0] * 4000, [f"{number:04} {'x' * 5}" for number in range(4000)])
+    command = [sys.executable, "-m", "aldrift_hf.cli", "costs", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert json.loads(process.stdout.readline())["completion"] == "0000 xxxxx"
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait() == 1
 
 
 def test_a_folder_without_costs_is_refused(tmp_path):

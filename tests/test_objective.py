@@ -481,8 +481,8 @@ def test_completions_that_fail_cost_the_worst(how, overlap, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("on_error", ["raise", "worst"])
-@pytest.mark.parametrize("value", [math.nan, None, math.inf, "?", True])
-def test_one_value_that_is_no_number_takes_no_other_with_it(on_error, value, tmp_path):
+@pytest.mark.parametrize("value", [math.nan, None, math.inf, "?", True, -0.5, 5.5])
+def test_one_value_that_is_no_cost_takes_no_other_with_it(on_error, value, tmp_path):
     """They are paid for: they are on disk, and no start asks for them again."""
     asked = []
 
@@ -495,19 +495,21 @@ def test_one_value_that_is_no_number_takes_no_other_with_it(on_error, value, tmp
     if value is None:  # one of two functions need not judge a text
         objective = Objective(cost, None, 5.0, **settings)
     texts = ["a", "bad", "b"]
-    if on_error == "raise":
-        with pytest.raises(
-            ValueError, match=rf"'cost' returned {re.escape(repr(value))} for row 0, .*: completion 'bad'"
-        ):
+    out_of_range = value in (-0.5, 5.5)
+    if on_error == "raise" or out_of_range:
+        returned = "'cost [+] broken' returned 6.5" if value == 5.5 else f"'cost' returned {re.escape(repr(value))}"
+        with pytest.raises(ValueError, match=rf"{returned} for row 0, .*: completion 'bad'"):
             objective(prompts("x"), [0] * 3, texts)
     else:
         objective(prompts("x"), [0] * 3, texts)
     objective.close()
-    assert asked == [texts] + [["bad"]] * (on_error == "worst")
-    again = Objective(objective.functions, None, 5.0, **{**settings, "on_error": "worst"})
-    again(prompts("x"), [0] * 3, texts)
+    assert asked == [texts] + [["bad"]] * (on_error == "worst" and not out_of_range)
+    again = Objective(objective.functions, None, 6.5, **{**settings, "on_error": "worst"})
+    with pytest.raises(ValueError, match="negative") if value == -0.5 else contextlib.nullcontext():
+        again(prompts("x"), [0] * 3, texts)
     again.close()
-    assert asked[-1] == ["bad"], "all else was on disk"
+    assert ["bad"] in asked, "all else was on disk"
+    assert sum(text != "bad" for batch in asked for text in batch) == 2
 
 
 def test_a_failure_among_costs_of_an_earlier_start_costs_the_worst(tmp_path):

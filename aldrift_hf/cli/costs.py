@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from typing import IO, Any
 
-from ..command_line import Parser
+from ..command_line import Parser, write_out
 from ..objective.evaluated import evaluated_texts
 
 
@@ -34,17 +33,18 @@ def main(argv: Sequence[str]) -> None:
         parser.error(f"--num_texts must be at least 1, got {options.num_texts}")
     with parser.errors_in_one_line(ValueError, OSError):
         texts = evaluated_texts(options.run)[: options.num_texts]
-        if options.output is None:
-            _write(texts, sys.stdout, as_table=False)
-        else:
+        lines = [json.dumps(text, ensure_ascii=False) + "\n" for text in texts]
+        if options.output is not None:
             with open(options.output, "w", encoding="utf-8", errors="replace", newline="") as file:
-                _write(texts, file, as_table=options.output.endswith(".csv"))
+                if options.output.endswith(".csv"):
+                    _write_table(texts, file)
+                else:
+                    file.writelines(lines)
+            return
+    write_out(lines)
 
 
-def _write(texts: list[dict[str, Any]], file: IO[str], as_table: bool) -> None:
-    if not as_table:
-        file.writelines(json.dumps(text, ensure_ascii=False) + "\n" for text in texts)
-        return
+def _write_table(texts: list[dict[str, Any]], file: IO[str]) -> None:
     rows = [_flat(text) for text in texts]
     table = csv.DictWriter(file, fieldnames=list(dict.fromkeys(name for row in rows for name in row)))
     table.writeheader()

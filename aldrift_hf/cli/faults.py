@@ -25,11 +25,12 @@ def explain(command: str, error: Exception) -> None:
     if _is_foreign(error) or not (raised.line or "").startswith("raise "):
         return
     lines: list[str] = []
-    if (cause := error.__cause__) is not None and _is_foreign(cause):
+    if (cause := error.__cause__) is not None:
         where = cause.__traceback__
         while where is not None and _is_of_package(where.tb_frame.f_globals):
             where = where.tb_next
-        lines = traceback.format_exception(type(cause), cause, where)
+        if where is not None:
+            lines = traceback.format_exception(type(cause), cause, where)
     end(command, str(error), 1, "".join(lines))
 
 

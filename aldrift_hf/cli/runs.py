@@ -62,6 +62,7 @@ def load(
     trainer.load_run(folder)
     if Path(argv[0]).is_dir() and os.access(folder, os.W_OK):  # what the run has paid for is not paid for again
         trainer.objective.store.folder = folder / COSTS_FOLDER
+        trainer.objective.store.about = None  # an objective of this command is not the run's
     return own, trainer
 
 

@@ -8,8 +8,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
+from ..command_line import write_out
 from ..reporting.record import finite
 from .parser import RunParser
 from .runs import load
@@ -49,9 +51,11 @@ def main(argv: Sequence[str]) -> None:
                 correction=options.correction if corrected else "metropolis_hastings",
             )
         if trainer.is_world_process_zero():
-            output = options.output
-            with contextlib.nullcontext(sys.stdout) if output is None else open(output, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(finite(draw), ensure_ascii=False) + "\n" for draw in draws)
+            lines = [json.dumps(finite(draw), ensure_ascii=False) + "\n" for draw in draws]
+            if options.output is None:
+                write_out(lines)
+            else:
+                Path(options.output).write_text("".join(lines), encoding="utf-8")
 
 
 def _check(options: SampleArguments) -> None:

@@ -328,31 +328,27 @@ class Objective:
         """The costs of a batch, without those that fail: the first of these is then `begun.error`, or, with
         `on_error="worst"`, they are in `begun.failed`."""
         costs: list[tuple[Key, Costs]] = []
+        errors: list[Exception] = []
         for single, found in zip(batch.singles(), self._outcomes(batch), strict=True):
-            if isinstance(found, Exception) and self._worst is not None:
+            if self._worst is not None and isinstance(found, Exception) and not isinstance(found, CostRangeError):
                 (found,) = self._outcomes(single)
             if not isinstance(found, Exception):
                 costs.append((single.keys[0], found))
-            elif self._worst is None:
-                begun.error = begun.error or found
+            elif self._worst is None or isinstance(found, CostRangeError):
+                errors.append(found)
             else:
                 begun.failure = found
                 begun.failed.append(single.keys[0])
+        begun.error = min(errors, key=lambda error: not isinstance(error, CostRangeError), default=None)
         alone = PartialState().num_processes == 1  # with several, `finish` knows what the others have met
-        if alone and begun.failure and not costs and not begun.evaluated and self._counts.nothing_evaluated:
+        if alone and begun.failure and not (costs or errors or begun.evaluated) and self._counts.nothing_evaluated:
             raise begun.failure  # nothing was ever evaluated: the fault is not that of single completions
         return costs
 
     def _outcomes(self, batch: Batch) -> Sequence[Costs | Exception]:
-        """The costs of each completion of a batch, or why it has none.
-
-        Raises:
-            CostRangeError: an error of the function or the settings, which is never turned into a cost.
-        """
+        """The costs of each completion of a batch, or why it has none."""
         try:
             return self._cost.evaluate(batch)
-        except CostRangeError:
-            raise
         except (ValueError, ObjectiveError) as error:
             return [error] * len(batch.keys)
 

@@ -9,9 +9,13 @@ what the Trainer pushes to the Hub.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
 import sqlite3
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -227,11 +231,8 @@ def rows_of(path: Path, identity: str) -> Iterator[tuple[str, str, Costs]]:
 def _query(path: Path, statement: str, *values: str) -> list[tuple[Any, ...]]:
     """The rows that a statement selects; none where the table does not exist."""
     try:
-        connection = sqlite3.connect(path, timeout=60)
-        try:
+        with _readable(path) as opened, contextlib.closing(sqlite3.connect(opened, timeout=60)) as connection:
             return connection.execute(statement, values).fetchall()
-        finally:
-            connection.close()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):  # the process was killed just after it created the file
             return []
@@ -241,3 +242,17 @@ def _query(path: Path, statement: str, *values: str) -> list[tuple[Any, ...]]:
             f"{path}, which holds the costs evaluated so far, is damaged: {error}. Move the file away to evaluate them "
             "again."
         ) from error
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[Path]:
+    """A file that SQLite can read. In WAL mode it writes beside a file that it reads: where one may not, as in the run
+    of a colleague, it gets a copy, with what a killed run left in the write-ahead log."""
+    if os.access(path.parent, os.W_OK):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in (path.name, f"{path.name}-wal"):
+            if path.with_name(name).exists():
+                shutil.copyfile(path.with_name(name), Path(scratch, name))
+        yield Path(scratch, path.name)

@@ -17,7 +17,7 @@ from ..types import RESERVED_COLUMNS
 from .calling import ObjectiveError, call_functions
 from .copies import copies_of
 from .protocol import CostFunction, check_function, check_signature, name_of
-from .validation import check_bound, check_values, not_judged
+from .validation import above_bound, check_values, not_judged
 
 MAX_LENGTH = 20_000
 """Characters of the longest texts that a cost function is tried on."""
@@ -150,7 +150,8 @@ def _evaluate(objective: CostFunction, rows: list[Row], objective_range: float |
         try:
             if cost is None:
                 raise not_judged([name], row, text)
-            check_bound(name, cost, objective_range, row, text)
+            if (above := above_bound(name, cost, objective_range, row, text)) is not None:
+                raise above
         except ValueError as error:
             _fail(f"values: {error}")
         costs.append(min(cost, math.inf if objective_range is None else objective_range))

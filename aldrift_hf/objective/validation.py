@@ -53,10 +53,9 @@ def check_values(
 
     Returns:
         Per completion a finite number of at least 0, `None` where the function does not judge it, or the error that
-        says why the value is neither.
+        says why the value is neither: a [`CostRangeError`] for a negative cost.
 
     Raises:
-        CostRangeError: for a negative cost.
         ValueError: if there is not exactly one value per completion.
     """
     values = plain_values(values)
@@ -78,27 +77,25 @@ def check_values(
         elif value is None:
             checked.append(None)
         elif value < -ROUNDING * scale:
-            raise CostRangeError(
-                f"{where} negative, and 0 is the best cost: completion {text!r}. For a reward use "
-                f"from_reward(reward, best=…) with the highest reward there is, best: by this row, {-value:g} higher "
-                "than it is, if this is from_reward's."
+            remedy = (
+                "For a reward use from_reward(reward, best=…) with the highest reward there is, best: by this row, "
+                f"{-value:g} higher than it is, if this is from_reward's."
             )
+            checked.append(CostRangeError(f"{where} negative, and 0 is the best cost: completion {text!r}. {remedy}"))
         else:
             checked.append(max(0.0, float(value)))
     return checked
 
 
-def check_bound(name: str, cost: float, bound: float | None, row: int, completion: str) -> None:
-    """Check a cost against `objective_range`, the upper bound D; `None` accepts any cost.
-
-    Raises:
-        CostRangeError: if the cost is above the bound by more than rounding.
-    """
-    if bound is not None and cost > bound * (1 + ROUNDING):
-        raise CostRangeError(
-            f"objective {name!r} returned {cost} for row {row}, above objective_range={bound}: completion "
-            f"{completion!r}. Raise objective_range, or cap the cost."
-        )
+def above_bound(name: str, cost: float, bound: float | None, row: int, completion: str) -> CostRangeError | None:
+    """The error for a cost above `objective_range`, the upper bound D, by more than rounding; with the bound `None`
+    there is none."""
+    if bound is None or cost <= bound * (1 + ROUNDING):
+        return None
+    return CostRangeError(
+        f"objective {name!r} returned {cost} for row {row}, above objective_range={bound}: completion "
+        f"{completion!r}. Raise objective_range, or cap the cost."
+    )
 
 
 def not_judged(names: Sequence[str], row: int, completion: str) -> ValueError:

@@ -12,7 +12,7 @@ from .calling import call_functions
 from .copies import copies_of
 from .protocol import CostFunction, check_function, unique_names
 from .store import Costs, Key
-from .validation import CostRangeError, Value, check_bound, check_values, not_judged
+from .validation import CostRangeError, Value, above_bound, check_values, not_judged
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ class WeightedCost:
 
     def evaluate(self, batch: Batch) -> list[Costs | ValueError]:
         """The checked costs of each completion of a batch under each function, or the error that says why it has none:
-        an invalid cost, or no function that judges it. Each function gets copies to itself.
+        an invalid cost (a [`CostRangeError`] for one below 0, or a weighted sum above D, by more than rounding), or no
+        function that judges it. Each function gets copies to itself.
 
         Raises:
-            CostRangeError: for a cost below 0, or a weighted sum above D, by more than rounding.
             ValueError: if a function does not return one value per completion.
             ObjectiveError: if a function raises an exception.
         """
@@ -122,24 +122,25 @@ class WeightedCost:
         for name, weight, values in zip(self.names, self.weights, results, strict=True):
             try:
                 columns.append(check_values(name, values, rows, completions, weight, self.bound))
-            except CostRangeError:
-                raise
             except ValueError as error:  # raised below, unless another function's cost is out of range
                 columns.append([None] * len(completions))
                 failure = failure or error
         checked: list[Costs | ValueError] = []
         for row, text, values in zip(rows, completions, zip(*columns, strict=True), strict=True):
             costs: Costs = [None if isinstance(value, ValueError) else value for value in values]
-            check_bound(" + ".join(self.names), self._sum(costs), self.bound, row, text)
+            faults = [value for value in values if isinstance(value, ValueError)]
+            if above := above_bound(" + ".join(self.names), self._sum(costs), self.bound, row, text):
+                faults.append(above)
+            faults.sort(key=lambda fault: not isinstance(fault, CostRangeError))  # one that never becomes a cost
             judged = [weight for weight, cost in zip(self.weights, costs, strict=True) if cost is not None]
-            if fault := next((value for value in values if isinstance(value, ValueError)), None):
-                checked.append(fault)
+            if faults:
+                checked.append(faults[0])
             elif not judged or (any(self.weights) and not any(judged)):
                 checked.append(not_judged(self.names, row, text))
             else:
                 checked.append(costs)
         if failure is not None:
-            raise failure
+            raise next((found for found in checked if isinstance(found, CostRangeError)), failure)
         return checked
 
     def _sum(self, costs: Costs) -> float:
