@@ -12,6 +12,7 @@ from aldrift_hf.models.engines import guard
 from aldrift_hf.models.engines import transformers as engine
 from aldrift_hf.models.prior import base_model
 from aldrift_hf.models.scoring import inference, sequence_logprobs, sequence_sums
+from aldrift_hf.models.shared_prompts.cache import CACHE
 from aldrift_hf.selftest.exact import chi_square_p
 from aldrift_hf.trainer import rollout
 
@@ -23,8 +24,8 @@ def cached_log_probs(model, prompt, completions):
     steps = torch.arange(completions.ids.shape[1]) < completions.length[:, None]
     tokens = ids[:, : len(prompt)]
     for step in range(completions.ids.shape[1]):
-        output = model(input_ids=tokens, past_key_values=cache, use_cache=True)
-        cache, tokens = output.past_key_values, ids[:, len(prompt) + step, None]
+        output = model(input_ids=tokens, use_cache=True, **{CACHE: cache})
+        cache, tokens = output[CACHE], ids[:, len(prompt) + step, None]
         total += torch.where(
             steps[:, step], output.logits[:, -1].float().log_softmax(-1).gather(1, tokens)[:, 0].double(), 0.0
         )

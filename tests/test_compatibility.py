@@ -121,6 +121,7 @@ def test_that_file_fits_the_installed_trl():
 # What is used of Transformers below its top level. It may be used, but it must be known.
 TRANSFORMERS = {
     "cache_utils": {"DynamicLayer", "DynamicSlidingWindowLayer"},
+    "modeling_outputs": {"CausalLMOutputWithPast"},
     "trainer": {"DEFAULT_PROGRESS_CALLBACK", "TRAINER_STATE_NAME"},
     "trainer_utils": {
         *("SchedulerType", "TrainOutput", "get_last_checkpoint", "rotate_checkpoints", "sort_checkpoints"),

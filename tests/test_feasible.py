@@ -12,6 +12,7 @@ from problems.feasible import with_rules
 from problems.prior import RecipeModelConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from aldrift_hf.models.shared_prompts.cache import CACHE
 from aldrift_hf.toy import completion_ids, word_tokenizer
 
 PROBLEM = EhrlichProblem(states=7, length=4, motifs=1, size=3, function_seed=1, rules_known=True)
@@ -77,7 +78,7 @@ def test_draws_and_losses_keep_to_the_rules(plain):
     assert loss == pytest.approx(-np.log(chance) / len(ids), abs=1e-4)
     assert torch.equal(model(row, logits_to_keep=2).logits, model(row).logits[:, -2:])
     begun = model(row[:, :-1], use_cache=True)
-    last = model(row[:, -1:], past_key_values=begun.past_key_values).logits  # places as GPT-2 counts them
+    last = model(row[:, -1:], **{CACHE: begun[CACHE]}).logits  # places as GPT-2 counts them
     assert torch.allclose(last, model(row).logits[:, -1:], atol=1e-3)
     with torch.no_grad():
         by_generate = model.generate(torch.tensor([[0]] * 200), do_sample=True, max_new_tokens=6, pad_token_id=0)

@@ -36,7 +36,7 @@ from .loading import context_length
 from .numerics import check_logits
 from .scoring import completion_length
 from .shared_prompts.attention import sharing
-from .shared_prompts.cache import SharedPrompts, prefill
+from .shared_prompts.cache import CACHE, SharedPrompts, prefill
 
 MIN_ROWS_TO_SPLIT = 8
 """A smaller batch keeps its finished rows until all of them have ended."""
@@ -102,11 +102,11 @@ def generate(
             output = cast(Any, model).generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=cache,
                 generation_config=rest,
                 logits_processor=LogitsProcessorList([draw]),
                 stopping_criteria=StoppingCriteriaList([draw.half_ended]),
                 synced_gpus=False,  # parameters are whole (sharding.py), so no process waits for another's tokens
+                **{CACHE: cache},
             )
         new = output.sequences[:, input_ids.shape[1] :]
         ids[left, done : done + new.shape[1]] = new.cpu()
@@ -115,7 +115,7 @@ def generate(
         going = (~draw.ended).nonzero()[:, 0]
         left, input_ids = left[going.cpu()], output.sequences[going]
         attention_mask = torch.cat([attention_mask, torch.ones_like(new)], dim=1)[going]
-        cache = _selected(output.past_key_values, going)
+        cache = _selected(getattr(output, CACHE), going)
     # After a finished row `generate` pads; a row that is cut at the limit has no end-of-text token and counts in full.
     length = torch.minimum(completion_length(ids, cast(list[int], config.eos_token_id)), limit)
     ended = torch.arange(most) >= length[:, None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerBase
 
+from aldrift_hf.models.shared_prompts.cache import CACHE
 from aldrift_hf.toy import completion_ids
 
 RULED_OUT = -1e4
@@ -33,7 +34,6 @@ class FeasibleGPT2(GPT2LMHeadModel):
     def forward(
         self,
         input_ids: Tensor,
-        past_key_values: Cache | None = None,
         position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
@@ -42,11 +42,11 @@ class FeasibleGPT2(GPT2LMHeadModel):
     ) -> Any:
         """As GPT-2's; always returns an output with names."""
         if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            cache: Cache | None = inputs.get(CACHE)
+            past = 0 if cache is None else cache.get_seq_length()
             position_ids = past + torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         output = super().forward(
-            input_ids, past_key_values, position_ids=position_ids, logits_to_keep=logits_to_keep, return_dict=True,
-            **inputs,
+            input_ids, position_ids=position_ids, logits_to_keep=logits_to_keep, return_dict=True, **inputs
         )  # fmt: skip
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         has_all = position_ids >= self.length

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..passes import Tokens
 from .support import can_share_prompts
 
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+"""What transformers calls the keys and values that a model takes and returns; `past_key_values` before 5.24."""
 MIN_PROMPT = 16
 """Tokens of a prompt from which on sharing it saves more than attention in two parts costs."""
 
@@ -126,7 +129,7 @@ def prefill(
     ids, mask = input_ids[first, :-1], attention_mask[first, :-1]
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True, logits_to_keep=1)
-    computed = output.past_key_values
+    computed = getattr(output, CACHE)
     if type(computed) is not DynamicCache or any(type(layer) is not DynamicLayer for layer in computed.layers):
         return None
     return SharedPrompts(computed, mask, torch.tensor(prompt_of, device=input_ids.device))
