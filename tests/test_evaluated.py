@@ -5,13 +5,12 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from test_objective import prompts
 
 from aldrift_hf import cli, evaluated_texts
-from aldrift_hf.objective import store
+from aldrift_hf.objective import copied, store
 from aldrift_hf.objective.objective import Objective
 
 CHAT = [{"role": "user", "content": "Größe?"}]
@@ -94,22 +93,54 @@ def test_while_a_run_goes_on(tmp_path):
     objective.close()
 
 
-def test_where_one_may_not_write(tmp_path, monkeypatch):
-    """Such as in the run of a colleague, also while it goes on: what was evaluated last is in SQLite's log alone."""
+def test_nothing_is_opened_where_a_run_may_write(tmp_path, monkeypatch):
+    """It may be a colleague's, or on another machine. What was evaluated last is in SQLite's log alone."""
     objective = Objective(lengths, None, 10.0, output_dir=str(tmp_path))
     objective(ROWS, [0], ["abc"])
     folder = tmp_path / "_costs"
-    before = sorted(path.name for path in folder.iterdir())
-    assert before == ["0.sqlite", "0.sqlite-shm", "0.sqlite-wal"]
+    assert sorted(path.name for path in folder.iterdir()) == ["0.sqlite", "0.sqlite-shm", "0.sqlite-wal"]
+    before = (folder / "0.sqlite").read_bytes()
+    assert b"abc" not in before
+    opened = []
     connect = store.sqlite3.connect
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folder)
-    monkeypatch.setattr(
-        store.sqlite3,
-        "connect",
-        lambda path, **k: pytest.fail(str(path)) if path.parent == folder else connect(path, **k),
-    )
+    monkeypatch.setattr(store.sqlite3, "connect", lambda path, **k: opened.append(path) or connect(path, **k))
     assert [text["completion"] for text in evaluated_texts(tmp_path)] == ["abc"]
+    assert opened
+    assert folder not in {path.parent for path in opened}
+    assert (folder / "0.sqlite").read_bytes() == before
     objective.close()
+
+
+@pytest.mark.parametrize("times", [1, 100])
+def test_a_log_that_begins_anew_while_it_is_copied(times, tmp_path, monkeypatch):
+    """What it held is then in the file, which has been copied before; so both are copied once more."""
+    objective = Objective(lengths, None, 10.0, output_dir=str(tmp_path))
+    objective(ROWS, [0], ["abc"])
+    copy, left = copied.shutil.copyfile, [times]
+
+    def meanwhile(path, to):
+        copy(path, to)
+        if path.name == "0.sqlite" and left[0]:
+            left[0] -= 1
+            objective.store._connection.execute("PRAGMA wal_checkpoint(RESTART)")
+            objective(ROWS, [0], [f"b{left[0]}"])
+
+    monkeypatch.setattr(copied.shutil, "copyfile", meanwhile)
+    monkeypatch.setattr(copied.time, "sleep", lambda seconds: None)
+    if times == 1:
+        assert [text["completion"] for text in evaluated_texts(tmp_path)] == ["b0", "abc"]
+    else:
+        with pytest.raises(OSError, match=r"0\.sqlite is written to faster than it can be copied\. Try again"):
+            evaluated_texts(tmp_path)
+    objective.close()
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    evaluate(tmp_path, lengths, None, [0], ["abc"])
+    path = tmp_path / "_costs" / "0.sqlite"
+    path.write_bytes(b"x" * 5000)
+    with pytest.raises(OSError, match=f"{path}, which holds the costs .*, is damaged.*Move the file away"):
+        evaluated_texts(tmp_path)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no head")

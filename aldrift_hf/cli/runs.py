@@ -18,6 +18,7 @@ from ..algorithm.ladders import LADDERS
 from ..algorithm.samplers import SAMPLERS
 from ..models.engines import ENGINES
 from ..objective.store import FOLDER as COSTS_FOLDER
+from ..objective.store import file_of_machine
 from ..reporting.console import print_to_stderr
 from ..reporting.record import RUN_FILE, RunRecord
 from ..trainer.config import ALDRIFTConfig
@@ -61,8 +62,9 @@ def load(
     trainer.remove_callback(PrinterCallback)
     trainer.load_run(folder)
     if Path(argv[0]).is_dir() and os.access(folder, os.W_OK):  # what the run has paid for is not paid for again
-        trainer.objective.store.folder = folder / COSTS_FOLDER
-        trainer.objective.store.about = None  # an objective of this command is not the run's
+        store = trainer.objective.store
+        store.folder, store.first_file = folder / COSTS_FOLDER, file_of_machine()
+        store.about = None  # an objective of this command is not the run's
     return own, trainer
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .copied import copied
 from .store import FOLDER, described, files_in, rows_of
 from .weighted import weighted_sum
 
@@ -29,14 +30,16 @@ def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: if nothing was evaluated there.
         OSError: for a file that is damaged or cannot be read.
     """
-    paths = files_in(Path(output_dir, FOLDER))
-    newest = next(filter(None, map(described, paths)), None)
-    if newest is None:
-        raise ValueError(f"{output_dir} is not the output directory of a run that has evaluated anything: no {FOLDER}")
-    identity, about = newest
-    names, weights = json.loads(about)
     texts = []
-    for row, completion, costs in (found for path in paths for found in rows_of(path, identity)):
-        text = {**json.loads(row), "completion": completion, "objective": weighted_sum(weights, costs)}
-        texts.append(text if len(names) == 1 else text | {"objectives": dict(zip(names, costs, strict=True))})
+    folder = Path(output_dir, FOLDER)
+    with copied(folder, [path.name for path in files_in(folder)]) as paths:
+        newest = next(filter(None, map(described, paths)), None)
+        if newest is None:
+            message = f"{output_dir} is not the output directory of a run that has evaluated anything: no {FOLDER}"
+            raise ValueError(message)
+        identity, about = newest
+        names, weights = json.loads(about)
+        for row, completion, costs in (found for path in paths for found in rows_of(path, identity)):
+            text = {**json.loads(row), "completion": completion, "objective": weighted_sum(weights, costs)}
+            texts.append(text if len(names) == 1 else text | {"objectives": dict(zip(names, costs, strict=True))})
     return sorted(texts, key=lambda text: float(text["objective"]))

@@ -3,8 +3,9 @@
 A run that is killed at any moment does not lose a cost. Each process writes to a SQLite file of its own,
 `output_dir/_costs/<rank>.sqlite`, in WAL mode: no process waits for the lock of another, no file is opened on two
 machines (WAL does not work on a network file system), and every transaction is either complete or absent. All files are
-read once, by [`CostStore.load`], and shared among the processes. The underscore in the folder's name keeps it out of
-what the Trainer pushes to the Hub.
+read once, by [`CostStore.load`], and shared among the processes. Commands that draw from a finished run may run on
+several machines at once; each machine has a file of its own for them ([`file_of_machine`]). The underscore in the
+folder's name keeps it out of what the Trainer pushes to the Hub.
 """
 
 from __future__ import annotations
@@ -12,11 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
-import shutil
+import platform
 import sqlite3
-import tempfile
 import threading
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -58,11 +58,13 @@ class CostStore(Mapping[Key, Costs]):
     """
 
     about: str | None
+    first_file: int
+    """The number of the first process's file."""
 
     def __init__(self, output_dir: str | Path | None, identity: str, num_functions: int, about: str = "") -> None:
         self.folder = None if output_dir is None else Path(output_dir) / FOLDER
         self.identity = identity
-        self.num_functions, self.about = num_functions, about
+        self.num_functions, self.about, self.first_file = num_functions, about, 0
         self._shared: dict[Key, Costs] = {}
         self._unshared: list[tuple[Key, Costs]] = []
         self._loaded = False
@@ -160,7 +162,7 @@ class CostStore(Mapping[Key, Costs]):
     def _open(self, folder: Path) -> sqlite3.Connection:
         if self._connection is None:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{PartialState().process_index}.sqlite"
+            path = folder / f"{self.first_file + PartialState().process_index}.sqlite"
             self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
@@ -200,6 +202,11 @@ class CostStore(Mapping[Key, Costs]):
         return int(rows[0][0]) if rows else 0
 
 
+def file_of_machine() -> int:
+    """A [`CostStore.first_file`] that other machines do not have, and no run."""
+    return (1 + zlib.crc32(platform.node().encode())) << 16
+
+
 def files_in(folder: Path) -> list[Path]:
     """The files of costs in a folder, but for those that were moved away under another name."""
     return sorted(path for path in folder.glob("*.sqlite") if path.stem.isdecimal())
@@ -231,7 +238,7 @@ def rows_of(path: Path, identity: str) -> Iterator[tuple[str, str, Costs]]:
 def _query(path: Path, statement: str, *values: str) -> list[tuple[Any, ...]]:
     """The rows that a statement selects; none where the table does not exist."""
     try:
-        with _readable(path) as opened, contextlib.closing(sqlite3.connect(opened, timeout=60)) as connection:
+        with contextlib.closing(sqlite3.connect(path, timeout=60)) as connection:
             return connection.execute(statement, values).fetchall()
     except sqlite3.OperationalError as error:
         if "no such table" in str(error):  # the process was killed just after it created the file
@@ -242,17 +249,3 @@ def _query(path: Path, statement: str, *values: str) -> list[tuple[Any, ...]]:
             f"{path}, which holds the costs evaluated so far, is damaged: {error}. Move the file away to evaluate them "
             "again."
         ) from error
-
-
-@contextlib.contextmanager
-def _readable(path: Path) -> Iterator[Path]:
-    """A file that SQLite can read. In WAL mode it writes beside a file that it reads: where one may not, as in the run
-    of a colleague, it gets a copy, with what a killed run left in the write-ahead log."""
-    if os.access(path.parent, os.W_OK):
-        yield path
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        for name in (path.name, f"{path.name}-wal"):
-            if path.with_name(name).exists():
-                shutil.copyfile(path.with_name(name), Path(scratch, name))
-        yield Path(scratch, path.name)
