@@ -73,7 +73,7 @@ class RunRecord:
               `constant_cost` (share of prompts whose proposals all cost the same), `excluded` (share of proposals of
               prior probability 0), `completions/clipped_ratio`: shares;
             - `completions/mean_length` (tokens), `entropy` (nats per token), `loss` (mean over the rung's updates),
-              `learning_rate` (of the last one), `updates` (of the rung);
+              `learning_rate` (the largest of them), `updates` (of the rung);
             - `proposals`, `objective_calls` (distinct completions evaluated), `num_tokens`: totals since the run began;
             - `engine/logprob_gap_mean`, `engine/logprob_gap_std`: the engine's `log q` less the scorer's, on a few
               draws of every batch, nats per completion;
