@@ -1,6 +1,7 @@
 """Costs are on disk before they are used, and none is evaluated twice."""
 
 import gc
+import platform
 import sqlite3
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from conftest import ALDRIFTTrainer, count_a, lora_config, tiny_gpt2
 
 from aldrift_hf.objective.objective import Objective
-from aldrift_hf.objective.store import FOLDER, CostStore, Loaded
+from aldrift_hf.objective.store import FOLDER, CostStore, Loaded, file_of_machine
 from aldrift_hf.types import Prompts
 
 ITEMS = [(("row", "a b"), [1.0, 2.5]), (("row", "\x00\ud800\u2028é"), [0.0, 0.0])]
@@ -62,6 +63,32 @@ def test_files_are_read_once(tmp_path):
     written(tmp_path)
     assert store.load() is None
     assert dict(store) == {}
+
+
+def test_a_file_that_another_machine_may_write_to_is_not_opened(tmp_path, monkeypatch):
+    """A lock of SQLite may not reach beyond a machine. Commands that sample from a run have a file for each."""
+    opened, names, stores, connect = [], set(), [], sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: opened.append(path) or connect(path, **options))
+    for machine, item in zip(("a", "b"), ITEMS, strict=True):
+        monkeypatch.setattr(platform, "node", lambda machine=machine: machine)
+        store = CostStore(tmp_path, "mine", 2)
+        store.first_file = file_of_machine()
+        opened.clear()
+        store.load()
+        assert not [path for path in opened if path.parent == tmp_path / FOLDER and path.name in names]
+        store.add([item])
+        stores.append(store)  # and its file stays open
+        names |= {path.name for path in opened if path.parent == tmp_path / FOLDER}
+    assert len(names) == 2
+    opened.clear()
+    assert read(tmp_path) == dict(ITEMS)
+    assert len(opened) == 2
+    assert tmp_path / FOLDER not in {path.parent for path in opened}
+    monkeypatch.setattr(platform, "node", lambda: "a")
+    again = CostStore(tmp_path, "mine", 2)
+    again.first_file = file_of_machine()
+    assert again.load() == Loaded(2, 0)
+    assert CostStore(tmp_path, "another", 2).load() == Loaded(0, 2)
 
 
 @pytest.mark.slow

@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
+from .copied import copied
+
 FOLDER = "_costs"
 
 Key = tuple[str, str]
@@ -102,7 +104,7 @@ class CostStore(Mapping[Key, Costs]):
                     f"{self.folder} holds costs of {len(values)} functions for this objective of "
                     f"{self.num_functions}. Choose another objective_cache_key."
                 )
-        others = 0 if self._shared else sum(gather_object([sum(map(self._count, self._files()))]))
+        others = 0 if self._shared else sum(gather_object([self._count_others()]))
         self._loaded = True
         return Loaded(len(self._shared), others)
 
@@ -162,8 +164,7 @@ class CostStore(Mapping[Key, Costs]):
     def _open(self, folder: Path) -> sqlite3.Connection:
         if self._connection is None:
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{self.first_file + PartialState().process_index}.sqlite"
-            self._connection = sqlite3.connect(path, timeout=60, check_same_thread=False)
+            self._connection = sqlite3.connect(folder / self._own_file, timeout=60, check_same_thread=False)
             self._connection.execute("PRAGMA journal_mode=WAL")
             self._connection.execute("PRAGMA synchronous=FULL")
             self._connection.execute(
@@ -180,7 +181,8 @@ class CostStore(Mapping[Key, Costs]):
         items: list[tuple[Key, Costs]] = []
         error: OSError | None = None
         try:
-            items = [item for path in self._files() for item in _read(path, identity, most)]
+            with self._files() as paths:
+                items = [item for path in paths for item in _read(path, identity, most)]
         except OSError as caught:  # raised on all processes, or the others would wait for this one
             error = caught
         found: list[tuple[Key, Costs]] = []
@@ -190,16 +192,28 @@ class CostStore(Mapping[Key, Costs]):
             found += part
         return found
 
-    def _files(self) -> list[Path]:
-        """The files that this process reads: its own and, after a start with more processes, its share of the rest."""
-        state = PartialState()
-        paths = [] if self.folder is None else files_in(self.folder)
-        return [path for path in paths if int(path.stem) % state.num_processes == state.process_index]
+    @property
+    def _own_file(self) -> str:
+        return f"{self.first_file + PartialState().process_index}.sqlite"
 
-    def _count(self, path: Path) -> int:
-        """The number of other objectives' costs in one file."""
-        rows = _query(path, "SELECT COUNT(*) FROM costs WHERE objective != ?", self.identity)
-        return int(rows[0][0]) if rows else 0
+    @contextlib.contextmanager
+    def _files(self) -> Iterator[list[Path]]:
+        """The files that this process reads: its own, and copies of its share of the rest, which may be another
+        machine's."""
+        state, folder = PartialState(), self.folder
+        if folder is None:
+            yield []
+            return
+        mine = [path for path in files_in(folder) if int(path.stem) % state.num_processes == state.process_index]
+        others = [path.name for path in mine if path.name != self._own_file]
+        with copied(folder, others) as copies:
+            yield [folder / self._own_file] * (len(others) < len(mine)) + copies
+
+    def _count_others(self) -> int:
+        """The number of other objectives' costs in this process's files."""
+        with self._files() as paths:
+            found = [_query(path, "SELECT COUNT(*) FROM costs WHERE objective != ?", self.identity) for path in paths]
+        return sum(int(rows[0][0]) for rows in found if rows)
 
 
 def file_of_machine() -> int:
