@@ -73,11 +73,12 @@ def test_resumed_from_an_epochs_checkpoint(config, tokenizer, tmp_path):
     assert_same(outcome(resumed), outcome(whole))
 
 
-@pytest.mark.parametrize("kind", ["adapter-off", "full"])
-def test_resumed_with_the_archive(kind, config, tokenizer, tmp_path):
-    """In mid-rung, and from a rung's last update; the window has forgotten a rung by then."""
+@pytest.mark.parametrize(("kind", "window"), [("adapter-off", 2), ("full", 2), ("adapter-off", 3)])
+def test_resumed_with_the_archive(kind, window, config, tokenizer, tmp_path):
+    """In mid-rung, and from a rung's last update, with whose model the next one draws. A window of 2 has forgotten it
+    by the last rung; one of 3 asks for the density of that rung's draws under it."""
     save = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": None}
-    save |= {"sampler": "archive", "archive_window": 2}
+    save |= {"sampler": "archive", "archive_window": window}
     whole = trainer_of(kind, config(output_dir=str(tmp_path / "whole"), **save), tokenizer)
     whole.train()
     for step in (3, 4, 6, 8, 11):
