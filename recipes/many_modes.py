@@ -33,7 +33,7 @@ from evaluation.baselines import policy_gradient
 from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.figures import figure
 from evaluation.kept_runs import Run, TunedRuns, settings_of
-from evaluation.molecule_search import evolve, graph_edits
+from evaluation.molecule_search import edited_top, evolve
 from evaluation.reinvent import reinvent
 from evaluation.tables import Comparison, mean_of, publish
 from problems.many_modes import TASKS, ManyModesProblem, references, with_prompts
@@ -74,6 +74,13 @@ class ManyModesArguments:
     offspring: list[int] = field(
         default_factory=lambda: [5, 50], metadata={"help": "Children per generation, tried for the genetic algorithms."}
     )
+    edits: list[int] = field(
+        default_factory=lambda: [10],
+        metadata={
+            "help": "Edits made for each molecule that is evaluated, tried for edited. Of more than one, a Gaussian "
+            "process on fingerprints says which."
+        },
+    )
     prompt_steps: int = field(
         default=400, metadata={"help": "Optimizer updates by which the prior learns to write the same after a prompt."}
     )
@@ -96,7 +103,7 @@ class Bench(TunedRuns):
         options = self.options
         tried: dict[str, list[list[Any]]] = {
             **{name: [options.tau_maxes] for name in ("prompts", "defaults")},
-            "edited": [options.learning_rates],
+            "edited": [options.learning_rates, options.edits],
             "reinvent": [options.tau_maxes, options.learning_rates, options.replayed],
             "rloo": [options.tau_maxes, options.learning_rates],
             **{name: [options.offspring] for name in ("genetic_algorithm", "genetic_algorithms")},
@@ -124,7 +131,7 @@ class Bench(TunedRuns):
         elif method in ("prompts", "defaults"):
             extra = self.aldrift(problem, left_open(self.last_run(), numbers[0], budget, seed))
         elif method == "edited":
-            self.aldrift(problem, self.edited(numbers[0], budget, seed), EditedTop(graph_edits))
+            self.aldrift(problem, self.edited(numbers[0], budget, seed), edited_top(int(numbers[1])))
         elif method == "reinvent":
             reinvent(
                 problem, self.model_config, EvaluationBudget(problem, budget), tau_max=numbers[0], proposals=4 * budget,

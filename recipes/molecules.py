@@ -30,7 +30,7 @@ from typing import Any, Optional
 from evaluation.baselines import TRL, drawing_config, drawn_texts, policy_gradient
 from evaluation.budgets import EvaluationBudget, Spent
 from evaluation.kept_runs import Run, TunedRuns, settings_of
-from evaluation.molecule_search import evolve, graph_edits
+from evaluation.molecule_search import edited_top, evolve
 from evaluation.molecule_target import Target
 from evaluation.molecules import DRAWS, distances, draw, draws_measured, molecules_svg, picture, search, table
 from evaluation.reinvent import reinvent
@@ -44,7 +44,6 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 from trl import TrlParser
 
-from aldrift_hf import EditedTop
 from aldrift_hf.reporting.writers import ReportWriter
 
 METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", *TRL)
@@ -86,6 +85,13 @@ class MoleculeArguments:
         metadata={
             "help": "Searches, tried for restarted: each begins at the prior, with an equal share of --budget. More of "
             "them find more kinds of molecules, and less good ones."
+        },
+    )
+    edits: list[int] = field(
+        default_factory=lambda: [10],
+        metadata={
+            "help": "Edits made for each molecule that is evaluated, tried for edited and restarted. Of more than one, "
+            "a Gaussian process on fingerprints says which."
         },
     )
     learning_rates: list[float] = field(
@@ -143,7 +149,8 @@ class Bench(TunedRuns):
             **{name: [options.tau_maxes, options.learning_rates, options.updates] for name in PER_RUNG},
             **{name: [options.tau_maxes, options.learning_rates] for name in TRL},
         }
-        tried["restarted"].append(options.searches)
+        tried["edited"].append(options.edits)
+        tried["restarted"] += [options.edits, options.searches]
         return [" ".join(f"{number:g}" for number in numbers) for numbers in itertools.product(*tried[method])]
 
     @staticmethod
@@ -161,7 +168,7 @@ class Bench(TunedRuns):
         if method == "genetic_algorithm":
             evolve(problem, int(numbers[0]), int(numbers[1]), budget, seed)
         elif method == "restarted":
-            searches = int(numbers[3])
+            searches = int(numbers[4])
             for part in range(searches):
                 until, new = budget * (part + 1) // searches, searches * seed + part
                 learned, extra = self.aldrift(problem, objective, method, numbers, until, new)
@@ -210,7 +217,7 @@ class Bench(TunedRuns):
                 "per_device_train_batch_size": BATCH,
             }
         config = left_open(last, numbers[0], budget, seed, **given)
-        sampler = EditedTop(graph_edits) if method in ("edited", "restarted") else None
+        sampler = edited_top(int(numbers[3])) if method in ("edited", "restarted") else None
         trainer = make_trainer(problem, config, self.model_config, sampler)
         trainer.add_callback(Spent(problem, budget))
         trainer.remove_callback(ReportWriter)
