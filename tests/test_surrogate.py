@@ -1,5 +1,9 @@
 """`EditedTop` with a surrogate: a model of the cost, on whose predictions the search is made."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from conftest import ALDRIFTTrainer, lora_config, tiny_gpt2
@@ -24,8 +28,11 @@ class Told:
         self.told.append(dict(zip(texts, costs, strict=True)))
         assert len(texts) == len(self.told[-1]), "each text once"
 
+        seen = {*texts}
+
         def predicted(new):
-            assert {*new}.isdisjoint(texts)
+            assert seen.isdisjoint(new), "neither evaluated nor predicted before"
+            seen.update(new)
             return [self.predict(text) for text in new]
 
         return predicted
@@ -70,12 +77,15 @@ def test_how_often_texts_are_edited():
         calls.append(texts)
         return swapped(texts, rng)
 
-    Letters().rung(EditedTop(edit, edits_per_draw=40, surrogate=Told(), edits_per_evaluation=5), ["dbdb"])
+    sampler = EditedTop(edit, edits_per_draw=40, remembered=3, surrogate=Told(), edits_per_evaluation=5)
+    Letters().rung(sampler, ["dbdb"])
     assert len(calls) == 40 * 5 / edited.GENERATION
     assert {len(texts) for texts in calls} == {2 * edited.GENERATION}
     per_generation = len(calls) // GENERATIONS
     assert {*calls[0]} == {"dbdb"}
-    assert len({text for texts in calls[-per_generation:] for text in texts} - {"dbdb"}) > 1, "edits are edited"
+    last = {text for texts in calls[-per_generation:] for text in texts}
+    assert len(last) == 3
+    assert "dbdb" not in last, "edits are edited"
 
 
 def test_each_prompt_has_a_surrogate_of_its_own():
@@ -169,3 +179,28 @@ def test_a_run_that_is_resumed_goes_on_with_what_it_knows(config, tokenizer, tmp
             assert content.equal(again.sampler.state_dict()[name]), name
     means = [trainer.record.rungs[1]["sample_objective_mean"] for trainer in (whole, without)]
     assert means[0] < means[1] - 0.5
+
+
+@pytest.mark.slow
+def test_processes_search_alike():
+    """The order of a set of texts depends on a hash that each process has of its own."""
+    program = """
+import random
+from aldrift_hf.algorithm.samplers.surrogate import Evaluated
+
+def surrogate(texts, costs, rng):
+    return lambda new: [len(text) + rng.random() for text in new]
+
+evaluated = Evaluated(surrogate)
+evaluated.add(0, ["a"], [1.0])
+rng = random.Random(0)
+print(evaluated.promising(0, ["a"], 5, lambda texts: {text + each for text in texts for each in "abcd"}, rng))
+"""
+    found = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    ]
+    assert found[0] == found[1]
+    assert found[0].count(b",") > 100

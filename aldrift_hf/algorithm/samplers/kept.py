@@ -52,7 +52,7 @@ class KeptDraws:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what [`state_dict`] gave."""
         self._of = {}
-        for prompt in sorted({int(key.split(".")[1]) for key in state if key.startswith(f"{self.name}.")}):
+        for prompt in sorted({int(key.split(".")[1]) for key in state}):
             ids, length, objective, log_prior = (state[f"{self.name}.{prompt}.{name}"] for name in _COLUMNS)
             rows, unknown = torch.full_like(length, prompt), torch.full_like(objective, math.nan)
             self._of[prompt] = Proposals(rows, Completions(ids, length), objective, log_prior, unknown)
