@@ -203,4 +203,4 @@ print(evaluated.promising(0, ["a"], 5, lambda texts: {text + each for text in te
         for seed in ("1", "2")
     ]
     assert found[0] == found[1]
-    assert found[0].count(b",") > 100
+    assert found[0].count(b",") > 10
