@@ -18,13 +18,13 @@ import torch
 from conftest import count_a, lora_config, tiny_gpt2
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import CheckpointManager
-from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer
+from aldrift_hf import ALDRIFTConfig, ALDRIFTTrainer, EditedTop
 from aldrift_hf.toy import word_tokenizer
 
 torch.set_num_threads(1)
 output, rank, found = sys.argv[1], int(os.environ["RANK"]), {{}}
 
-def make(name, cost=count_a, callbacks=None, prompts=("", "a b"), model=None, **settings):
+def make(name, cost=count_a, callbacks=None, prompts=("", "a b"), model=None, sampler=None, **settings):
     model = model or tiny_gpt2()
     config = ALDRIFTConfig(**{{
         "output_dir": os.path.join(output, name), "tau_max": 1.5, "objective_range": 3.0, "tau_step": 0.5,
@@ -35,7 +35,7 @@ def make(name, cost=count_a, callbacks=None, prompts=("", "a b"), model=None, **
     }})
     return ALDRIFTTrainer(
         model, cost, config, train_dataset=list(prompts), processing_class=word_tokenizer(["a", "b", "c"], " "),
-        peft_config=lora_config(model), callbacks=callbacks,
+        peft_config=lora_config(model), callbacks=callbacks, sampler=sampler,
     )
 
 def weights(trainer):
@@ -104,6 +104,20 @@ ended = make("terminated", callbacks=[Terminate()], enable_jit_checkpoint=True)
 ended.train()
 found["terminated"] = [ended.state.global_step, os.listdir(ended.args.output_dir + "/checkpoint-4")]
 
+# Edits, in the order of a set of each process, and a model of the cost that is not quite the same in each.
+def changed(texts, rng):
+    return {{" ".join(rng.choice("abc") for _ in text.split()) for text in texts if text}}
+
+def predictor(texts, costs, rng):
+    return lambda new: [text.count("a") + rank * rng.random() for text in new]
+
+for name, surrogate in (("edits", None), ("predicted", predictor)):
+    asked.clear()
+    search = make(name, counted, sampler=EditedTop(changed, 3, surrogate=surrogate), chain_length=1)
+    search.train()
+    best = [text for prompt in (0, 1) for text in search.rollout.decode(search.sampler._best.of(prompt).completions)]
+    found[name] = [weights(search), search.objective_calls, best, len(asked)]
+
 # Not the same model.
 other = tiny_gpt2()
 with torch.no_grad():
@@ -151,6 +165,16 @@ def test_failures_are_judged_over_all_processes(found):
 def test_what_was_evaluated_before_an_interruption_is_not_evaluated_again(found):
     assert sum(each["before"] for each in found) > 0
     assert sum(each["twice"][0] for each in found) == found[0]["twice"][1] == found[1]["twice"][1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["edits", "predicted"])
+def test_processes_agree_on_what_was_edited(name, found):
+    """Whichever of them has chosen a text, all learn from it, and none is evaluated twice."""
+    first, second = (each[name] for each in found)
+    assert first[:3] == second[:3]
+    assert len({*first[2]}) > 10
+    assert first[1] == first[3] + second[3]
 
 
 @pytest.mark.slow
