@@ -179,6 +179,10 @@ def test_what_it_says_is_what_the_record_holds(record, tmp_path):
     assert "aldrift sample me/short --objective" in text
     assert "ladder.png" not in text
 
+    assert "success_threshold" not in text
+    record.settings["success_threshold"] = 0.5
+    assert "objective_weights=[1.0, 0.5], success_threshold=0.5)" in str(model_card(record, tmp_path, "me/short"))
+
     # What is not known has no number, and is not made up.
     record.metrics["khat"] = math.nan
     assert "| k-hat |  |  |" in str(model_card(record, tmp_path, "me/short"))

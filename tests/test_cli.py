@@ -382,6 +382,24 @@ def test_a_run_from_python_needs_its_objective_alone(here, config, capsys):
 
 
 @pytest.mark.slow
+def test_a_run_from_python_needs_its_prompts(here, config, capsys):
+    """They are not in its folder: others are not taken for them in silence."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained("model"), word_tokenizer(WORDS, " ")
+    trainer = ALDRIFTTrainer(
+        model, count_a, config(output_dir="prompted", num_rungs=1), processing_class=tokenizer,
+        peft_config=lora_config(model), train_dataset=["a", "b a"],
+    )  # fmt: skip
+    trainer.train()
+    trainer.save_model()
+    capsys.readouterr()
+    for command in ("evaluate", "sample"):
+        said = refused(capsys, [command, "prompted", "--objective", "costs:not_a"])
+        assert "had prompts of its own (2), which its folder does not hold. Give them, or others, as --datas" in said
+    cli.main(["sample", "prompted", "-n", "1", "--objective", "costs:not_a", "--dataset_name", "b a"])
+    assert json.loads(capsys.readouterr().out)["prompt"] == "b a"
+
+
+@pytest.mark.slow
 def test_full_fine_tuning_is_sampled_from(here, capsys):
     cli.main(line("train", "--no_use_peft", learning_rate="1e-3", num_rungs=1))
     capsys.readouterr()

@@ -368,6 +368,10 @@ def test_instances_are_checked_by_what_they_can_do(config):
         check_parts(settings, Own(), AdaptiveLadder(0.5, 64), MaximumLikelihood())
     with pytest.raises(ValueError, match="num_generations must be a multiple"):
         check_parts(config(num_generations=30), MetropolisHastings(3), LinearLadder(), MaximumLikelihood())
+    with pytest.raises(
+        ValueError, match=r"multiple of chain_length=7, .* Set it to 63, or .* chain_length of the samp"
+    ):
+        check_parts(config(num_generations=64), MetropolisHastings(7), LinearLadder(), MaximumLikelihood())
 
 
 def test_parts_are_named_as_in_the_settings_or_by_their_class():

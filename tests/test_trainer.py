@@ -340,6 +340,24 @@ def test_evaluation_on_other_prompts(make):
     assert "eval_missing_mass" in trainer.evaluate(["a"])
 
 
+def test_the_best_model_is_not_chosen_by_what_is_not_measured(make):
+    settings = {"eval_strategy": "epoch", "metric_for_best_model": "missing_mass"}
+    with pytest.raises(ValueError, match="'missing_mass' is measured on the training prompts alone"):
+        make(train_dataset=["a"], eval_dataset=["b", "c"], settings=settings)
+    make(train_dataset=["a"], eval_dataset=["a"], settings=settings)
+    make(train_dataset=["a"], eval_dataset=["b"], settings=settings | {"metric_for_best_model": "eval_kl"})
+
+
+@pytest.mark.slow
+def test_a_first_evaluation_that_is_skipped_does_not_end_the_run(make, caplog):
+    """Too few calls are left for it, and there is nothing to judge the model by."""
+    trainer = make(settings={"num_rungs": 1, "eval_strategy": "epoch", "metric_for_best_model": "kl"})
+    trainer.run.measurable = lambda prompts: 0
+    trainer.train()
+    assert "an evaluation is skipped" in caplog.text
+    assert trainer.state.best_metric is None
+
+
 @pytest.mark.slow
 def test_evaluation_tells_which_prompts_are_worst(make):
     trainer = make(train_dataset=["a", "b"], eval_dataset=["c", "", "a b"])

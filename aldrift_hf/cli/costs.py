@@ -20,7 +20,8 @@ def main(argv: Sequence[str]) -> None:
     parser = Parser(
         "aldrift costs",
         "aldrift costs RUN [-n NUMBER] [--output FILE]",
-        "All texts that a run has evaluated, finished or not, with their costs, best first, as JSON lines.",
+        "All texts that a run, finished or not, has evaluated by its objective, or a command that drew from its model, "
+        "with their costs, best first, as JSON lines.",
         [],
     )
     parser.add_argument("run", metavar="RUN", help="The output directory of a run.")

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ..reporting.record import finite
 from .parser import RunParser
-from .runs import load
+from .runs import DEFAULTS, load
 
 NUM_WORST = 5
 """Prompts, of several, that are shown by themselves."""
@@ -21,8 +21,8 @@ def main(argv: Sequence[str]) -> None:
     parser = RunParser(
         "aldrift evaluate",
         "aldrift evaluate RUN [options]",
-        "Measures the trained model in RUN (an output directory, or a model id on the Hub) on new draws, and prints "
-        "the metrics of ALDRIFTTrainer.evaluate as JSON. Options default to the run's own.",
+        "Measures the trained model in RUN (an output directory, or a model id on the Hub), and prints the metrics of "
+        f"ALDRIFTTrainer.evaluate as JSON. {DEFAULTS} The same command makes the same draws, --seed others.",
     )
     with tempfile.TemporaryDirectory() as scratch:
         _, trainer = load(parser, argv, scratch)

@@ -44,7 +44,10 @@ class AdapterConfig(ModelConfig):
     _argument_group_name = "model and adapter"
     use_peft: bool = field(
         default=True,
-        metadata={"help": "Train LoRA. --no_use_peft trains all parameters and keeps a frozen copy of the model."},
+        metadata={
+            "help": "Train LoRA. --no_use_peft trains all parameters and keeps a frozen copy of the model. An adapter "
+            "that is given as the model is trained on as it is: then neither this nor --lora_... has an effect."
+        },
     )
     lora_target_modules: list[str] | None = field(
         default_factory=lambda: ["all-linear"], metadata={"help": "Modules to which LoRA is applied."}

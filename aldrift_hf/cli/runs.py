@@ -36,6 +36,10 @@ HUB_OPTIONS = {
     *("use_bnb_nested_quant", "dataset_name", "dataset_config", "dataset_train_split", "bf16", "fp16", "seed"),
 }
 """Options that are taken from a run on the Hub: those that describe it, and name no code or file of this machine."""
+DEFAULTS = (
+    "Options default to those of a run by `aldrift train`. A run from Python needs --objective and, if it had prompts, "
+    "--dataset_name; one from the Hub needs --objective."
+)
 
 
 def load(
@@ -60,6 +64,9 @@ def load(
         trainer = make_trainer(task, config, model, folder)  # a module of costs may print
     print_to_stderr(trainer.callback_handler.callbacks)
     trainer.remove_callback(PrinterCallback)
+    with parser.errors_in_one_line(ValueError):
+        if task.dataset_name is None:
+            _check_prompts(folder, trainer)
     trainer.load_run(folder)
     if Path(argv[0]).is_dir() and os.access(folder, os.W_OK):  # what the run has paid for is not paid for again
         store = trainer.objective.store
@@ -84,6 +91,16 @@ def parse(parser: RunParser, argv: Sequence[str], scratch: str) -> tuple[Path, t
             saved["model_name_or_path"] = str(frozen)
     fixed = {"output_dir": scratch, "report_to": "none", "push_to_hub": False, "save_strategy": "no"}
     return folder, parser.parse(argv[1:], saved | fixed)
+
+
+def _check_prompts(folder: Path, trainer: ALDRIFTTrainer) -> None:
+    """A run from Python has its prompts nowhere but in its fingerprint: others are not drawn for in their place."""
+    of_run = RunRecord.read(folder).settings if (folder / RUN_FILE).is_file() else {}
+    if of_run.get("prompts_fingerprint", now := trainer.record.settings["prompts_fingerprint"]) != now:
+        raise ValueError(
+            f"the run in {folder} had prompts of its own ({of_run['prompts']:,}), which its folder does not hold. Give "
+            "them, or others, as --dataset_name: a file, a dataset on the Hub, or one prompt"
+        )
 
 
 def _download(model_id: str) -> Path:

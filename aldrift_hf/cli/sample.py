@@ -14,7 +14,7 @@ from typing import Literal
 from ..command_line import write_out
 from ..reporting.record import finite
 from .parser import RunParser
-from .runs import load
+from .runs import DEFAULTS, load
 
 
 @dataclass
@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> None:
         "aldrift sample",
         "aldrift sample RUN -n NUMBER [options]",
         "Draws samples of p_T from the trained model in RUN (an output directory, or a model id on the Hub), as JSON "
-        "lines. Options default to the run's own.",
+        f"lines. {DEFAULTS} The same command gives the same samples, --seed others.",
         [SampleArguments],
     )
     with tempfile.TemporaryDirectory() as scratch:

@@ -15,8 +15,8 @@ from .weighted import weighted_sum
 def evaluated_texts(output_dir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All texts that a run has evaluated, best first; also of a run that goes on, or was killed.
 
-    They are those of all starts with the same objective. Where the folder has costs of several objectives, the one
-    that evaluated last counts.
+    They are those of all starts with the same objective, and of what was drawn from the model since; what failed is not
+    among them. Where the folder has costs of several objectives, the one that evaluated last counts.
 
     Args:
         output_dir: the run's.

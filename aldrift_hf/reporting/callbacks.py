@@ -71,7 +71,8 @@ class RunCallback(TrainerCallback):
 
         Args:
             record: the run so far, without this rung, but with this rung's `draws`.
-            metrics: what is known about this rung (see [`RunRecord`]), all but its `loss`.
+            metrics: what is known about this rung (see [`RunRecord`]), all but what its updates tell: `loss`,
+                `updates`, `learning_rate` and `seconds_learn`.
             proposals: the draws of this rung.
             prompts: the prompts that they answer.
         """
@@ -116,4 +117,4 @@ class RunCallback(TrainerCallback):
         record: RunRecord,
         **kwargs: Any,
     ) -> None:
-        """`train()` is done: the final model has been measured, and `record.finished` is true."""
+        """`train()` is done: the final model has been measured if that was possible, and `record.finished` is true."""

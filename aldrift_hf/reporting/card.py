@@ -197,7 +197,10 @@ def _ladder(settings: dict[str, Any]) -> str:
 
 def _arguments(settings: dict[str, Any]) -> str:
     names = ("tau_max", *GOALS, "num_generations", "chain_length", "max_completion_length", "objective_weights")
-    return ", ".join(f"{name}={settings[name]!r}" for name in names if settings[name] is not None)
+    given = [name for name in names if settings[name] is not None] + ["success_threshold"] * (
+        settings["success_threshold"] > 0
+    )
+    return ", ".join(f"{name}={settings[name]!r}" for name in given)
 
 
 def _learning_rate(record: RunRecord) -> str:

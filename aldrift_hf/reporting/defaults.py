@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from .callbacks import RunCallback
 from .console import CompletionsTable, LadderLines
@@ -31,3 +31,9 @@ def default_callbacks(args: TrainingArguments) -> list[RunCallback]:
     if args.log_completions:
         callbacks.append(CompletionsTable(console))
     return callbacks
+
+
+def with_defaults(callbacks: list[TrainerCallback], args: TrainingArguments) -> list[TrainerCallback]:
+    """The default callbacks, but for those of which the user passes one of his own, and the user's."""
+    own = {type(callback) for callback in callbacks}
+    return [*(callback for callback in default_callbacks(args) if type(callback) not in own), *callbacks]

@@ -39,14 +39,15 @@ class RunRecord:
 
     Attributes:
         settings: what was asked for: names of the base model, the costs, `sampler`, `ladder`, `loss` and `engine`,
-            every option that changes the result, and versions. `settings["objective_range"]` is `None` if it was not
-            given.
+            ALDRIFT's own settings, of the Trainer's the learning rate, its course, batch sizes, precision and seed, and
+            versions. `settings["objective_range"]` is `None` if it was not given. How the model was loaded, and the
+            adapter's modules, are not in it.
         objective_range: D, in units of the cost: as given, or else as measured on the first rung's proposals (`None`
             before that).
         finished: whether training has ended.
         ended_by: why, as a sentence; empty before.
         metrics: metrics of the final model, named as in [`ALDRIFTTrainer.evaluate`], without prefix. Empty before the
-            end, and if `max_objective_calls` left too few calls for it.
+            end, while T is not known, and if `max_objective_calls` left too few calls for it.
         tau_max: T: as given, or as it was found; `None` while it is not known.
         tau_max_error: the standard error of a T that was found; `None` for one that was given.
         log_z: the ladder's estimate of `log Z_τ` at the τ of the last rung that drew for the prompt, one per training
@@ -55,7 +56,8 @@ class RunRecord:
         prompt_tau: that τ, likewise; 0 for a prompt that no rung has drawn for.
         prior_row_scores: log-probabilities of a few short rows under the prior, nats, by which it is known again.
             `None` if they could not be computed.
-        prior_costs: costs of the first rung's proposals, which are the prior's draws, at most [`MAX_DRAWS`].
+        prior_costs: costs of the first rung's proposals (the prior's draws, if the model began as it), at most
+            [`MAX_DRAWS`].
         prompt_metrics: metrics of the newest draws, one record per prompt, for the [`MAX_PROMPTS`] prompts with the
             largest `kl`: `prompt`, `objective` (mean cost), `success`, `ess`, `distinct` (shares), `log_z`, `kl`
             (KL(q‖p_τ)) and, of the final model, `missing_mass`; nats.

@@ -156,7 +156,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
     """Key metrics: a label, the value, and what to compare it with."""
     if not record.rungs:
         return []
-    model, prior, settings = _newest(record), record.rungs[0], record.settings
+    model, prior = _newest(record), record.rungs[0]
     tiles: list[tuple[str, str, Callable[[float], str], str]] = [
         ("mean cost", "objective", "{:.3g}".format, f"prior: {prior['objective_mean']:.3g}"),
         ("success", "success", "{:.1%}".format, f"{outcome.success_in_words(record)}; prior: {prior['success']:.1%}"),
@@ -168,7 +168,7 @@ def _tiles(record: RunRecord) -> list[tuple[str, str, str]]:
         ),
         ("distinct draws", "distinct", "{:.1%}".format, f"prior: {prior['distinct_proposals']:.1%}"),
         ("diversity", "diversity", "{:.2f}".format, f"prior: {_decimals(prior.get('diversity'), '.2f')}"),
-        ("effective sample size", "ess", "{:.1%}".format, f"of {settings['num_generations']:,} draws per prompt"),
+        ("effective sample size", "ess", "{:.1%}".format, f"of {model['draws']:,} draws per prompt"),
         ("k-hat", "khat", "{:.2f}".format, f"reliable up to {health.MAX_KHAT}"),
         ("acceptance rate", "acceptance_rate", "{:.1%}".format, "of the last rung's chains"),
         ("inverse temperature τ", "tau", "{:.3g}".format, f"of T = {outcome.target_temperature(record)}"),

@@ -245,7 +245,9 @@ class Checkpointer:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
     def _must_agree(self) -> dict[str, Any]:
-        return {name: self.run.record.settings[name] for name in MUST_AGREE}
+        settings = self.run.record.settings
+        decides = ("success_threshold",) if settings["target_success"] is not None else ()
+        return {name: settings[name] for name in (*MUST_AGREE, *decides)}
 
 
 def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

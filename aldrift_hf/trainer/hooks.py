@@ -195,6 +195,10 @@ class HookedTrainer(Trainer):
         else:
             super()._load_best_model()
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """An evaluation that was skipped, with none before it, has found nothing to compare."""
+        return bool(metrics) and super()._determine_best_metric(metrics, trial)
+
     def _saves_adapters(self) -> bool:
         """Whether checkpoints hold adapters as PEFT saves them. The Trainer finds those called `default` alone, and
         would also load the frozen ones, which are the prior as it was passed in."""
@@ -212,10 +216,11 @@ class HookedTrainer(Trainer):
         self.hub.repository = self.hub_model_id
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        """Push what lies in `output_dir`, checkpoints excepted: see [`transformers.Trainer.push_to_hub`].
+        """Push what lies in `output_dir`: see [`transformers.Trainer.push_to_hub`].
 
-        That is the adapter or the model, the tokenizer, the training arguments (without tokens), the run's record, its
-        figures and its model card. Keyword arguments of [`create_model_card`] are passed on to it.
+        That is the adapter or the model, the tokenizer, the settings (without tokens), the run's record with prompts
+        and draws (`draws.jsonl`), its report, figures and model card, and files of your own; but no checkpoints, and
+        nothing whose name begins with `_`. Keyword arguments of [`create_model_card`] are passed on to it.
 
         Raises:
             OSError: if the Hub does not take it, with the remedy. The model has been saved before.

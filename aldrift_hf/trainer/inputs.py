@@ -131,6 +131,12 @@ def check_inputs(
         )
         for dataset in ([train] if evaluation is train else [train, evaluation])
     )
+    best = (args.metric_for_best_model or "").removeprefix("eval_") if args.eval_strategy != "no" else ""
+    if best == "missing_mass" and others and others[0].keys != prompts.keys:
+        raise ValueError(
+            "metric_for_best_model='missing_mass' is measured on the training prompts alone. Leave eval_dataset out, "
+            "or take another metric, such as 'kl_forward'."
+        )
     return Inputs(
         tokenizer=tokenizer,
         prompts=prompts,

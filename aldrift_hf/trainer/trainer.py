@@ -32,7 +32,7 @@ from ..models.dropout import has_dropout, without_dropout
 from ..models.engines import Engine
 from ..models.kernels import attention_of_any_shape
 from ..objective.protocol import CostFunction
-from ..reporting.defaults import default_callbacks
+from ..reporting.defaults import with_defaults
 from ..reporting.hub import HubPusher
 from ..reporting.record import MAX_PROMPTS, RunRecord
 from ..reporting.report import Picture, Report
@@ -90,7 +90,7 @@ class ALDRIFTTrainer(HookedTrainer):
         peft_config ([`peft.PeftConfig`], *optional*):
             Adapter to train. `None` with a plain model is full fine-tuning beside a frozen copy.
         sampler ([`Sampler`], *optional*):
-            An instance of your own, in place of the one that `args.sampler` names. See `recipes/your_own_parts.md`.
+            An instance of your own (`recipes/your_own_parts.md`). Settings left open are still those of `args.sampler`.
         ladder ([`Ladder`], *optional*):
             Likewise, in place of `args.ladder`.
         loss ([`Loss`], *optional*):
@@ -163,7 +163,7 @@ class ALDRIFTTrainer(HookedTrainer):
             eval_dataset=evaluation,
             processing_class=self.inputs.tokenizer,
             compute_loss_func=functools.partial(rung_loss, parts.loss, {}),
-            callbacks=[self._loop, self._step_size, *_with_defaults(callbacks or [], args)],
+            callbacks=[self._loop, self._step_size, *with_defaults(callbacks or [], args)],
             optimizers=optimizers,
         )
         self._accelerate_state = AccelerateState()
@@ -218,9 +218,9 @@ class ALDRIFTTrainer(HookedTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """Climb the ladder to T, and stay there until the run is done. See [`transformers.Trainer.train`].
 
-        `record.ended_by` says why it ended: the model is close to `p_T`, it no longer comes closer, or a budget is
-        spent (see `num_rungs`). Then the final model is measured (as by [`evaluate`], on the training prompts), if
-        `max_objective_calls` leaves enough draws for that.
+        `record.ended_by` says why it ended: see `num_rungs`. Then the final model is measured (as by [`evaluate`], on
+        the training prompts; with `prompts_per_rung`, on those of the next rung), if T is known and
+        `max_objective_calls` leaves enough draws. A second call begins the ladder again, with the model as it is.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or `True` for the last one in `output_dir`. The run then goes
@@ -229,7 +229,8 @@ class ALDRIFTTrainer(HookedTrainer):
         Raises:
             ValueError: if there is no such checkpoint, or it is damaged, or belongs to other settings or data.
             FloatingPointError: if log-probabilities, a loss or a gradient are NaN or infinite, before they do harm.
-            KeyboardInterrupt: after Ctrl-C, at the next safe point, with a checkpoint; after a second one, at once.
+            KeyboardInterrupt: after Ctrl-C, at the next safe point, with a checkpoint unless no update has been made;
+                after a second one, at once.
         """
         folder = to_resume_from(resume_from_checkpoint, str(self.args.output_dir))
         run = self.run
@@ -266,8 +267,9 @@ class ALDRIFTTrainer(HookedTrainer):
     def load_run(self, folder: str | os.PathLike[str]) -> None:
         """Take up what a run has trained, so that [`evaluate`] and [`sample`] work as after its own `train()`.
 
-        The trainer must have been made as the run's was: with its prior, its adapter's settings and its objective. For
-        other prompts, or another objective, the ladder's log Z says nothing, and metrics that need it are left out.
+        The trainer must have been made as the run's was: with its prior, adapter, objective and settings (of which T is
+        read from the run where a goal was set). For other prompts, and for functions of other names or weights, the
+        ladder's log Z is not used: `missing_mass` is left out, and `kl` is of the draws alone. There is no archive.
 
         Args:
             folder: the run's output directory, with a saved model.
@@ -300,10 +302,12 @@ class ALDRIFTTrainer(HookedTrainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """How close the model is to `p_T`, from `num_generations` fresh draws per prompt.
+        """How close the model is to `p_T`, from `num_generations` draws per prompt.
 
-        Within [`train`] its calls count towards `max_objective_calls`. Where too few are left, or while T is not known,
-        it is skipped there, with a warning, and returns what it returned before.
+        They depend on the seed and the number of updates: a second call repeats them, as does one after [`train`],
+        which has measured the same model; another `seed` gives others. Within [`train`] its calls count towards
+        `max_objective_calls`. Where too few are left, or while T is not known, it is skipped there, with a warning, and
+        returns what it returned before.
 
         Args:
             eval_dataset: prompts; `None` takes the trainer's `eval_dataset`, or else its `train_dataset`.
@@ -315,9 +319,10 @@ class ALDRIFTTrainer(HookedTrainer):
             that cost at most `success_threshold`), `distinct` (share of distinct draws), `diversity`
             ([`aldrift_hf.algorithm.diversity`]), `ess` (share in [0, 1]), `khat`, `kl_to_prior` (KL(model‖L), nats),
             `log_z` (of `p_T`, nats, from these draws), `kl` (KL(model‖p_T), nats, with the ladder's log Z where it is
-            known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, on training prompts after training
-            began, `missing_mass` (nats; see [`aldrift_hf.algorithm.diagnostics.missing_mass`]). With several prompts,
-            also `kl_worst` and `ess_worst`; `prompt_metrics` then has a row for each.
+            known), `kl_forward` (KL(p_T‖model), nats, blind to lost mass) and, for all training prompts in their order
+            after training began, `missing_mass` (nats, at each prompt's last τ; see
+            [`aldrift_hf.algorithm.diagnostics.missing_mass`]). With several prompts, also `kl_worst` and `ess_worst`;
+            `prompt_metrics` then has a row for each. Also standard errors (`…_error`), `draws` and `runtime`.
         """
         prompts = self.inputs.eval_prompts if eval_dataset is None else self.inputs.encode(eval_dataset, "eval_dataset")
         self.objective.check_signature(prompts.columns)
@@ -360,12 +365,13 @@ class ALDRIFTTrainer(HookedTrainer):
         last states are returned: Metropolis-Hastings chains, or one step of i-SIR
         ([`aldrift_hf.algorithm.samplers.kernels.isir`]), which takes one of a chain's proposals by their weights. With
         `chain_length=1` no correction is made: the draws are the model's own. With `correction="archive"` nothing is
-        drawn and the objective is not called: the samples are resampled by weight from all proposals of the run. With
+        drawn and the objective is not called: samples are resampled by weight from the proposals that it keeps. With
         `correction="suffix"` each step of a chain after its first draw keeps the beginning of its text and redraws the
         rest ([`aldrift_hf.algorithm.samplers.kernels.suffix_move`]).
 
-        Diagnostics are logged under `sample_…`: acceptance rate, `ess`, `khat`, `log_z`, and the share of distinct
-        samples. Chains can only reach what the model draws: mass that it has lost (missing mass) is missing here too.
+        The k-th call of a trainer gives the same samples with the same seed. Diagnostics are logged under `sample_…`:
+        acceptance rate, `ess`, `khat`, `log_z`, and the share of distinct samples. Chains can only reach what the model
+        draws: mass that it has lost (missing mass) is missing here too.
 
         Args:
             num_samples: samples per prompt.
@@ -379,7 +385,7 @@ class ALDRIFTTrainer(HookedTrainer):
             `log_prior` and `log_model` (nats; for the archive: of the mixture of its models).
 
         Raises:
-            ValueError: for a number below 1, or a correction that is unknown or not possible.
+            ValueError: for a number below 1, a correction that is unknown or not possible, or while T is not known.
         """
         steps = self.args.steps_per_chain if chain_length is None else chain_length
         if num_samples < 1 or steps < 1:
@@ -392,9 +398,3 @@ class ALDRIFTTrainer(HookedTrainer):
         metrics = draws.metrics(self.run.tau_max, self.args.success_threshold)
         self.log({f"sample_{key}": value for key, value in metrics.items() if math.isfinite(value)})
         return draws.dataset(decoded(self.run, draws))
-
-
-def _with_defaults(callbacks: list[TrainerCallback], args: ALDRIFTConfig) -> list[TrainerCallback]:
-    """The default callbacks, but for those of which the user passes one of his own, and the user's."""
-    own = {type(callback) for callback in callbacks}
-    return [*(callback for callback in default_callbacks(args) if type(callback) not in own), *callbacks]

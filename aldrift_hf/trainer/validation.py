@@ -206,7 +206,7 @@ def check_parts(
         ValueError: with the settings that contradict each other, and which of them to change.
     """
     if sampler.uses_chains:
-        _check_chains(settings)
+        _check_chains(settings, getattr(sampler, "chain_length", None))
         if sampler.redraws and settings.steps_per_chain == 1:
             raise ValueError(
                 f"chain_length=1 leaves the chains of sampler={name_of(sampler, SAMPLERS)!r} without a move, and so "
@@ -252,18 +252,19 @@ def check_settings_of_parts(settings: PartsSettings, sampler: type[Sampler], lad
         ladder.from_settings(settings).num_rungs(start)  # raises for too many
 
 
-def _check_chains(settings: PartsSettings) -> None:
-    n, steps = settings.proposals, settings.steps_per_chain
-    if n % steps == 0:
-        return
-    if settings.chain_length is None:
-        wanted, near = "a cube with chain_length=None, the paper's M = m²", round(n ** (1 / 3)) ** 3
-    else:
-        wanted, near = f"a multiple of chain_length={steps}", settings.num_chains * steps
-    raise ValueError(
-        f"num_generations must be {wanted}, so that a rung's proposals divide into chains of equal length; got {n}. "
-        f"Set it to {near}, or change chain_length."
-    )
+def _check_chains(settings: PartsSettings, own: int | None) -> None:
+    """Check that n is a multiple of M: of the settings', and of that of a sampler of the user's own."""
+    n = settings.proposals
+    for steps in (settings.steps_per_chain, own or 1):
+        if n % steps == 0:
+            continue
+        wanted, near = f"a multiple of chain_length={steps}", max(1, n // steps) * steps
+        if own != steps and settings.chain_length is None:
+            wanted, near = "a cube with chain_length=None, the paper's M = m²", round(n ** (1 / 3)) ** 3
+        raise ValueError(
+            f"num_generations must be {wanted}, so that a rung's proposals divide into chains of equal length; got "
+            f"{n}. Set it to {near}, or change chain_length{' of the sampler' * (own == steps)}."
+        )
 
 
 # ---- Settings of TrainingArguments -----------------------------------------------------------------------------------

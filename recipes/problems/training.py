@@ -23,7 +23,13 @@ logger = logging.getLogger(__name__)
 class RecipeConfig(ALDRIFTConfig):
     """ALDRIFT's settings, with defaults for the small model that is trained on the spot."""
 
-    per_device_train_batch_size: int = field(default=128, metadata={"help": "Samples per update and process."})
+    per_device_train_batch_size: int = field(
+        default=128,
+        metadata={
+            "help": "Samples per batch and process. With sampler=archive, smaller batches are accumulated to 128 per "
+            "update, unless gradient_accumulation_steps is set."
+        },
+    )
     num_generations: Optional[int] = field(default=1024, metadata={"help": "Number of proposals per prompt per rung."})
     num_rungs: Optional[int] = field(
         default=None,

@@ -64,8 +64,8 @@ class AdaptiveLadder(Ladder):
     """Takes the largest step for which the weights are worth enough independent draws ([`adaptive_tau`]).
 
     Args:
-        ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1. At least
-            `LEAST_DRAWS` in any case.
+        ess_threshold: least effective sample size, as a share of a rung's proposals; between 0 and 1. It is never less
+            than `LEAST_DRAWS`, or `MOST_SHARE` of all draws where these are too few.
         proposals: n, per prompt per rung. Of a larger pool, too, a rung's number counts as the whole; of a smaller one
             (chains begin at few whole texts) its own.
         prompts_per_rung: most prompts that a rung draws for; `None` for all.

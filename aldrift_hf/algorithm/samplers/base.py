@@ -153,7 +153,8 @@ class Sampler(ABC):
             pool: `N` draws for each of `P` prompts.
             tau_before: the inverse temperature of the rung before.
             tau: the rung's.
-            size: samples per prompt that the rung's updates take in. Fewer are learned from several times.
+            size: samples per prompt that the rung's updates take in. Fewer are learned from several times, and
+                of more only as many, by chance.
             generator: the source of all random numbers.
         """
 

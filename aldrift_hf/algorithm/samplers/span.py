@@ -184,7 +184,8 @@ class SpanChains(Sampler):
             the model. For alphabets of some dozens, where a move is to try what is rare as often as what is frequent.
 
     Raises:
-        ValueError: for a chain without a move, or if the vocabulary is empty.
+        ValueError: for a chain without a move, or if the vocabulary is empty; and on the first rung, if a token of it
+            ends a text, or if `log q` as drawn is not the scorer's (fp32 and `engine="transformers"` are needed).
     """
 
     uses_chains: ClassVar[bool] = True
