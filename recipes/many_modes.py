@@ -11,11 +11,11 @@ share, and the shares differ by many nats (the second table).
 ALDRIFT is therefore run with a prompt for each ligand (prompts), after which the similarity to that one counts: one
 model, one run and one budget, but a p_T for each prompt (it is spent on texts, where all others but the defaults count
 molecules). With the same prompts, as a search (edited): the model learns from the best of what it draws, and of
-mutations and crossovers of the best, searched for on a model of the similarities (--edits). Beside these: a genetic algorithm on molecular graphs for each ligand, with equal
-shares of the budget (genetic_algorithms); and on the nearest ligand, ALDRIFT without prompts (defaults), REINVENT's
-loss with sigma = T, TRL's RLOO with beta = 1/T, and the genetic algorithm. Each has the setting of its grid that is
-best on the first task and seed. The prior is that of recipes/molecules.py. Runs are kept in OUTPUT_DIR/runs.jsonl, and
-not made again.
+mutations and crossovers of the best, searched for on a model of the similarities (--edits). Beside these: a genetic
+algorithm on molecular graphs for each ligand, with equal shares of the budget (genetic_algorithms); and on the nearest
+ligand, ALDRIFT without prompts (defaults), REINVENT's loss with sigma = T, TRL's RLOO with beta = 1/T, and the genetic
+algorithm. Each has the setting of its grid that is best on the first task and seed. The prior is that of
+recipes/molecules.py. Runs are kept in OUTPUT_DIR/runs.jsonl, and not made again.
 """
 
 import itertools
