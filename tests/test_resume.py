@@ -139,6 +139,14 @@ def test_a_checkpoint_of_another_run_is_refused(config, tokenizer, tmp_path):
         trainer.train(resume_from_checkpoint=folder)
 
 
+def test_a_file_is_known_by_all_of_its_bytes(tmp_path):
+    digests = set()
+    for last in (b"a", b"b"):
+        (tmp_path / "file").write_bytes(bytes(3 << 20) + last)
+        digests.add(checkpoints._digest(tmp_path / "file"))
+    assert len(digests) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

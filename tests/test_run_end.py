@@ -174,6 +174,27 @@ def test_max_rungs_is_a_budget(make):
     assert said(trainer) == "The budget is spent, with rung 4 at tau = 1.5: 5 rungs, as many as max_rungs allows."
 
 
+@pytest.mark.parametrize(
+    ("settings", "prompts", "most"),
+    [
+        ({}, 1, 200),
+        ({"tau_step": 0.005}, 1, 2 * 300),
+        ({"tau_step": 0.5, "prompts_per_rung": 1}, 150, 3 + 2 * 150),
+        ({"max_rungs": 7, "tau_step": 0.005}, 1, 7),
+    ],
+)
+def test_most_rungs_without_a_number_of_them(config, tokenizer, settings, prompts, most):
+    """Twice as many as a long ladder has to T, or two epochs over many prompts there."""
+    model = tiny_gpt2()
+    settings = config(num_rungs=None, num_generations=16, **settings)
+    trainer = ALDRIFTTrainer(
+        model, count_a, settings, processing_class=tokenizer, peft_config=lora_config(model),
+        train_dataset=[" ".join("ab"[number >> bit & 1] for bit in range(8)) for number in range(prompts)],
+    )  # fmt: skip
+    trainer.run.start()
+    assert trainer.run.rungs_to_climb(resumed=False) == most
+
+
 @pytest.mark.slow
 def test_a_sampler_without_a_correction_ends_with_the_ladder(make):
     trainer = make(sampler="top", num_rungs=None)

@@ -335,6 +335,7 @@ def test_evaluation_leaves_training_as_it_is(make):
 @pytest.mark.slow
 def test_evaluation_on_other_prompts(make):
     trainer = make(train_dataset=["a"], eval_dataset=["b", "c"])
+    assert "eval_missing_mass" not in trainer.evaluate(["a"]), "there is no ladder yet"
     trainer.train()
     assert "eval_missing_mass" not in trainer.evaluate()
     assert "eval_missing_mass" in trainer.evaluate(["a"])
