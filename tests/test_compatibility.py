@@ -144,7 +144,7 @@ def test_what_lies_deeper_in_transformers():
 
 # The Trainer's that are overridden. The first few are private to it.
 PRIVATE = {"_get_output_dir", "_get_train_sampler", "_load_from_checkpoint", "_push_from_checkpoint", "_save"}
-PRIVATE |= {"_load_best_model", "_save_checkpoint"}
+PRIVATE |= {"_determine_best_metric", "_load_best_model", "_save_checkpoint"}
 PUBLIC = {"compute_loss", "create_model_card", "create_scheduler", "evaluate", "init_hf_repo", "push_to_hub", "train"}
 PUBLIC |= {"hyperparameter_search", "predict", "training_step"}
 

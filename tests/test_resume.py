@@ -162,15 +162,15 @@ def test_a_checkpoint_of_other_settings_is_refused_with_the_difference(config, t
         trainer_of("adapter-off", config(**change), tokenizer).train(resume_from_checkpoint=True)
 
 
-def test_what_is_a_success_may_change_unless_it_decides_the_target(config, tokenizer):
+def test_what_is_a_success_may_change_unless_it_decides_the_target(config, tokenizer, tmp_path):
     settings = {"save_strategy": "epoch", "sampler": "archive", "chain_length": 1, "tau_max": None, "tau_step": None}
     first = trainer_of("adapter-off", config(**settings, target_success=0.6, success_threshold=0.5), tokenizer)
     first.train()
     other = trainer_of("adapter-off", config(**settings, target_success=0.6), tokenizer)
     with pytest.raises(ValueError, match=r"success_threshold = 0\.5, not 0\.0"):
         other.train(resume_from_checkpoint=True)
-    trainer_of("adapter-off", config(save_strategy="epoch", output_dir="figures"), tokenizer).train()
-    again = trainer_of("adapter-off", config(output_dir="figures", success_threshold=1.0), tokenizer)
+    trainer_of("adapter-off", config(save_strategy="epoch", output_dir=str(tmp_path)), tokenizer).train()
+    again = trainer_of("adapter-off", config(output_dir=str(tmp_path), success_threshold=1.0), tokenizer)
     again.train(resume_from_checkpoint=True)
 
 
