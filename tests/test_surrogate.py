@@ -70,6 +70,17 @@ def test_it_learns_from_everything_that_was_evaluated_and_no_text_is_evaluated_a
     assert repeated <= {"cbc", min(asked, key=true_cost)}, "but for the best one, which stands in for a missing edit"
 
 
+def test_a_run_that_began_without_goes_on_with_one():
+    told, letters = Told(), Letters()
+    before = EditedTop(swapped, edits_per_draw=2)
+    letters.rung(before, ["cbc", "ddc", "bb"])
+    best = {*letters.asked[0], *letters.asked[1], "cbc", "bb"}
+    sampler = EditedTop(swapped, edits_per_draw=2, surrogate=told)
+    sampler.load_state_dict(before.state_dict())
+    letters.rung(sampler, ["d"])
+    assert {*told.told[0]} == {text for text in best if "dd" not in text} | {"d"}
+
+
 def test_how_often_texts_are_edited():
     calls = []
 

@@ -141,8 +141,8 @@ class EditedTop(Sampler):
     def _met(self, best: Sequence[Proposals | None], new: Proposals) -> list[Proposals]:
         """The best texts of each prompt after new ones were evaluated."""
         of_prompts = [of_prompt(new, place) for place in range(len(best))]
-        if self._evaluated is not None:
-            for draws in of_prompts:
+        if self._evaluated is not None:  # the best, too: a run may have begun without a surrogate
+            for draws in filter(None, (*best, *of_prompts)):
                 texts = self._policy.decode(draws.completions)
                 self._evaluated.add(int(draws.rows[0]), texts, _costs(draws))
         return [self._ranked(old, draws) for old, draws in zip(best, of_prompts, strict=True)]
