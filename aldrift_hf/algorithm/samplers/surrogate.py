@@ -80,14 +80,14 @@ class Evaluated:
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
         return {
-            f"{NAME}.{prompt}": torch.tensor([*json.dumps([*costs.items()]).encode()], dtype=torch.uint8)
+            f"{NAME}.{prompt}": torch.frombuffer(bytearray(json.dumps([*costs.items()]), "ascii"), dtype=torch.uint8)
             for prompt, costs in self._costs.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what [`state_dict`] gave."""
         mine = {key: content for key, content in state.items() if key.startswith(f"{NAME}.")}
-        self._costs = {int(key.split(".")[1]): dict(json.loads(bytes(mine[key].tolist()))) for key in mine}
+        self._costs = {int(key.split(".")[1]): dict(json.loads(mine[key].numpy().tobytes())) for key in mine}
 
 
 def _nothing(texts: list[str]) -> list[float]:
