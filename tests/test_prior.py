@@ -113,6 +113,7 @@ def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
     [
         (LoraConfig(task_type="CAUSAL_LM", bias="all", target_modules=["c_attn"]), "bias='none'"),
         (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="pissa", target_modules=["c_attn"]), "rewrites the base"),
+        (LoraConfig(task_type="CAUSAL_LM", init_lora_weights="OLoRA", target_modules=["c_attn"]), "rewrites the base"),
         (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "virtual tokens"),
         (LoraConfig(task_type="SEQ_CLS", target_modules=["c_attn"]), "task_type='CAUSAL_LM'"),
         (LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], alora_invocation_tokens=[3]), "Use LoRA"),
@@ -121,6 +122,14 @@ def test_the_saved_adapter_holds_policy_and_prior(config, tokenizer, tmp_path):
 def test_adapters_that_cannot_be_switched_off_are_refused(peft_config, message, config, tokenizer):
     with pytest.raises(ValueError, match=message):
         ALDRIFTTrainer(tiny_gpt2(), count_a, config(), processing_class=tokenizer, peft_config=peft_config)
+
+
+def test_a_frozen_copy_is_frozen():
+    policy, copied = prior.split(tiny_gpt2(), None)
+    with copied.active(policy) as module:
+        assert not module.training
+        assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert all(parameter.requires_grad for parameter in policy.parameters())
 
 
 def test_ambiguous_adapters_are_refused():
