@@ -114,6 +114,18 @@ def test_the_code_works_as_it_stands(base, config, tuning, prompts, tokenizer, t
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("saved", "loaded"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_the_code_loads_the_model_in_the_runs_precision(base, config, saved, loaded):
+    """Left to itself, transformers takes that of the checkpoint."""
+    warped_gpt2().to(getattr(torch, saved)).save_pretrained(base)
+    args = config(learning_rate=0.05, model_init_kwargs={"dtype": loaded})
+    trainer = ALDRIFTTrainer(PATH_TO_BASE_MODEL, count_a, args, peft_config=lora_config(warped_gpt2()))
+    trainer.train()
+    trainer.save_model()
+    check_code(Path(args.output_dir, "README.md").read_text(), trainer)
+
+
+@pytest.mark.slow
 def test_a_run_writes_its_card_wherever_it_saves(config, tokenizer, tmp_path):
     """In place of PEFT's, which has gaps to fill in and the model's path."""
     model = tiny_gpt2()

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from conftest import (
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
+from trl import get_quantization_config
 
 from aldrift_hf import ALDRIFTConfig, MetropolisHastings, cli, evaluated_texts
 from aldrift_hf.cli import env, runs, train
@@ -668,3 +670,27 @@ def test_a_token_is_not_written_down(here):
     for path in (here / "out").iterdir():
         if path.is_file() and path.suffix in (".yaml", ".json", ".jsonl", ".md"):
             assert "hf_planted" not in path.read_text(), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [16, 4])
+def test_a_run_from_python_is_loaded_in_its_precision(here, config, capsys, bits):
+    """In another one its prior would be another model."""
+    loaded = {"dtype": "bfloat16"}
+    if bits == 4:
+        pytest.importorskip("bitsandbytes")
+        loaded |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+    asked = SimpleNamespace(**{"load_in_4bit": False, "load_in_8bit": False, "bnb_4bit_quant_storage": None} | loaded)
+    model = AutoModelForCausalLM.from_pretrained(
+        "model", dtype="bfloat16", quantization_config=get_quantization_config(asked)
+    )
+    tokenizer = word_tokenizer(WORDS, " ")
+    args = config(output_dir="low", num_rungs=1)
+    trainer = ALDRIFTTrainer(model, count_a, args, processing_class=tokenizer, peft_config=lora_config(model))
+    trainer.train()
+    trainer.save_model()
+    assert RunRecord.read("low").settings["loaded"] == loaded
+    parser = RunParser("aldrift sample", "usage", "what it does")
+    _, again = runs.load(parser, ["low", "--objective", "costs:not_a"], str(here / "scratch"))
+    assert again.record.settings["loaded"] == loaded
+    assert again.rollout.prior.row_scores.tolist() == trainer.rollout.prior.row_scores.tolist()

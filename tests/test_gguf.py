@@ -163,7 +163,7 @@ def test_the_card_of_a_file_on_the_hub(file, config):
     trainer.record.settings["base_model"] = "me/tiny-GGUF/tiny.Q8_0.gguf"
     card = model_card(trainer.record, "out", "me/run")
     assert card.data.base_model == "me/tiny-GGUF"
-    assert 'from_pretrained("me/tiny-GGUF", gguf_file="tiny.Q8_0.gguf")' in card.text
+    assert 'from_pretrained("me/tiny-GGUF", gguf_file="tiny.Q8_0.gguf", dtype="float32")' in card.text
     assert 'model="me/tiny-GGUF/tiny.Q8_0.gguf"' in card.text
 
 

@@ -85,7 +85,8 @@ def model_card(
         adapter=adapter,
         subfolder=None if adapter_name in (None, "default") else adapter_name,  # PEFT saves other names in a subfolder
         prior_adapter=settings["prior_adapter"],
-        four_bit="4 bits" in settings["tuning"],
+        dtype=settings["loaded"]["dtype"],
+        bits=next((bits for bits in (4, 8) if f"load_in_{bits}bit" in settings["loaded"]), None),
         base_model=base_model,
         base=base_model or PATH_TO_BASE_MODEL,
         gguf_file=gguf_file,
