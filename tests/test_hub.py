@@ -33,6 +33,7 @@ from test_card import check_code
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from aldrift_hf import cli
+from aldrift_hf.cli import runs
 from aldrift_hf.cli.parser import RunParser
 from aldrift_hf.reporting.record import RunRecord
 from aldrift_hf.trainer.checkpoints import OBJECTIVE_FILE, SAMPLES_FILE, STATE_FILE
@@ -258,6 +259,30 @@ def test_a_refused_repository_leaves_the_model_on_disk(hub, config):
     with pytest.raises(OSError, match="503"):
         trainer.push_to_hub()
     assert hub.faults["POST", "repos/create"] == 93  # asked once, and six times more with waits in between
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tuning", ["an adapter", "in full"])
+def test_a_prior_of_an_older_revision(hub, config, tmp_path, monkeypatch, capsys, tuning):
+    """The repository has another model by now, which must not become the prior of the card's code or of a command."""
+    base = hub.repositories["me/base"]
+    perturbed = tiny_gpt2()
+    with torch.no_grad():
+        perturbed.transformer.wte.weight.mul_(3)
+    perturbed.save_pretrained(tmp_path / "base")
+    base.commits.append({path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()})
+    args = config(hub_model_id="me/old", model_init_kwargs={"revision": base.sha(0)})
+    trainer = trainer_on(args, **({} if tuning == "an adapter" else {"peft_config": None}))
+    trainer.train()
+    trainer.push_to_hub()
+    monkeypatch.chdir(tmp_path)
+    card = hub.repositories["me/old"].files["README.md"].decode()
+    check_code(ModelCard(card).text, trainer)
+    (tmp_path / "costs.py").write_text("def cost(prompts, completions):\n    return [0.0 for _ in completions]\n")
+    parser = RunParser("aldrift sample", "usage", "what it does")
+    for run in ("me/old", args.output_dir):
+        _, again = runs.load(parser, [run, "--objective", "costs.py:cost"], str(tmp_path / "scratch"))
+        assert again.rollout.prior.row_scores.tolist() == trainer.rollout.prior.row_scores.tolist()
 
 
 @pytest.mark.slow

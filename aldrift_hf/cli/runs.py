@@ -30,11 +30,10 @@ OPTIONS_FILE = "run.yaml"
 """The file in a run's output directory with its options, for `--config` and for later commands."""
 
 _OWN_SETTINGS = {field.name for field in fields(ALDRIFTConfig)} - {field.name for field in fields(TrainingArguments)}
-_PRECISION = ("dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
+_LOADED = ("model_revision", "dtype", "load_in_4bit", "load_in_8bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
 HUB_OPTIONS = {
     *(_OWN_SETTINGS - {"model_init_kwargs", "objective_cache_key", "engine", "engine_kwargs"}),
-    *("model_name_or_path", "model_revision", *_PRECISION, "bf16", "fp16", "seed"),
-    *("dataset_name", "dataset_config", "dataset_train_split"),
+    *("model_name_or_path", *_LOADED, "dataset_name", "dataset_config", "dataset_train_split", "bf16", "fp16", "seed"),
 }
 """Options that are taken from a run on the Hub: those that describe it, and name no code or file of this machine."""
 DEFAULTS = (
@@ -137,7 +136,7 @@ def _saved_options(folder: Path) -> dict[str, Any]:
             if saved.get(part) not in registry:  # the user's own, by its class; a trained model is sampled without it
                 saved.pop(part, None)
         loaded = settings.get("loaded", {})
-        saved |= {name: loaded[name] for name in _PRECISION if name in loaded}
+        saved |= {name: loaded[name] for name in _LOADED if name in loaded}
         saved["model_name_or_path"] = settings.get("base_model")
     else:
         raise ValueError(f"{folder} is not the output directory of a run: it has neither {OPTIONS_FILE} nor {RUN_FILE}")

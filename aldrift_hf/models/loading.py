@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -120,6 +121,20 @@ def _resize(base: PreTrainedModel, config: PeftConfig, weights: Mapping[str, tor
     size = len(saved[0]) if saved else max([len(embeddings.weight), *(index + 1 for index in indices)])
     if size != len(embeddings.weight):
         base.resize_token_embeddings(size)
+
+
+def at_revision(config: PeftConfig | None, init_kwargs: InitKwargs) -> PeftConfig | None:
+    """The settings of an adapter with the revision of its base model, at which PEFT loads that again.
+
+    Args:
+        config: the settings, which are not changed.
+        init_kwargs: what the base model was loaded with.
+    """
+    revision = mapping_of(init_kwargs).get("revision")
+    if config is not None and revision is not None:
+        config = copy.deepcopy(config)
+        config.revision = revision
+    return config
 
 
 def _revision_of_base(config: PeftConfig) -> dict[str, str]:

@@ -62,7 +62,9 @@ def model_card(
         tags: tags in addition to those that follow from the record.
         metadata: further entries of the card's header, as [`huggingface_hub.ModelCardData`] takes them.
     """
-    settings = record.settings
+    settings, loaded = record.settings, record.settings["loaded"]
+    init_kwargs = {"dtype": loaded["dtype"], "revision": loaded["model_revision"]}
+    init_kwargs = {name: value for name, value in init_kwargs.items() if value not in ("float32", "main")}
     adapter_name = settings["adapter_name"]
     adapter = adapter_name is not None
     place_of_base, gguf_file = _place_of_base(base_model or settings["base_model"])
@@ -85,8 +87,9 @@ def model_card(
         adapter=adapter,
         subfolder=None if adapter_name in (None, "default") else adapter_name,  # PEFT saves other names in a subfolder
         prior_adapter=settings["prior_adapter"],
-        dtype=settings["loaded"]["dtype"],
-        bits=next((bits for bits in (4, 8) if f"load_in_{bits}bit" in settings["loaded"]), None),
+        dtype=loaded["dtype"],
+        init_kwargs=init_kwargs,
+        bits=next((bits for bits in (4, 8) if f"load_in_{bits}bit" in loaded), None),
         base_model=base_model,
         base=base_model or PATH_TO_BASE_MODEL,
         gguf_file=gguf_file,

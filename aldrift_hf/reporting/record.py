@@ -40,8 +40,8 @@ class RunRecord:
     Attributes:
         settings: what was asked for: names of the base model, the costs, `sampler`, `ladder`, `loss` and `engine`,
             ALDRIFT's own settings, of the Trainer's the learning rate, its course, batch sizes, precision and seed, and
-            versions. `settings["loaded"]` is the model's precision, and `settings["objective_range"]` is `None` if it
-            was not given. The adapter's modules are not in it.
+            versions. `settings["loaded"]` is the model's revision and precision, `settings["objective_range"]` is
+            `None` if it was not given. The adapter's modules are not in it.
         objective_range: D, in units of the cost: as given, or else as measured on the first rung's proposals (`None`
             before that).
         finished: whether training has ended.

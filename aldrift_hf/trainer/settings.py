@@ -10,12 +10,13 @@ from typing import Any
 
 from peft import PeftModel
 from torch import nn
-from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import BitsAndBytesConfig, PreTrainedTokenizerBase
 
 from ..algorithm.ladders import LADDERS, Ladder
 from ..algorithm.losses import LOSSES, Loss
 from ..algorithm.samplers import SAMPLERS, Sampler
 from ..models.engines import ENGINES, Engine
+from ..models.loading import mapping_of
 from ..models.prior import FrozenAdapter, Prior, base_model
 from ..types import Prompts
 from .config import ALDRIFTConfig
@@ -60,17 +61,17 @@ def settings_of(
 
     Returns:
         Values that JSON can hold: those of `args`, with the parts' names in place of the names asked for, and what the
-        model is (`base_model`, `architecture`, `loaded` (in what precision, as options of the command line), `tuning`,
-        `adapter_name` (`None` for full fine-tuning), `prior`, `prior_adapter` (the name of the frozen adapter that it
-        has, if any)). `loss` is the loss that is minimised where `loss_type` is `None`. `corrects` tells whether the
-        sampler aims at `p_T`.
+        model is (`base_model`, `architecture`, `loaded` (its revision and precision, as options of the command line),
+        `tuning`, `adapter_name` (`None` for full fine-tuning), `prior`, `prior_adapter` (the name of the frozen adapter
+        that it has, if any)). `loss` is the loss that is minimised where `loss_type` is `None`, and `corrects` says
+        whether the sampler aims at `p_T`.
     """
     prior_adapter = prior.name if isinstance(prior, FrozenAdapter) else None
     asked = {field.name: getattr(args, field.name) for field in own_fields(ALDRIFTConfig)}
     return {
         "base_model": base_model(model).config._name_or_path or None,
         "architecture": type(base_model(model)).__name__,
-        "loaded": _loaded(base_model(model)),
+        "loaded": _loaded(args, model),
         "tuning": _tuning(model),
         "adapter_name": model.active_adapter if isinstance(model, PeftModel) else None,
         "prior": "the base model" if prior_adapter is None else f"the base model with the adapter {prior_adapter!r}",
@@ -96,9 +97,13 @@ def _fingerprint(values: list[Any]) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
-def _loaded(model: PreTrainedModel) -> dict[str, Any]:
-    loaded: dict[str, Any] = {"dtype": str(model.dtype).removeprefix("torch.")}
-    bits = getattr(model.config, "quantization_config", None)
+def _loaded(args: ALDRIFTConfig, model: nn.Module) -> dict[str, Any]:
+    base = base_model(model)
+    revision = mapping_of(args.model_init_kwargs).get("revision")
+    if isinstance(model, PeftModel):  # of a prior with an adapter, the other one is the adapter's
+        revision = model.peft_config[model.active_adapter].revision
+    loaded = {"model_revision": revision or "main", "dtype": str(base.dtype).removeprefix("torch.")}
+    bits = getattr(base.config, "quantization_config", None)
     if not isinstance(bits, BitsAndBytesConfig):
         return loaded
     if bits.load_in_8bit:

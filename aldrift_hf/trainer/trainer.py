@@ -145,15 +145,15 @@ class ALDRIFTTrainer(HookedTrainer):
             fill_batches(args, max(map(len, self.inputs.prompts.token_ids)) + args.max_completion_length)
         if isinstance(model, str):
             model = loading.load_model(model, args.model_init_kwargs, self.inputs.adapter)
+            peft_config = loading.at_revision(peft_config, args.model_init_kwargs)
         set_seed(args.seed)  # a new adapter's weights are random; the Trainer seeds too late for them
         policy, self.prior = fidelity.split_checked(in_precision(model, args), peft_config)
         check_given_optimizer(*optimizers, policy)
         if parts.loss.exact_logprobs:
             without_dropout(policy)
             fidelity.check_exact(policy, self.prior)
-        self._drops_out = has_dropout(policy)
-        self.interrupt, self._loop, self.hub = Interrupt(), RungLoop(), HubPusher(args)
-        self._step_size, self._seeks_rate = StepSize(), seeks_rate(args, optimizers[0])
+        self._drops_out, self._seeks_rate = has_dropout(policy), seeks_rate(args, optimizers[0])
+        self.interrupt, self._loop, self._step_size, self.hub = Interrupt(), RungLoop(), StepSize(), HubPusher(args)
         forget(args)
         super().__init__(
             model=policy,
