@@ -41,6 +41,7 @@ SETTINGS = {
         "seed": 0,
     },
     **{"base_model": None, "architecture": "GPT2LMHeadModel", "tuning": "all parameters", "adapter_name": None},
+    "loaded": {"model_revision": "main", "dtype": "float32"},
     **{"max_completion_length": 3, "updates_per_rung": None, "objective_weights": None, "chain_length": 1},
     **{"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "processes": 1, "learning_rate": 1e-3},
     **{"ess_threshold": 0.5, "versions": {}},
