@@ -185,6 +185,7 @@ def test_an_edit_that_is_none_is_left_out():
         (lambda texts: texts, r"edit\(\) raised TypeError: .*takes 1 positional argument but 2 were given"),
         (lambda texts, rng: (text[99] for text in texts), r"edit\(\) raised IndexError"),
         (lambda texts, rng: [texts], r"edit\(\) raised TypeError: unhashable"),
+        (lambda texts, rng: "ca", r"edit\(\) returned the text 'ca'\. Return a list of texts"),
         (lambda texts, rng: ["a", 3], r"edit\(\) returned 3, which is no text"),
     ],
 )

@@ -70,6 +70,38 @@ def test_it_learns_from_everything_that_was_evaluated_and_no_text_is_evaluated_a
     assert repeated <= {"cbc", min(asked, key=true_cost)}, "but for the best one, which stands in for a missing edit"
 
 
+def test_a_rung_that_was_stopped_is_made_again_as_it_was():
+    """A checkpoint within it does not hold what it had evaluated: as known texts these would not be tried again."""
+    whole, letters = EditedTop(swapped, edits_per_draw=60, surrogate=Told()), Letters()
+    letters.rung(whole, ["cbc"])
+    stopped = EditedTop(swapped, edits_per_draw=60, surrogate=Told())
+    stopped.load_state_dict(whole.state_dict())
+    letters.rung(whole, ["bcb"])
+    expected, redraw = letters.asked, letters.redraw
+
+    def stop(step, spans, screen=None):
+        if step == 2:
+            raise KeyboardInterrupt
+        return redraw(step, spans, screen)
+
+    letters.redraw = stop
+    with pytest.raises(KeyboardInterrupt):
+        letters.rung(stopped, ["bcb"])
+    letters.redraw = redraw
+    again = EditedTop(swapped, edits_per_draw=60, surrogate=Told())
+    again.load_state_dict(stopped.state_dict())
+    letters.rung(again, ["bcb"])
+    assert letters.asked == expected
+
+
+def test_of_equal_predictions_the_alphabet_does_not_decide():
+    letters = Letters()
+    every = [first + second + third for first in LETTERS for second in LETTERS for third in LETTERS]
+    sampler = EditedTop(lambda texts, rng: every, edits_per_draw=10, surrogate=Told(lambda text: 0.0))
+    letters.rung(sampler, ["bb"])
+    assert len({text[0] for text in letters.asked[0]}) > 2
+
+
 def test_a_run_that_began_without_goes_on_with_one():
     told, letters = Told(), Letters()
     before = EditedTop(swapped, edits_per_draw=2)

@@ -193,12 +193,15 @@ class EditedTop(Sampler):
     def _edits(self, parents: list[str], rng: random.Random) -> set[str]:
         """What the user's function makes of texts."""
         try:
-            made = {text for text in self.edit(parents, rng) if text is not None}
+            returned = self.edit(parents, rng)
+            made = set() if isinstance(returned, str) else {text for text in returned if text is not None}
         except Exception as error:
             raise RuntimeError(
                 f"EditedTop: edit() raised {type(error).__name__}: {error}. It is called as edit(texts, rng), and what "
                 "it cannot edit it can leave out."
             ) from error
+        if isinstance(returned, str):
+            raise TypeError(f"EditedTop: edit() returned the text {returned!r:.100}. Return a list of texts.")
         if wrong := [text for text in made if not isinstance(text, str)]:
             raise TypeError(f"EditedTop: edit() returned {wrong[0]!r}, which is no text.")
         return made
@@ -207,6 +210,8 @@ class EditedTop(Sampler):
         """Keep the best, and choose what is learned from among them."""
         for ranked in best:
             self._best.put(ranked)
+        if self._evaluated is not None:
+            self._evaluated.settle()
         most = torch.arange(max(map(len, best)))
         # The last text of a prompt that has fewer is repeated, and not chosen there.
         pool = join_prompts([ranked.select(most.clamp(max=len(ranked) - 1)[None]) for ranked in best])

@@ -44,6 +44,7 @@ class Evaluated:
     def __init__(self, surrogate: Surrogate) -> None:
         self.surrogate = surrogate
         self._costs: dict[int, dict[str, float]] = {}
+        self._settled: dict[int, int] = {}
 
     def add(self, prompt: int, texts: Sequence[str], costs: Sequence[float]) -> None:
         """Note what was evaluated; an infinite cost is that of a text which the prior excludes."""
@@ -72,22 +73,29 @@ class Evaluated:
         for _ in range(GENERATIONS):
             # A set has another order in each process.
             new = sorted(edits(sorted(parents, key=parents.__getitem__)) - known.keys() - predicted.keys())
+            random.Random(len(known)).shuffle(new)  # of equal predictions it is not the alphabet that decides
             costs = dict(zip(new, _predictions(predict, new), strict=True))
             predicted |= costs
             parents = dict(sorted((parents | costs).items(), key=lambda item: item[1])[:most])
         return sorted(predicted, key=predicted.__getitem__)
 
+    def settle(self) -> None:
+        """A rung has ended. A checkpoint within the next one, which is then made again, keeps what is known now."""
+        self._settled = {prompt: len(costs) for prompt, costs in self._costs.items()}
+
     def state_dict(self) -> dict[str, Tensor]:
         """What a checkpoint keeps."""
+        kept = {prompt: [*self._costs[prompt].items()][:count] for prompt, count in self._settled.items()}
         return {
-            f"{NAME}.{prompt}": torch.frombuffer(bytearray(json.dumps([*costs.items()]), "ascii"), dtype=torch.uint8)
-            for prompt, costs in self._costs.items()
+            f"{NAME}.{prompt}": torch.frombuffer(bytearray(json.dumps(costs), "ascii"), dtype=torch.uint8)
+            for prompt, costs in kept.items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take up what [`state_dict`] gave."""
         mine = {key: content for key, content in state.items() if key.startswith(f"{NAME}.")}
         self._costs = {int(key.split(".")[1]): dict(json.loads(mine[key].numpy().tobytes())) for key in mine}
+        self.settle()
 
 
 def _nothing(texts: list[str]) -> list[float]:
