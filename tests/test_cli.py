@@ -676,7 +676,7 @@ def test_a_token_is_not_written_down(here):
 @pytest.mark.parametrize("bits", [16, 4])
 def test_a_run_from_python_is_loaded_in_its_precision(here, config, capsys, bits):
     """In another one its prior would be another model."""
-    loaded = {"dtype": "bfloat16"}
+    loaded = {"model_revision": "main", "dtype": "bfloat16"}
     if bits == 4:
         pytest.importorskip("bitsandbytes")
         loaded |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
